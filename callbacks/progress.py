@@ -1,0 +1,69 @@
+"""Progress as plain lines, readable in a terminal, a file and beside other processes' lines."""
+
+import time
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from rich.console import Console
+from typing_extensions import override
+
+from recon.scopes.base import Scope
+
+
+class Progress(Callback):
+    """Prints what a fit is at, its loss, its held-out error and the time left.
+
+    Args:
+        every_seconds: The least time between two lines within an epoch.
+    """
+
+    def __init__(self, every_seconds: float = 5.0) -> None:
+        self.every_seconds = every_seconds
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._started = self._printed = 0.0
+        self._first_step = 0
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._started = self._printed = time.monotonic()
+        self._first_step = _batches_done(trainer)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if time.monotonic() - self._printed >= self.every_seconds:
+            self._print(trainer, pl_module)
+
+    @override
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if time.monotonic() - self._printed >= self.every_seconds / 5 or trainer.should_stop:
+            self._print(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._print(trainer, pl_module)
+
+    def _print(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        self._printed = time.monotonic()
+        done, total = _batches_done(trainer), int(trainer.num_training_batches) * (trainer.max_epochs or 1)
+        elapsed = self._printed - self._started
+        rate = (done - self._first_step) / elapsed if elapsed > 0 else 0.0
+        left = f"{_clock((total - done) / rate)} left" if rate > 0 else ""
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        numbers = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in sorted(metrics.items(), reverse=True)]
+        where = pl_module.progress if isinstance(pl_module, Scope) else f"epoch {trainer.current_epoch + 1}"
+        self._console.print("  ".join([where, f"{done / max(1, total):4.0%}", *numbers, f"{_clock(elapsed)} spent", left]))
+
+
+def _batches_done(trainer: L.Trainer) -> int:
+    return trainer.fit_loop.epoch_loop.total_batch_idx + 1
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,59 @@
+"""Files that are either whole or absent: write beside the target, sync, rename over it."""
+
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path in the directory of `path` that becomes `path` when the context ends.
+
+    Missing directories are made. If anything fails, the temporary file is removed and an older file at `path`
+    stays as it was.
+
+    Raises:
+        OSError: If the file cannot be written (full disk, no permission), naming `path`.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Made here to learn the mode that the umask gives: safetensors replaces it by a file that only its
+        # owner can read, which a shared cluster notices late.
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode & 0o777
+        try:
+            yield temporary
+            temporary.chmod(mode)
+            _sync(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        message = f"could not write `{path}` ({error}); free space, or choose a directory that can be written"
+        number = getattr(error, "errno", None)
+        raise (OSError(message) if number is None else OSError(number, message)) from error
+
+
+def write_json(path: str | Path, obj: Any) -> None:
+    """Write `obj` as indented JSON, atomically; floats keep all digits, NaN and Infinity are spelled so."""
+    text = json.dumps(obj, indent=2, ensure_ascii=False) + "\n"
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _sync(path: Path) -> None:
+    """Wait until the file's bytes, or the directory's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

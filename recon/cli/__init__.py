@@ -1,0 +1,49 @@
+"""The command `recon`. Sub-commands are imported when asked for, so that `recon --help` is quick."""
+
+import importlib
+import os
+import sys
+
+from recon import __version__
+
+COMMANDS = {
+    "fit": "prune a model and recover it at one scope: recon fit -c scopes/submodule",
+    "prune": "choose which weights survive and write their masks: recon prune -c criteria/wanda",
+    "test": "measure the perplexity of a model or run directory: recon test runs/x",
+    "compare": "compare scopes, criteria, patterns and seeds: recon compare -c comparisons/demo",
+    "report": "print the results of a run or comparison again: recon report runs/demo",
+}
+
+USAGE = f"""recon {__version__}: after pruning a language model, how much should be retrained, and what does it cost?
+
+usage: recon COMMAND [options]      recon COMMAND --help tells its options
+
+{chr(10).join(f"  {name:<9}{text}" for name, text in COMMANDS.items())}
+
+-c NAME takes a YAML file or the name of a shipped configuration; several are merged, options override them.
+RECON_TRACEBACK=1 shows where in the code an error arose.
+"""
+
+ERRORS = (ValueError, OSError, FloatingPointError, MemoryError)
+"""What a user can cure; anything else is a fault of ours and keeps its traceback."""
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    args = sys.argv[1:] if args is None else args
+    if not args or args[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if args else 2
+    if args[0] == "--version":
+        print(__version__)
+        return 0
+    if args[0] not in COMMANDS:
+        print(f"recon: there is no command {args[0]!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    try:
+        return importlib.import_module(f"recon.cli.{args[0]}").main(args[1:])
+    except ERRORS as error:
+        if os.environ.get("RECON_TRACEBACK"):
+            raise
+        print(f"recon {args[0]}: error: {error}", file=sys.stderr)
+        return 1

@@ -1,0 +1,114 @@
+"""`recon fit`: prune a model and recover it at one scope, configured by LightningCLI."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
+
+from recon.atomic import atomic_write
+from recon.cli.quiet import quiet
+from recon.configs import config_directory, resolve_config_names
+from recon.criteria import Criterion
+from recon.data import TokenData
+from recon.patterns import Pattern
+from recon.pruning import Pruning
+from recon.recovery import recover
+from recon.report import Results, print_table
+from recon.run import RunDirectory, digest, versions
+from recon.scopes import FullRetraining, Scope
+
+NOT_FINGERPRINTED = ("config", "run_dir", "masks", "baselines", "trainer")
+"""Parts of the configuration that do not decide what a run computes, or whose content is taken instead."""
+
+
+class FitCLI(LightningCLI):
+    """LightningCLI with the options of pruning and of the run directory."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what a scope and a trainer do not have."""
+        parser.add_argument(
+            "--run_dir", type=str | None, default=None, help="Where the run goes; runs/<scope>-<fingerprint> if null."
+        )
+        parser.add_argument(
+            "--masks", type=str | None, default=None, help="A masks.safetensors to use instead of pruning."
+        )
+        parser.add_argument(
+            "--baselines", type=bool, default=True, help="Measure the dense and the pruned model's perplexity too."
+        )
+        parser.add_subclass_arguments(Criterion, "criterion", required=False, help="How much a weight matters.")
+        parser.add_subclass_arguments(Pattern, "pattern", required=False, help="Which zeros are allowed.")
+        parser.add_class_arguments(Pruning, "pruning")
+        parser.link_arguments("seed_everything", "data.seed")
+
+    def before_instantiate_classes(self) -> None:
+        """Settle the run directory, which trainer, logger and checkpoints go by."""
+        masks = self.config.masks
+        options = {key: value for key, value in self.config.as_dict().items() if key not in NOT_FINGERPRINTED}
+        options["precision"] = self.config.trainer.precision
+        self.fingerprint: dict[str, Any] = {"options": options, "versions": versions()}
+        if masks is not None and Path(masks).is_file():
+            self.fingerprint["masks"] = digest(Path(masks).read_bytes().hex())
+        scope = self.config.model.class_path.rpartition(".")[2]
+        default = f"runs/{scope}-{digest(self.fingerprint)[:8]}"
+        self.run_dir = Path(self.config.run_dir or default)
+        self.config.trainer.default_root_dir = str(self.run_dir)
+        self.config.run_dir = str(self.run_dir)
+
+
+def main(args: list[str]) -> int:
+    """Parse, build, run, report."""
+    quiet()
+    cli = FitCLI(
+        Scope,
+        TokenData,
+        subclass_mode_model=True,
+        run=False,
+        save_config_callback=None,
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        parser_kwargs={
+            "prog": "recon fit",
+            "description": "Prune a model and recover it at one scope.",
+            "default_config_files": [str(config_directory() / "base.yaml")],
+        },
+        trainer_defaults={"logger": False},
+        args=resolve_config_names(args),
+    )
+    scope, data, trainer = cli.model, cli.datamodule, cli.trainer
+    if (cli.config_init.criterion is None) != (cli.config_init.pattern is None):
+        raise ValueError("pruning needs both criterion and pattern; give both, or null for both to train unpruned")
+    identity = {"model": scope.source.identity(), "data": data.source.identity()}
+    run = RunDirectory(cli.run_dir, {**cli.fingerprint, **identity})
+    _save_config(cli)
+    if trainer.logger is None or not trainer.loggers:
+        trainer.loggers = [TensorBoardLogger(str(run.path), name="logs", version="")]
+    if isinstance(scope, FullRetraining):
+        trainer.callbacks.append(ModelCheckpoint(run.path / "checkpoints", filename="{epoch}", save_top_k=1))  # pyright: ignore[reportAttributeAccessIssue]
+    console = Console(highlight=False, soft_wrap=True)
+    report = recover(
+        scope,
+        data,
+        trainer,
+        run,
+        cli.config_init.criterion,
+        cli.config_init.pattern,
+        cli.config_init.pruning,
+        None if cli.config.masks is None else Path(cli.config.masks),
+        cli.config.baselines,
+        console.print,
+    )
+    print_table(Results([report]), console)
+    console.print(f"run directory {run.path}: model/, report.json, memory.json; tensorboard --logdir {run.path}/logs")
+    return 0
+
+
+def _save_config(cli: FitCLI) -> None:
+    with atomic_write(cli.run_dir / "config.yaml") as temporary:
+        cli.parser.save(cli.config, temporary, skip_none=False, overwrite=True, multifile=False)
+
+
+__all__ = ["FitCLI", "main", "torch"]

@@ -1,0 +1,24 @@
+"""Silence what libraries say for their own sake, so that what recon says can be read."""
+
+import logging
+import warnings
+
+
+def quiet() -> None:
+    """Turn off progress bars of `datasets` and `transformers`, Lightning's tips, and warnings not for users."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for message in (
+        "LightningCLI's args parameter is intended.*",
+        ".*does not have many workers.*",  # data are tensors in memory
+        ".*`training_step` returned `None`.*",
+        ".*modules in eval mode.*",  # on purpose: dropout stays off
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*smaller than the logging interval.*",
+    ):
+        warnings.filterwarnings("ignore", message)

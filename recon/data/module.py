@@ -1,0 +1,106 @@
+"""The data of a run as Lightning knows it: token sequences for training, held-out validation and test."""
+
+import hashlib
+
+import lightning as L
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from recon.data.sources import Split, StandardLibrary, TextSource
+from recon.data.tokens import sequences
+
+
+class TokenData(L.LightningDataModule):
+    """Token sequences of one length: calibration from train, held-out validation, test.
+
+    Calibration is what pruning and recovery see; validation is what held-out errors and learning rates
+    are measured on; test is what perplexity is measured on and nothing else sees. The choice of
+    validation and test sequences does not depend on the seed, so runs with several seeds share them.
+
+    Args:
+        source: Where the text comes from.
+        num_sequences: Calibration sequences; all of the train split if null.
+        seq_len: Tokens per sequence.
+        num_validation: Validation sequences; all if null.
+        num_test: Test sequences; all if null.
+        batch_size: Sequences per batch in full retraining and in evaluation.
+        seed: Chooses the calibration sequences and their order in every epoch.
+    """
+
+    def __init__(
+        self,
+        source: TextSource | None = None,
+        num_sequences: int | None = 128,
+        seq_len: int = 256,
+        num_validation: int | None = 16,
+        num_test: int | None = None,
+        batch_size: int = 8,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value in (("num_sequences", num_sequences), ("num_validation", num_validation), ("num_test", num_test)):
+            if value is not None and value < 1:
+                raise ValueError(f"data.{name} must be at least 1 (or null for all), got {value}")
+        if seq_len < 2 or batch_size < 1:
+            raise ValueError(f"data.seq_len must be >= 2 and data.batch_size >= 1, got {seq_len} and {batch_size}")
+        self.source = source or StandardLibrary()
+        self.num = {"train": num_sequences, "validation": num_validation, "test": num_test}
+        self.seq_len = seq_len
+        self.batch_size = batch_size
+        self.seed = seed
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        self._tokens: dict[Split, Int64[Tensor, "num seq_len"]] = {}
+
+    def tokens(self, split: Split) -> Int64[Tensor, "num seq_len"]:
+        """The sequences of `split`, tokenised at the first call.
+
+        Raises:
+            ValueError: If the split holds too few tokens.
+        """
+        if split not in self._tokens:
+            assert self.tokenizer is not None, "set TokenData.tokenizer first: tokens are the tokenizer's"
+            self._tokens[split] = sequences(
+                self.source.documents(split),
+                self.tokenizer,
+                self.seq_len,
+                self.num[split],
+                seed=self.seed if split == "train" else 0,
+                separator=self.source.separator,
+                origin=f"the {split} split of {self.source}",
+            )
+        return self._tokens[split]
+
+    def fingerprint(self, split: Split) -> str:
+        """Sha256 over the token ids of `split`."""
+        return hashlib.sha256(self.tokens(split).numpy().tobytes()).hexdigest()
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches {"input_ids": int64[batch, seq_len]} of the train split, in a new seeded order every epoch."""
+        # A DistributedSampler because Lightning tells it the epoch, which also makes a resumed run see the same order.
+        sequences = _Sequences(self.tokens("train"))
+        sampler = torch.utils.data.DistributedSampler(sequences, num_replicas=1, rank=0, seed=self.seed)
+        return DataLoader(sequences, batch_size=self.batch_size, sampler=sampler)
+
+    def val_dataloader(self) -> DataLoader:
+        """Batches of the validation split, in order."""
+        return DataLoader(_Sequences(self.tokens("validation")), batch_size=self.batch_size)
+
+    def test_dataloader(self) -> DataLoader:
+        """Batches of the test split, in order."""
+        return DataLoader(_Sequences(self.tokens("test")), batch_size=self.batch_size)
+
+
+class _Sequences(torch.utils.data.Dataset):
+    """Rows of a token matrix as the dicts that causal language models take."""
+
+    def __init__(self, tokens: Int64[Tensor, "num seq_len"]) -> None:
+        self.tokens = tokens
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.tokens[index]}

@@ -1,0 +1,271 @@
+"""Where text comes from: one interface over the standard library, local files, saved and hub data sets.
+
+A source yields documents of one of three splits. Splits that a source does not have of its own are carved
+out of its train split by a hash of each document's key (a path, or the text itself), so a document stays
+in its split when others come and go, and never stands in two.
+"""
+
+import hashlib
+import platform
+import sysconfig
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Literal
+
+from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
+from datasets import DatasetDict as DatasetsByName
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+Documents = Dataset | IterableDataset
+
+HELD_OUT_PERCENT: dict[Split, range] = {"test": range(0, 5), "validation": range(5, 10)}
+"""Which of 100 hash buckets a carved split takes; train keeps the rest."""
+
+
+class TextSource(ABC):
+    """Documents of a train, a validation and a test split.
+
+    Attributes:
+        separator: Text put between documents when they are joined; None puts the tokenizer's
+            end-of-sequence token there.
+    """
+
+    separator: str | None = None
+
+    @abstractmethod
+    def load(self, split: Split) -> Documents:
+        """Documents of the source's own `split`, with columns `text` and `key`; asked for only if it `has` it."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, str]:
+        """What identifies the text, found without reading all of it: for fingerprints."""
+
+    def has(self, split: Split) -> bool:
+        """Whether the source has `split` of its own."""
+        return split == "train"
+
+    def documents(self, split: Split) -> Documents:
+        """Documents of `split` with a column `text`, carved out of train where the source has no such split.
+
+        Raises:
+            ValueError: If the source has neither the split nor a train split to carve it from.
+        """
+        carved = [name for name in SPLITS if name != "train" and not self.has(name)]
+        if self.has(split) and not (split == "train" and carved):
+            return self.load(split)
+        if not self.has("train"):
+            raise ValueError(f"{self} has neither a {split} split nor a train split to carve it from")
+        if split == "train":
+            buckets = set(range(100)).difference(*(HELD_OUT_PERCENT[name] for name in carved))
+        else:
+            buckets = set(HELD_OUT_PERCENT[split])
+        return self.load("train").filter(lambda key: _bucket(key) in buckets, input_columns="key")
+
+
+def _bucket(key: str) -> int:
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % 100
+
+
+class StandardLibrary(TextSource):
+    """The source code of this Python's standard library, tests excluded: text that every machine has.
+
+    Files fall into splits by a hash of their path below the library, so that the split survives Python
+    versions. The text itself differs between versions, so perplexities compare only within one.
+    """
+
+    def __str__(self) -> str:
+        return "the Python standard library"
+
+    def load(self, split: Split) -> Documents:
+        """All library files; the splits are carved out of them."""
+        root = Path(sysconfig.get_paths()["stdlib"])
+        files = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*.py"))}
+        kept = {key: path for key, path in files.items() if not _is_test_or_site(key)}
+        texts = [path.read_text(encoding="utf-8", errors="replace") for path in kept.values()]
+        if not texts:
+            raise ValueError(f"{self} needs .py files below {root}, found none; choose another data.source")
+        return Dataset.from_dict({"text": texts, "key": list(kept)})
+
+    def identity(self) -> dict[str, str]:
+        """The Python version decides the text."""
+        return {"source": "StandardLibrary", "python": platform.python_version()}
+
+
+def _is_test_or_site(key: str) -> bool:
+    *folders, name = key.split("/")
+    tests = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    return bool(tests & set(folders)) or name.startswith("test_")
+
+
+BUILDERS = {"txt": "text", "text": "text", "json": "json", "jsonl": "json", "csv": "csv", "parquet": "parquet"}
+
+
+class TextFiles(TextSource):
+    """Local text, json, jsonl, csv or parquet files.
+
+    Args:
+        paths: Files of the train split, and of the splits for which no files are given.
+        validation_paths: Files of the validation split; carved out of `paths` if empty.
+        test_paths: Files of the test split; carved out of `paths` if empty.
+        column: The column that holds the text (ignored for text files, whose documents are paragraphs).
+        separator: Text between documents; the tokenizer's end-of-sequence token if not given.
+    """
+
+    def __init__(
+        self,
+        paths: list[str],
+        validation_paths: list[str] | None = None,
+        test_paths: list[str] | None = None,
+        column: str = "text",
+        separator: str | None = None,
+    ) -> None:
+        self.paths = {"train": paths, "validation": validation_paths or [], "test": test_paths or []}
+        self.column = column
+        self.separator = separator
+
+    def __str__(self) -> str:
+        return f"the files {', '.join(self.paths['train'][:3])}{', ...' if len(self.paths['train']) > 3 else ''}"
+
+    def has(self, split: Split) -> bool:
+        """Whether files were given for `split`."""
+        return bool(self.paths[split])
+
+    def load(self, split: Split) -> Documents:
+        """Read the files given for `split`.
+
+        Raises:
+            ValueError: If a file is missing, empty, of an unknown kind, or lacks the column.
+        """
+        files = self.paths[split]
+        for file in map(Path, files):
+            if not file.is_file():
+                raise ValueError(f"data.source.paths needs existing files, got {file}, which does not exist")
+            if file.stat().st_size == 0:
+                raise ValueError(f"data.source.paths needs files with text, got {file}, which is empty (0 bytes)")
+        suffixes = {Path(file).suffix.removeprefix(".").lower() for file in files}
+        builders = {BUILDERS.get(suffix) for suffix in suffixes}
+        if None in builders or len(builders) != 1:
+            raise ValueError(
+                f"data.source.paths needs files of one kind out of {', '.join(sorted(BUILDERS))}, "
+                f"got {', '.join(sorted(suffixes)) or 'no suffix'}; rename or convert them"
+            )
+        (builder,) = builders
+        options = {"sample_by": "paragraph"} if builder == "text" else {}
+        rows = load_dataset(str(builder), data_files=[str(file) for file in files], split="train", **options)
+        return _text_and_key(rows, "text" if builder == "text" else self.column, str(self))
+
+    def identity(self) -> dict[str, str]:
+        """A digest of the files' contents."""
+        digest = hashlib.sha256()
+        for split in SPLITS:
+            for file in self.paths[split]:
+                digest.update(f"{split} {Path(file).name}".encode())
+                if Path(file).is_file():
+                    with Path(file).open("rb") as stream:
+                        digest.update(hashlib.file_digest(stream, "sha256").digest())
+        return {"source": "TextFiles", "column": self.column, "sha256": digest.hexdigest()}
+
+
+class SavedDataset(TextSource):
+    """A data set written by `datasets`' `save_to_disk`, with or without splits.
+
+    Args:
+        path: The directory.
+        column: The column that holds the text.
+        separator: Text between documents; the tokenizer's end-of-sequence token if not given.
+    """
+
+    def __init__(self, path: str, column: str = "text", separator: str | None = None) -> None:
+        self.path = path
+        self.column = column
+        self.separator = separator
+
+    def __str__(self) -> str:
+        return f"the data set {self.path}"
+
+    def _by_split(self) -> dict[str, Dataset]:
+        if not Path(self.path).is_dir():
+            raise ValueError(f"data.source.path needs a directory written by save_to_disk, got {self.path}")
+        try:
+            saved = load_from_disk(self.path)
+        except FileNotFoundError as error:
+            raise ValueError(f"data.source.path needs a directory written by save_to_disk: {error}") from error
+        return dict(saved) if isinstance(saved, DatasetsByName) else {"train": saved}
+
+    def has(self, split: Split) -> bool:
+        """Whether the saved data set has `split`."""
+        return split in self._by_split()
+
+    def load(self, split: Split) -> Documents:
+        """Documents of the saved `split`."""
+        return _text_and_key(self._by_split()[split], self.column, str(self))
+
+    def identity(self) -> dict[str, str]:
+        """`datasets`' own fingerprints of the splits."""
+        prints = {split: rows._fingerprint for split, rows in self._by_split().items()}
+        return {"source": "SavedDataset", "column": self.column, **prints}
+
+
+class HubDataset(TextSource):
+    """A data set of the Hugging Face hub, by name. The only source that uses the network.
+
+    Args:
+        path: Name on the hub, for example `allenai/c4`.
+        name: Configuration of the data set, for example `en`.
+        revision: Commit, tag or branch; give a commit for reproducible runs.
+        column: The column that holds the text.
+        splits: Which of the hub's splits serves as ours; those not named are carved out of train.
+        streaming: Read on demand instead of downloading the whole data set.
+        separator: Text between documents; the tokenizer's end-of-sequence token if not given.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        name: str | None = None,
+        revision: str | None = None,
+        column: str = "text",
+        splits: dict[str, str] | None = None,
+        streaming: bool = False,
+        separator: str | None = None,
+    ) -> None:
+        self.path = path
+        self.name = name
+        self.revision = revision
+        self.column = column
+        self.splits = splits or {split: split for split in SPLITS}
+        self.streaming = streaming
+        self.separator = separator
+        unknown = set(self.splits) - set(SPLITS)
+        if unknown:
+            raise ValueError(f"data.source.splits maps {', '.join(SPLITS)}, got {', '.join(sorted(unknown))}")
+
+    def __str__(self) -> str:
+        return f"the hub data set {self.path}{f' ({self.name})' if self.name else ''}"
+
+    def has(self, split: Split) -> bool:
+        """Whether a split of the hub's serves as `split`."""
+        return split in self.splits
+
+    def load(self, split: Split) -> Documents:
+        """Documents of the hub's split that serves as `split`."""
+        rows = load_dataset(
+            self.path, self.name, split=self.splits[split], revision=self.revision, streaming=self.streaming
+        )
+        return _text_and_key(rows, self.column, str(self))
+
+    def identity(self) -> dict[str, str]:
+        """Name, configuration and revision, as given."""
+        given = {"path": self.path, "name": self.name or "", "revision": self.revision or ""}
+        return {"source": "HubDataset", "column": self.column, **given}
+
+
+def _text_and_key(rows: Documents, column: str, source: str) -> Documents:
+    """`rows` with their text as `text` and as `key`, so that equal documents share a split."""
+    names = rows.column_names or list(next(iter(rows), {}))
+    if column not in names:
+        raise ValueError(
+            f"data.source.column needs a column of {source}, got {column!r}; its columns are {', '.join(names)}"
+        )
+    return rows.map(lambda text: {"text": text, "key": text}, input_columns=column, remove_columns=names)

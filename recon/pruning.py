@@ -1,0 +1,96 @@
+"""Pruning a model: which weights survive, found by walking its blocks from the first to the last."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from recon.activations import Activations
+from recon.anatomy import Anatomy, Block
+from recon.criteria import Criterion
+from recon.masks import Masks
+from recon.patterns import Pattern
+from recon.shapes import as_out_in, weight_out_in
+from recon.statistics import collect
+from recon.windows import Replay
+
+
+@dataclass
+class Pruning:
+    """How a model is pruned, besides criterion and pattern.
+
+    Args:
+        exclude: Names of modules that stay dense; shell patterns such as `*.down_proj`.
+        inputs: Whether a block's statistics come from what the dense blocks before it produce, or from
+            what the pruned ones do.
+        batch_size: Sequences per forward pass.
+    """
+
+    exclude: list[str] = field(default_factory=list)
+    inputs: Literal["dense", "pruned"] = "dense"
+    batch_size: int = 8
+
+
+def prune(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    criterion: Criterion,
+    pattern: Pattern,
+    options: Pruning | None = None,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Masks:
+    """Choose the weights of `model` that survive. The model itself is left as it was.
+
+    Args:
+        model: In evaluation mode, on the device to compute on.
+        tokens: Calibration sequences, int64[num_sequences, seq_len].
+        criterion: How much a weight matters.
+        pattern: Which zeros are allowed.
+        options: See `Pruning`.
+        progress: Is told each block, in a line.
+
+    Raises:
+        ValueError: If the pattern does not fit a matrix or an exclusion matches nothing.
+        FloatingPointError: If inputs or statistics are no numbers.
+    """
+    options = options or Pruning()
+    if pattern.across_model and options.inputs == "pruned":
+        raise ValueError(
+            f"pruning.inputs: pruned needs masks block by block, got a pattern that chooses across the model "
+            f"({pattern}); choose pruning.inputs: dense or a pattern per row or per matrix"
+        )
+    anatomy = Anatomy.of(model)
+    prunable = anatomy.prunable(options.exclude)
+    replay = Replay(model, anatomy)
+    walk = Activations(replay, tokens, options.batch_size, next(model.parameters()).device)
+    scores: dict[str, Tensor] = {}
+    keep: dict[str, Tensor] = {}
+    for block in anatomy.blocks:
+        matrices = {name: module for name, module in prunable.items() if name.removesuffix(".weight") in block.matrices}
+        with collect(matrices, need=criterion.needs) as statistics:
+            walk.enter([block.index])
+        for name, module in matrices.items():
+            weight = weight_out_in(module)
+            if pattern.across_model:
+                scores[name] = criterion.scores(weight, statistics[name], name)
+            else:
+                keep[name] = as_out_in(module, criterion.prune(weight, statistics[name], pattern, name)[1])
+        if options.inputs == "pruned":
+            _pass_pruned(walk, block, Masks({name: keep[name] for name in matrices}), model)
+        progress(f"prune  block {block.index + 1}/{len(anatomy.blocks)}  {len(matrices)} matrices  {criterion}  {pattern}")
+    if pattern.across_model:
+        keep = {name: as_out_in(prunable[name], chosen) for name, chosen in pattern.select_all(scores).items()}
+    return Masks({name: chosen.cpu().contiguous() for name, chosen in keep.items()})
+
+
+def _pass_pruned(walk: Activations, block: Block, masks: Masks, model: nn.Module) -> None:
+    """Replace the walk's output of `block` by that of the pruned block, whose weights are then restored."""
+    dense = {name: model.get_parameter(name).detach().clone() for name in masks}
+    masks.apply(model)
+    walk.compute()
+    with torch.no_grad():
+        for name, weight in dense.items():
+            model.get_parameter(name).copy_(weight)

@@ -1,0 +1,179 @@
+"""One run from the dense model to the report: load, prune, recover, save, evaluate.
+
+Every step leaves a file in the run directory, so a run that was killed goes on where it was, and a
+finished one is not repeated.
+"""
+
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from rich.console import Console
+from transformers import PreTrainedModel
+
+from recon.criteria import Criterion
+from recon.data import TokenData
+from recon.evaluation import Evaluation, evaluate
+from recon.masks import Masks
+from recon.patterns import Pattern
+from recon.phases import Phases
+from recon.pruning import Pruning, prune
+from recon.report import Report
+from recon.run import RunDirectory, save_model, versions
+from recon.scopes.base import Scope
+
+
+def recover(
+    scope: Scope,
+    data: TokenData,
+    trainer: L.Trainer,
+    run: RunDirectory,
+    criterion: Criterion | None,
+    pattern: Pattern | None,
+    pruning: Pruning | None = None,
+    masks_file: Path | None = None,
+    baselines: bool = True,
+    say: Callable[[str], None] = Console(highlight=False, soft_wrap=True).print,
+) -> Report:
+    """Prune a model, recover it at one scope, save and evaluate it.
+
+    Args:
+        scope: The recovery scope; names the model.
+        data: Calibration, validation and test tokens.
+        trainer: Runs the scope's fit; its callbacks are told the phases.
+        run: Where everything goes.
+        criterion: How much a weight matters; None (with `pattern` None) trains a model that is not pruned.
+        pattern: Which zeros are allowed.
+        pruning: How the model is walked.
+        masks_file: Masks computed before, used instead of pruning.
+        baselines: Evaluate the dense and the pruned model too.
+        say: Is told what is going on, in lines.
+
+    Returns:
+        The report, also written to the run directory.
+
+    Raises:
+        ValueError: If options, masks and model do not fit together.
+        RuntimeError: If a pruned weight is not zero in the end; the model is then not saved.
+    """
+    if run.report.exists():
+        say(f"{run.path} holds this run, finished: nothing to do")
+        return Report.load(run.report)
+    phases = scope.phases = Phases(trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
+    device = trainer.strategy.root_device
+    with phases.run(run.path):
+        phases.enter("load")
+        say(f"load {scope.source.name}")
+        scope.load(data)
+        masks = Masks({})
+        if criterion is not None and pattern is not None:
+            phases.enter("prune")
+            masks = _masks(scope, data, run, criterion, pattern, pruning, masks_file, device, say)
+        dense, pruned = None, None
+        if baselines and masks:
+            phases.enter("evaluate dense and pruned")
+            dense, pruned = _baselines(scope, data, masks, device)
+            say(f"test perplexity  dense {dense.perplexity:.3f}  pruned {pruned.perplexity:.3f}")
+        phases.enter("prepare")
+        scope.prepare(data, masks, run.path)
+        started = time.monotonic()
+        trainer.fit(scope, ckpt_path=run.last_checkpoint, weights_only=True)
+        seconds = time.monotonic() - started
+        phases.enter("save")
+        if scope.save_dtype is not None:
+            scope.model.to(getattr(torch, scope.save_dtype))
+        masks.check(scope.model)
+        assert data.tokenizer is not None
+        save_model(scope.model, data.tokenizer, run.model)
+        phases.enter("evaluate")
+        recovered = evaluate(scope.model.to(device), data.test_dataloader())
+    report = Report(
+        scope=scope.scope,
+        label=scope.label,
+        model=scope.source.name,
+        criterion=str(criterion) if masks else "none",
+        pattern=str(pattern) if masks else "none",
+        seed=data.seed,
+        perplexity=recovered.perplexity,
+        dense_perplexity=dense and dense.perplexity,
+        pruned_perplexity=pruned and pruned.perplexity,
+        sparsity=masks.sparsity if masks else 0.0,
+        mask_violations=masks.violations(scope.model),
+        seconds=seconds,
+        train_tokens=scope.train_tokens,
+        protocol=recovered.protocol,
+        run_dir=str(run.path),
+        environment=environment(device),
+        **peaks(run.memory),
+    )
+    report.save(run.report)
+    return report
+
+
+def _masks(
+    scope: Scope,
+    data: TokenData,
+    run: RunDirectory,
+    criterion: Criterion,
+    pattern: Pattern,
+    pruning: Pruning | None,
+    masks_file: Path | None,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> Masks:
+    """The masks of this run: from its directory, from the file given, or by pruning the model now."""
+    for file in (run.masks, masks_file):
+        if file is not None and file.exists():
+            masks = Masks.load(file)
+            masks.validate_for(scope.model)
+            break
+    else:
+        if masks_file is not None:
+            raise ValueError(f"--masks needs a file that `recon prune` wrote, got {masks_file}, which does not exist")
+        masks = prune(scope.model.to(device), data.tokens("train"), criterion, pattern, pruning, say)
+    if not run.masks.exists():
+        masks.save(run.masks, {"criterion": str(criterion), "pattern": str(pattern)})
+    return masks
+
+
+def _baselines(
+    scope: Scope, data: TokenData, masks: Masks, device: torch.device
+) -> tuple[Evaluation, Evaluation]:
+    """Perplexity of the dense and the pruned model, on a copy that does not outlive the call."""
+    model: PreTrainedModel = scope.source.model().to(device)  # pyright: ignore[reportArgumentType]
+    dense = evaluate(model, data.test_dataloader())
+    masks.apply(model)
+    return dense, evaluate(model, data.test_dataloader())
+
+
+def peaks(memory: dict[str, Any] | None) -> dict[str, int | None]:
+    """The largest peaks over all phases of `memory.json`, as a report names them."""
+    if memory is None:
+        return {"peak_host_bytes": None, "peak_device_bytes": None, "baseline_host_bytes": None}
+    device = [phase["device_allocated_bytes"] for phase in memory["phases"]]
+    return {
+        "peak_host_bytes": max(phase["host_bytes"] for phase in memory["phases"]),
+        "peak_device_bytes": None if None in device else max(device),
+        "baseline_host_bytes": memory["baseline_host_bytes"],
+    }
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Where and when a number was measured."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "date": datetime.now(UTC).date().isoformat(),
+        **versions(),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} cores" if names else "CPU"

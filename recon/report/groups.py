@@ -1,0 +1,145 @@
+"""Results arranged for reading: groups of what is comparable, rows in order, seeds averaged.
+
+The table and the picture both start here, so that they cannot disagree.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+from recon.report.schema import SCOPES, Report, Results
+
+REASON_LENGTH = 160
+"""Characters of a failure's reason that tables and pictures show; the report has all of it."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Mean of one quantity over seeds, and its sample standard deviation (None for a single seed)."""
+
+    mean: float
+    std: float | None
+
+
+def estimate(values: Iterable[float | int | None]) -> Estimate | None:
+    """Mean and sample standard deviation of the values that were measured; None if none was."""
+    measured = [float(value) for value in values if value is not None and math.isfinite(value)]
+    if not measured:
+        return None
+    return Estimate(fmean(measured), stdev(measured) if len(measured) > 1 else None)
+
+
+@dataclass(frozen=True)
+class Row:
+    """The cells of one label, one per seed."""
+
+    scope: str
+    label: str
+    cells: list[Report]
+
+    @property
+    def measured(self) -> list[Report]:
+        """The cells that did not fail: only these are averaged."""
+        return [cell for cell in self.cells if cell.status == "ok"]
+
+    def estimate(self, quantity: str) -> Estimate | None:
+        """Mean and deviation over seeds of one attribute of `Report`."""
+        return estimate(getattr(cell, quantity) for cell in self.measured)
+
+
+@dataclass(frozen=True)
+class Group:
+    """What one table section or one picture compares: same model, same criterion, same pattern."""
+
+    model: str
+    criterion: str
+    pattern: str
+    rows: list[Row]
+
+    @property
+    def cells(self) -> list[Report]:
+        """All cells, row by row."""
+        return [cell for row in self.rows for cell in row.cells]
+
+    @property
+    def seeds(self) -> list[int]:
+        """The distinct seeds, sorted."""
+        return sorted({cell.seed for cell in self.cells})
+
+    @property
+    def split(self) -> str:
+        """The split that perplexity was measured on; "test" if the cells do not say."""
+        return (
+            "/".join(sorted({str(cell.protocol["split"]) for cell in self.cells if "split" in cell.protocol}))
+            or "test"
+        )
+
+    @property
+    def failures(self) -> list[str]:
+        """One sentence for each cell that failed: which, where, why."""
+        return [_failure(cell) for cell in self.cells if cell.status == "failed"]
+
+    @property
+    def remarks(self) -> list[str]:
+        """What else a reader must know beside the numbers: violated masks, unequal protocols, ..."""
+        notes = []
+        for cell in self.cells:
+            if cell.status == "ok" and cell.perplexity is None:
+                notes.append(f"{_name(cell)} has no finite perplexity")
+            if cell.mask_violations:
+                notes.append(
+                    f"{_name(cell)} violates its masks: {cell.mask_violations:,} pruned weights are not zero"
+                )
+        if _num_protocols(self.cells) > 1:
+            notes.append("These perplexities are not comparable: their protocols differ, see results.json")
+        if baseline := estimate(cell.baseline_host_bytes for cell in self.cells):
+            notes.append(
+                f"Host peaks include {baseline.mean / 2**20:,.0f} MiB of libraries, loaded before the model"
+            )
+        return notes
+
+
+def group_cells(results: Results) -> list[Group]:
+    """Groups in order of appearance; rows in order of `SCOPES`, then of appearance.
+
+    Raises:
+        ValueError: If two cells of a group have the same label and seed: averaging them would pass one
+            seed for two.
+    """
+    groups: dict[tuple[str, str, str], dict[tuple[str, str], Row]] = {}
+    for cell in results.cells:
+        rows = groups.setdefault((cell.model, cell.criterion, cell.pattern), {})
+        row = rows.setdefault((cell.scope, cell.label), Row(cell.scope, cell.label, []))
+        for twin in row.cells:
+            if twin.seed == cell.seed:
+                raise ValueError(
+                    f"cells of one model, criterion and pattern must differ in label or seed; got "
+                    f"{_name(cell)} twice, in {twin.run_dir!r} and in {cell.run_dir!r}. "
+                    "Give one of them another `label`"
+                )
+        row.cells.append(cell)
+    return [
+        Group(*key, rows=sorted(rows.values(), key=lambda row: SCOPES.index(row.scope)))
+        for key, rows in groups.items()
+    ]
+
+
+def _name(cell: Report) -> str:
+    return f"{cell.label} (seed {cell.seed})"
+
+
+def _failure(cell: Report) -> str:
+    reason = " ".join((cell.error or "").split())
+    if len(reason) > REASON_LENGTH:
+        reason = reason[: REASON_LENGTH - 3] + "..."
+    place = f" in {cell.run_dir}" if cell.run_dir else ""
+    return f"{_name(cell)} failed{place}: {reason}"
+
+
+def _num_protocols(cells: list[Report]) -> int:
+    distinct: list[dict] = []
+    for cell in cells:
+        if cell.protocol and cell.protocol not in distinct:
+            distinct.append(cell.protocol)
+    return len(distinct)

@@ -1,0 +1,145 @@
+"""Results as a table: the terminal's and markdown's are two renderings of the same strings."""
+
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from recon.report.groups import Estimate, Group, Row, group_cells
+from recon.report.schema import Results
+
+MISSING = "-"
+
+WIDEST = 1000
+"""Characters: no table needs more."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """The table of one model, criterion and pattern, as strings; the first column is text, others numbers."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    notes: list[str]
+
+
+def table_sections(results: Results) -> list[Section]:
+    """One section per model, criterion and pattern; all have the same columns.
+
+    Peak device memory has a column only if some cell has it. Over several seeds, perplexity and recovery
+    are mean ± sample standard deviation, all other numbers means. The last column counts the seeds if
+    there are several, or says which rows failed if some did, and is left out otherwise.
+    """
+    groups = group_cells(results)
+    cells = results.cells
+    has_device = any(cell.peak_device_bytes is not None for cell in cells)
+    has_seeds = any(len(row.cells) > 1 for group in groups for row in group.rows)
+    has_failed = any(cell.status == "failed" for cell in cells)
+    unit, divisor = _token_unit(max((cell.train_tokens for cell in cells), default=0))
+
+    def header(group: Group) -> list[str]:
+        names = ["scope", f"{group.split} perplexity", "recovered (%)", "sparsity (%)", "peak host (MiB)"]
+        names += ["peak device (MiB)"] if has_device else []
+        names += ["seconds", f"train tokens{unit}"]
+        return names + (["seeds"] if has_seeds else ["status"] if has_failed else [])
+
+    def strings(row: Row) -> list[str]:
+        cells = [
+            row.label,
+            _show(row.estimate("perplexity"), spread=True, decimals=2),
+            _show(row.estimate("recovered"), scale=100.0, spread=True),
+            _show(row.estimate("sparsity"), scale=100.0),
+            _show(row.estimate("peak_host_bytes"), scale=2**-20, decimals=0),
+        ]
+        cells += [_show(row.estimate("peak_device_bytes"), scale=2**-20, decimals=0)] if has_device else []
+        cells += [
+            _show(row.estimate("seconds")),
+            _show(row.estimate("train_tokens"), scale=1 / divisor, decimals=1 if divisor == 10**6 else 0),
+        ]
+        num, num_ok = len(row.cells), len(row.measured)
+        if has_seeds:
+            cells.append(str(num) if num_ok == num else f"{num_ok}/{num} ok")
+        elif has_failed:
+            cells.append("ok" if num_ok else "failed")
+        return cells
+
+    return [
+        Section(
+            title=f"{group.model}, {group.criterion}, {group.pattern}",
+            header=header(group),
+            rows=[strings(row) for row in group.rows],
+            notes=group.failures + group.remarks,
+        )
+        for group in groups
+    ]
+
+
+def print_table(results: Results, console: Console) -> None:
+    """Print the results, a section per model, criterion and pattern.
+
+    Only labels and notes are wrapped: where the numbers need more than the console's width, the table is
+    wider than the console.
+    """
+    for i, section in enumerate(table_sections(results)):
+        table = Table(box=box.SIMPLE, padding=0, show_edge=False, pad_edge=False)
+        for j, name in enumerate(section.header):
+            title = _encodable(name.replace(" ", "\n"), console)
+            if j == 0:
+                table.add_column(title, overflow="fold", vertical="bottom", min_width=len("submodule"))
+            else:
+                table.add_column(title, justify="right", no_wrap=True, vertical="bottom")
+        for row in section.rows:
+            table.add_row(*(Text(_encodable(cell, console)) for cell in row))
+        if i > 0:
+            console.print()
+        console.print(Text(section.title, style="bold"))
+        needed = Measurement.get(console, console.options.update_width(WIDEST), table).minimum
+        console.print(table, width=max(needed, console.width), crop=False)
+        for note in section.notes:
+            console.print(Text(note))
+
+
+def markdown_table(results: Results) -> str:
+    """The results as markdown, a table per model, criterion and pattern, ending in a newline."""
+    blocks = []
+    for section in table_sections(results):
+        rule = [":--"] + ["--:"] * (len(section.header) - 1)
+        lines = [_markdown_row(row) for row in (section.header, rule, *section.rows)]
+        blocks += [f"**{section.title}**", "\n".join(lines)]
+        blocks += ["\n".join(f"- {note}" for note in section.notes)] if section.notes else []
+    return "\n\n".join(blocks) + "\n"
+
+
+def _markdown_row(cells: list[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _encodable(text: str, console: Console) -> str:
+    return text.replace("±", "+-") if console.options.ascii_only else text
+
+
+def _token_unit(most: int) -> tuple[str, int]:
+    """One unit for the whole column, so that its numbers compare at a glance and stay narrow."""
+    if most < 10**5:
+        return "", 1
+    return (" (k)", 10**3) if most < 10**8 else (" (M)", 10**6)
+
+
+def _show(value: Estimate | None, *, scale: float = 1.0, decimals: int = 1, spread: bool = False) -> str:
+    if value is None:
+        return MISSING
+    text = format_number(value.mean * scale, decimals)
+    if spread and value.std is not None:
+        text += f" ± {format_number(value.std * scale, decimals)}"
+    return text
+
+
+def format_number(value: float, decimals: int) -> str:
+    """`value` with so many decimals; from 1,000 on without, from ten million on as a power of ten."""
+    if abs(value) >= 1e7:
+        return f"{value:.1e}"
+    return f"{value:,.{0 if abs(value) >= 1000 else decimals}f}"

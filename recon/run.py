@@ -1,0 +1,106 @@
+"""The directory of a run: what makes it comparable, what it wrote, how a second start goes on."""
+
+import hashlib
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from recon import __version__
+from recon.atomic import write_json
+
+LIBRARIES = ("torch", "transformers", "lightning")
+
+
+def versions() -> dict[str, str]:
+    """Versions that can change a result."""
+    return {"recon": __version__, "python": platform.python_version()} | {name: version(name) for name in LIBRARIES}
+
+
+def digest(content: Any) -> str:
+    """Sha256 of `content` as canonical JSON."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+class RunDirectory:
+    """Paths of a run, and the check that the directory holds this run and no other.
+
+    Args:
+        path: The directory; made if it is missing.
+        fingerprint: Model, data, masks, options, versions and seed: what makes two runs comparable.
+
+    Raises:
+        ValueError: If the directory holds a run with another fingerprint.
+    """
+
+    def __init__(self, path: Path, fingerprint: dict[str, Any]) -> None:
+        self.path = path
+        self.fingerprint = json.loads(json.dumps(fingerprint, default=str))
+        file = path / "fingerprint.json"
+        if file.exists():
+            held = json.loads(file.read_text())
+            if held != self.fingerprint:
+                raise ValueError(
+                    f"run_dir needs a new directory or one of this very run, got {path}, whose run differs in "
+                    f"{', '.join(_differences(held, self.fingerprint))}; name another run_dir or delete this one"
+                )
+        else:
+            write_json(file, self.fingerprint)
+
+    @property
+    def masks(self) -> Path:
+        """The bit-packed masks."""
+        return self.path / "masks.safetensors"
+
+    @property
+    def model(self) -> Path:
+        """The recovered model in Hugging Face format."""
+        return self.path / "model"
+
+    @property
+    def report(self) -> Path:
+        """The report of the finished run."""
+        return self.path / "report.json"
+
+    @property
+    def memory(self) -> dict[str, Any] | None:
+        """What MemoryProfiler measured; None if it did not."""
+        file = self.path / "memory.json"
+        return json.loads(file.read_text()) if file.exists() else None
+
+    @property
+    def last_checkpoint(self) -> Path | None:
+        """The latest of Lightning's checkpoints; None if there is none."""
+        found = sorted((self.path / "checkpoints").glob("*.ckpt"), key=lambda file: file.stat().st_mtime)
+        return found[-1] if found else None
+
+
+def _differences(ours: Any, theirs: Any, prefix: str = "") -> list[str]:
+    """Dotted names of what differs between two nested dicts."""
+    if not (isinstance(ours, dict) and isinstance(theirs, dict)):
+        return [] if ours == theirs else [prefix.removesuffix(".")]
+    keys = sorted(ours.keys() | theirs.keys())
+    return [name for key in keys for name in _differences(ours.get(key), theirs.get(key), f"{prefix}{key}.")]
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Write model and tokenizer as a plain Hugging Face directory that is whole or absent.
+
+    Raises:
+        OSError: If it cannot be written, naming `path`; nothing of it is kept then.
+    """
+    import shutil
+
+    temporary = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.rename(path)
+    except Exception as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"could not write the model to {path}, nothing of it was kept ({error}); free space there") from error

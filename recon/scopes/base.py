@@ -1,0 +1,139 @@
+"""What the four recovery scopes share: the model they repair, the masks they keep, the data they see."""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import lightning as L
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
+
+from recon.data import TokenData
+from recon.masks import Masks
+from recon.phases import Phases
+from recon.pretrained import ModelSource
+
+
+class Scope(L.LightningModule, ABC):
+    """A way to repair a pruned model, as a LightningModule.
+
+    The order of calls is `load(data)`, `prepare(data, masks)`, `trainer.fit(scope)`; afterwards `model` holds
+    the recovered weights and `masks.check(model)` holds.
+
+    Args:
+        name: `bundled`, a directory in Hugging Face format, a name on the hub, or `random`.
+        shape: For `random`: the model's configuration, `model_type` included.
+        dtype: Precision of the weights: float32, bfloat16, float16, or `auto` for the stored one.
+        revision: Commit, tag or branch of a hub model.
+        tokenizer: Where the tokenizer is, if not with the model; for `random` the bundled one by default.
+        trust_remote_code: Run code that comes with the model. Off, because it can do anything.
+        save_dtype: Precision in which the recovered model is evaluated and saved; that of `dtype` if null.
+        epochs: Passes over the calibration sequences; of each window in the local scopes.
+    """
+
+    scope: ClassVar[str]
+    """What reports call it: matrix, submodule, block or full."""
+
+    def __init__(
+        self,
+        name: str = "bundled",
+        shape: dict[str, Any] | None = None,
+        dtype: str = "float32",
+        revision: str | None = None,
+        tokenizer: str | None = None,
+        trust_remote_code: bool = False,
+        save_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        epochs: int = 1,
+    ) -> None:
+        super().__init__()
+        if epochs < 1:
+            raise ValueError(f"model.epochs must be at least 1, got {epochs}")
+        self.source = ModelSource(name, shape, dtype, revision, tokenizer, trust_remote_code)
+        self.save_dtype = save_dtype
+        self.epochs = epochs
+        self.model: PreTrainedModel
+        self.data: TokenData
+        self.masks = Masks({})
+        self.directory: Path | None = None
+        self.phases = Phases()
+
+    @property
+    def label(self) -> str:
+        """What a table calls this scope; the scope's name unless an option changes what it is."""
+        return self.scope
+
+    @property
+    @abstractmethod
+    def train_tokens(self) -> int:
+        """Calibration tokens that went through a training step, counted once per pass over the model."""
+
+    @property
+    @abstractmethod
+    def max_epochs(self) -> int:
+        """How many Lightning epochs the fit takes."""
+
+    @property
+    def progress(self) -> str:
+        """Where the fit is, in a few words."""
+        return f"epoch {self.trainer.current_epoch + 1}/{self.max_epochs}"
+
+    @abstractmethod
+    def enforced(self) -> Masks:
+        """The masks that hold at this moment; all of them when the fit has ended."""
+
+    def load(self, data: TokenData) -> None:
+        """Load the dense model, and give `data` its tokenizer."""
+        self.model = self.source.model()
+        data.tokenizer = self.source.load_tokenizer()
+
+    def prepare(self, data: TokenData, masks: Masks, directory: Path | None = None) -> None:
+        """Say what to train on and which weights survive.
+
+        Args:
+            data: Calibration and validation tokens; its tokenizer is set.
+            masks: Which weights of the loaded model survive.
+            directory: Where finished parts may be written, so that a killed run can go on; nowhere if None.
+
+        Raises:
+            ValueError: If the masks belong to another model.
+        """
+        masks.validate_for(self.model)
+        self.data, self.masks, self.directory = data, masks, directory
+
+    def setup(self, stage: str) -> None:
+        """Tell the trainer how long the fit is: the scope knows its windows and epochs."""
+        if stage == "fit":
+            self.trainer.fit_loop.max_epochs = self.max_epochs
+
+
+def check_finite(loss: torch.Tensor, where: str) -> None:
+    """Stop a run whose loss is no number.
+
+    Raises:
+        FloatingPointError: If `loss` is NaN or infinite, with the place and the usual cures.
+    """
+    if not torch.isfinite(loss):
+        raise FloatingPointError(
+            f"the loss must be finite, got {loss.item()} in {where}; lower model.lr, or use a wider trainer.precision"
+        )
+
+
+def warmup_and_linear_decay(
+    optimizer: torch.optim.Optimizer, num_steps: int, warmup: float, period: int | None = None
+) -> dict[str, Any]:
+    """Lightning's description of a per-step schedule: linear warm-up, then linear decay to zero.
+
+    Args:
+        optimizer: Whose learning rate is scheduled.
+        num_steps: Steps of one schedule.
+        warmup: Share of the steps that warm up.
+        period: Start again after so many steps; never if None.
+    """
+    rising = max(1, round(warmup * num_steps))
+
+    def factor(step: int) -> float:
+        step = step % period if period else min(step, num_steps)
+        return min((step + 1) / rising, max(0.0, (num_steps - step) / max(1, num_steps - rising)))
+
+    return {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}
