@@ -39,7 +39,7 @@ class MaskEnforcer(Callback):
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         scope = _scope(pl_module)
-        for optimizer in trainer.optimizers:
+        for optimizer in trainer.optimizers if scope.automatic_optimization else ():
             if not isinstance(optimizer, ZERO_KEEPING):
                 raise ValueError(
                     f"MaskEnforcer needs an optimizer that keeps zeros at zero "

@@ -38,12 +38,9 @@ class Progress(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if time.monotonic() - self._printed >= self.every_seconds / 5 or trainer.should_stop:
+        last = trainer.current_epoch + 1 == trainer.max_epochs
+        if last or time.monotonic() - self._printed >= self.every_seconds / 5:
             self._print(trainer, pl_module)
-
-    @override
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._print(trainer, pl_module)
 
     def _print(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero:

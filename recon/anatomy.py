@@ -124,7 +124,7 @@ def _block_list(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
         found = _listed([f"{name} ({length})" for name, length in lengths.items()]) or "no ModuleList"
         raise ValueError(
             f"recon needs a ModuleList of blocks as long as config.num_hidden_layers ({depth}), found "
-            f"{found} in {type(model).__name__}. Load a transformers causal language model."
+            f"{found} in {type(model).__name__}. Load a causal language model with one list of blocks."
         )
     name = min(candidates, key=len)
     return name, list(model.get_submodule(name).children())
@@ -189,7 +189,7 @@ def _refuse_fused_parameters(names: list[str], modules: list[nn.Module]) -> None
         raise ValueError(
             f"recon prunes two-dimensional matrices of Linear and Conv1D modules, found {len(fused)} block "
             f"parameters of more dimensions (fused experts or convolutions), which it would leave dense: "
-            f"{_listed(fused)}. Mixture-of-experts models with fused experts are not supported."
+            f"{_listed(fused)}. Load a model whose blocks hold none."
         )
 
 

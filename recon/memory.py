@@ -1,5 +1,7 @@
 """Peak memory of this process: resident on the host, allocated and reserved on a CUDA device, in bytes."""
 
+import ctypes
+import gc
 import threading
 import time
 from dataclasses import dataclass
@@ -36,12 +38,15 @@ class PeakMeter:
         return "VmHWM, reset per phase" if self.exact else "resident size sampled every 5 ms"
 
     def start(self) -> None:
-        """Forget earlier peaks."""
+        """Forget earlier peaks, and give memory that is free but still held back to the system."""
+        gc.collect()
+        _trim_heap()
         if self.exact:
             _reset_high_water_mark()
         else:
             self._sampler = _Sampler()
         if torch.cuda.is_available():
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 
     def stop(self) -> Peaks:
@@ -61,6 +66,14 @@ def resident_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # the best that macOS tells without psutil
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _trim_heap() -> None:
+    """Without this, glibc keeps what an earlier phase freed, and its peak would count as the next one's."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError):
+        pass  # another C library, which keeps what it keeps
 
 
 def _reset_high_water_mark() -> bool:

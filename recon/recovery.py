@@ -80,6 +80,7 @@ def recover(
             say(f"test perplexity  dense {dense.perplexity:.3f}  pruned {pruned.perplexity:.3f}")
         phases.enter("prepare")
         scope.prepare(data, masks, run.path)
+        phases.enter("train")
         started = time.monotonic()
         trainer.fit(scope, ckpt_path=run.last_checkpoint, weights_only=True)
         seconds = time.monotonic() - started

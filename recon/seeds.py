@@ -3,7 +3,13 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
+
+
+def derived_seed(*parts: int) -> int:
+    """A seed for one piece of work out of the run's seed and the numbers that name the piece."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Masked least squares: the best weights of one matrix for a fixed mask, by conjugate gradients.
 
 With W0 the dense weight, G = X^T X and M the mask, minimise tr((W - W0) G (W - W0)^T) over W = M * W. The
-rows are independent convex problems of the same G: all run at once, with one large product, P G, an iteration.
+rows are independent convex problems of the same G: all run at once, and an iteration has one large product.
 """
 
 from dataclasses import dataclass
@@ -12,14 +12,8 @@ from torch import Tensor
 
 from recon.statistics import full_fp32
 
-REFRESH_EVERY = 25
-"""Iterations between two computations of the true residual, from which the updated one drifts in fp32."""
-
-PATIENCE = 4
-"""Stop after this many refreshes in a row without progress in any unfinished row: fp32 is at its limit."""
-
 PROGRESS = 0.9
-"""A row makes progress when its true residual falls below this fraction of its best."""
+"""Stop when no unfinished row's true residual fell below this fraction of its best: fp32 is at its limit."""
 
 
 @dataclass
@@ -75,9 +69,8 @@ def conjugate_gradients(
         W, iterations = _iterate(G, W0, pruned, W1, tolerance, max_iterations)
         before, after, whole = (_row_errors(V, W0, G) for V in (W1, W, torch.zeros_like(W)))
         _require_finite(name, solution=W, objective=torch.stack([before, after, whole]))
-        W = torch.where(
-            (after <= before)[:, None], W, W1
-        )  # rounding may lift a row that starts at its optimum
+        # Rounding may lift a row that starts at its optimum.
+        W = torch.where((after <= before)[:, None], W, W1)
         gradient, scale = _residual(W, W0, G, pruned), _residual(torch.zeros_like(W), W0, G, pruned)
         return Solution(
             weight=W,
@@ -90,38 +83,39 @@ def conjugate_gradients(
 def _iterate(
     G: Tensor, W0: Tensor, pruned: Tensor, start: Tensor, tolerance: float, max_iterations: int
 ) -> tuple[Tensor, int]:
-    """Run preconditioned conjugate gradients; rows within the tolerance stand still."""
-    W = start.clone()
+    """Run conjugate gradients until the true residual is within the tolerance or no longer falls.
+
+    The updated residual R drifts from the true one, so each time R is within the tolerance the true one is
+    computed, and the rows that it finds unfinished start again from it. Refreshing every 25 iterations instead
+    reaches the same residuals in twice the iterations, for each refresh spoils the conjugacy of P.
+    """
+    W, iteration = start.clone(), 0
     diagonal = G.diagonal()
     # An input that never occurred is never updated; 1 / a subnormal would be infinite.
     preconditioner = torch.where(diagonal > torch.finfo(diagonal.dtype).tiny, 1 / diagonal, 0)
     target = tolerance * _residual(torch.zeros_like(W), W0, G, pruned).norm(dim=1)
-    previous = best = torch.full_like(target, float("inf"))
-    R, P, fresh, num_vain = _residual(W, W0, G, pruned), torch.zeros_like(W), True, 0
-    for iteration in range(max_iterations):
+    best = torch.full_like(target, float("inf"))
+    while True:
+        R = _residual(W, W0, G, pruned)
         norms = R.norm(dim=1)
-        if not fresh and (iteration % REFRESH_EVERY == 0 or not (norms > target).any()):
-            R, fresh = _residual(W, W0, G, pruned), True
-            norms = R.norm(dim=1)
-        active = norms > target
-        if fresh:
-            lower = active & (norms < PROGRESS * best)
-            best = torch.where(lower, norms, best)
-            num_vain = 0 if lower.any() else num_vain + 1
-            if not active.any() or num_vain == PATIENCE:
+        progress = (norms > target) & (norms < PROGRESS * best)
+        if not progress.any():
+            return W, iteration
+        best = torch.minimum(best, norms)
+        P, previous = torch.zeros_like(R), torch.full_like(best, float("inf"))
+        while (active := R.norm(dim=1) > target).any():
+            if iteration == max_iterations:
                 return W, iteration
-        Z = R * preconditioner
-        rz = (R * Z).sum(1)
-        # A row that stands still forgets its direction: should a refresh wake it, it restarts along Z.
-        P = torch.where(active[:, None], Z + (rz / previous)[:, None] * P, 0)
-        previous = torch.where(active, rz, float("inf"))
-        Q = (P @ G).masked_fill_(pruned, 0)
-        curvature = (P * Q).sum(1)
-        step = torch.where(active & (curvature > 0), rz / curvature, 0)[:, None]
-        W += step * P
-        R -= step * Q
-        fresh = False
-    return W, max_iterations
+            iteration += 1
+            Z = R * preconditioner
+            rz = (R * Z).sum(1)
+            P = torch.where(active[:, None], Z + (rz / previous)[:, None] * P, 0)
+            previous = rz
+            Q = (P @ G).masked_fill_(pruned, 0)
+            curvature = (P * Q).sum(1)
+            step = torch.where(active & (curvature > 0), rz / curvature, 0)[:, None]
+            W += step * P
+            R -= step * Q
 
 
 def _residual(W: Tensor, W0: Tensor, G: Tensor, pruned: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -21,8 +21,8 @@ from transformers import Cache, PreTrainedModel
 
 from recon.anatomy import Anatomy, Block
 
-Hidden = Float[Tensor, "batch seq dim"]
-Tokens = Int[Tensor, "batch seq"]
+Hidden: TypeAlias = Float[Tensor, "batch seq dim"]
+Tokens: TypeAlias = Int[Tensor, "batch seq"]
 
 PROBE_LENGTH = 4  # tokens of the sequence on which forms and dependencies are learned
 MAX_RECORDED_SHAPES = 2  # the full batch and the smaller last one
@@ -219,13 +219,14 @@ class Replay:
     def verify(self) -> None:
         """Check on a few tokens that blocks, replayed or tapped and stubbed, give what the model gives.
 
-        A module tree can be misread in ways that only numbers show: blocks that run twice or exchange
-        more than hidden states, an attention submodule that returns more than its output.
+        A module tree can be misread in ways that only numbers show: blocks that run twice, exchange more
+        than hidden states or see the tokens, an attention submodule that returns more than its output.
 
         Raises:
-            ValueError: If a block is not called exactly once, or an output differs.
+            ValueError: If a block is not called exactly once, cannot be stubbed, or gives something else.
         """
-        blocks, tokens = self.anatomy.blocks, _arbitrary_tokens(self.model)
+        blocks = self.anatomy.blocks
+        tokens = _arbitrary_tokens(self.model).flip(1)  # not the ones that calls are recorded with
         expected: list[list[Any]] = [[] for _ in blocks]
         with ExitStack() as stack:
             stack.enter_context(_evaluating(self.model))
@@ -240,7 +241,14 @@ class Replay:
                     f"This model is not supported."
                 )
             reference = _first(outputs[0])
-            stubbed = self.stub(block.index, hidden, self.tap(block.index, hidden))
+            attention = self.tap(block.index, hidden)
+            try:
+                stubbed = self.stub(block.index, hidden, attention)
+            except (AttributeError, TypeError) as error:  # it met None
+                raise ValueError(
+                    f"A block must need only the first output of its attention submodule, {block.name} needs "
+                    f"more than the first output of {block.attention_name}. This model is not supported."
+                ) from error
             hidden = self.run(block.index, hidden)
             for move, output in (("replayed", hidden), ("tapped and stubbed", stubbed)):
                 error = ((output - reference).float().norm() / reference.float().norm()).item()
@@ -268,7 +276,7 @@ class Replay:
     def _calls_for(self, hidden: Tensor) -> list[Call]:
         """The calls recorded for hidden states of this shape, in the present autocast state."""
         weight = _embedding_weight(self.model)
-        kind = hidden.device.type
+        kind = weight.device.type  # recording runs there
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         key = (*hidden.shape[:2], hidden.device, autocast, weight.device, weight.dtype)
         if key not in self._calls:

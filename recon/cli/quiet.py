@@ -17,8 +17,10 @@ def quiet() -> None:
         "LightningCLI's args parameter is intended.*",
         ".*does not have many workers.*",  # data are tensors in memory
         ".*`training_step` returned `None`.*",
-        ".*modules in eval mode.*",  # on purpose: dropout stays off
+        ".*in eval mode at the start of training.*",  # on purpose: dropout stays off
         ".*Checkpoint directory .* exists and is not empty.*",
+        ".*isinstance.treespec, LeafSpec.*",  # Lightning 2.6 with torch 2.13
+        ".*`configure_optimizers` returned `None`.*",  # on purpose: the matrix scope has none
         ".*smaller than the logging interval.*",
     ):
         warnings.filterwarnings("ignore", message)

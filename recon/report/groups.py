@@ -70,10 +70,8 @@ class Group:
     @property
     def split(self) -> str:
         """The split that perplexity was measured on; "test" if the cells do not say."""
-        return (
-            "/".join(sorted({str(cell.protocol["split"]) for cell in self.cells if "split" in cell.protocol}))
-            or "test"
-        )
+        splits = {str(cell.protocol["split"]) for cell in self.cells if "split" in cell.protocol}
+        return "/".join(sorted(splits)) or "test"
 
     @property
     def failures(self) -> list[str]:

@@ -1,22 +1,33 @@
-"""Put text in a plot so that it overlaps nothing: other text, points, lines, the frame.
+"""Put text in a plot so that it overlaps nothing: other text, markers, lines, the frame.
 
 The placement is greedy and deterministic: candidate positions from near to far around what is labelled,
-the first free one is taken. A label that has moved away is tied to its point by a thin leader line.
-All geometry is in pixels of the figure's own dpi, measured with the renderer.
+the first free one is taken. A label that has moved away is tied to its marker by a thin leader line.
+All geometry is in pixels of the figure's own dpi, text is measured with the renderer.
 """
 
 import math
-from collections.abc import Iterator
-from itertools import pairwise
 
+import numpy as np
+from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import RendererBase
-from matplotlib.path import Path as Line
 from matplotlib.text import Text
-from matplotlib.transforms import Bbox, IdentityTransform
+from matplotlib.transforms import IdentityTransform
+from numpy import ndarray
 
-DIRECTIONS = (0, 180, 90, 270, 45, 135, 315, 225, 22.5, 157.5, 337.5, 202.5, 67.5, 112.5, 292.5, 247.5)
-"""Where a label may stand, in degrees from its point: beside it first, then above, below, askew."""
+from recon.report.geometry import boxes_overlap, segments_cross, segments_enter
+
+DIRECTIONS = (0, 180, 90, 270, 45, 135, 315, 225, *range(15, 360, 15))
+"""Where a label may stand, in degrees from its marker: beside it first, then above, below, askew."""
+
+GAP = 2.0
+"""Points between a text and anything else."""
+
+RING = 5.0
+"""Points by which each round of candidates is farther away than the one before."""
+
+CROWD = 50.0
+"""Width and height in points of the surroundings in which a third marker makes a crowd."""
 
 
 class LabelPlacer:
@@ -25,148 +36,144 @@ class LabelPlacer:
     Args:
         axes: What to label.
         renderer: Measures the text.
+        spread: Least distance in points between a label and its marker where markers crowd: near labels
+            wall the spot in, at a distance more of them fan out around it.
         font_size: Of the labels, in points.
     """
 
-    def __init__(self, axes: Axes, renderer: RendererBase, font_size: float = 9.0) -> None:
+    def __init__(
+        self, axes: Axes, renderer: RendererBase, spread: float = GAP, font_size: float = 9.0
+    ) -> None:
         self.axes = axes
         self.renderer = renderer
+        self.spread = spread
         self.font_size = font_size
         self.pixels = axes.figure.dpi / 72  # per point
-        self.frame = axes.bbox.padded(-2 * self.pixels)
-        self.boxes: list[Bbox] = []
-        self.lines: list[Line] = []
-        self.leaders: list[Line] = []
+        self.frame = axes.bbox.padded(-GAP * self.pixels).extents
+        # what no label may touch, as boxes and segments of recon.report.geometry
+        self.texts = np.empty((0, 4))
+        self.markers = np.empty((0, 4))
+        self.lines = np.empty((0, 4))
+        self.leaders = np.empty((0, 4))
 
-    def avoid_marker(self, x: float, y: float, size: float) -> None:
-        """Keep text off a marker of `size` points at the data coordinates `x`, `y`."""
-        px, py = self._pixel(x, y)
-        half = size / 2 * self.pixels
-        self.boxes.append(Bbox.from_extents(px - half, py - half, px + half, py + half))
+    def avoid_marker(self, x: float, y: float, extent: float) -> None:
+        """Keep text off a marker, `extent` points wide and high, at the data coordinates `x`, `y`."""
+        center = np.array([self._pixel(x, y)])
+        self.markers = np.vstack([self.markers, _boxes(center, extent * self.pixels, extent * self.pixels)])
 
-    def avoid_line(self, points: list[tuple[float, float]]) -> None:
-        """Keep text off the straight lines that join these data coordinates."""
-        for start, end in pairwise(points):
-            self.lines.append(Line([self._pixel(*start), self._pixel(*end)]))
+    def avoid_line(self, x0: float, y0: float, x1: float, y1: float) -> None:
+        """Keep text off the straight line between two points in data coordinates."""
+        self.lines = np.vstack([self.lines, [*self._pixel(x0, y0), *self._pixel(x1, y1)]])
 
     def label_line(self, text: str, y: float, color: str) -> bool:
-        """Write `text` on either side of the horizontal line at `y`; False if there is no room."""
+        """Write `text` above or below the horizontal line at `y`; False if there is no room."""
         width, height = self._size(text)
         _, py = self._pixel(self.axes.get_xlim()[0], y)
-        gap = height / 2 + 2 * self.pixels
-        left, right = self.frame.x0 + width / 2, self.frame.x1 - width / 2
-        for share in range(0, 101, 4):
-            x = right - (right - left) * share / 100
-            for side in (gap, -gap):
-                box = _box(x, py + side, width, height)
-                if self._is_free(box):
-                    self._write(text, box, anchor=(x, py), color=color)
-                    return True
-        return False
+        side = height / 2 + GAP * self.pixels
+        centers = [(x, py + dy) for x in self._along_frame(width) for dy in (side, -side)]
+        return self._write_first_free(text, np.array(centers), width, height, color)
 
-    def label_corner(self, text: str, color: str) -> bool:
+    def label_top(self, text: str, color: str) -> bool:
         """Write `text` along the upper edge of the frame; False if there is no room."""
         width, height = self._size(text)
-        y = self.frame.y1 - height / 2
-        left, right = self.frame.x0 + width / 2, self.frame.x1 - width / 2
-        for share in range(0, 101, 4):
-            box = _box(right - (right - left) * share / 100, y, width, height)
-            if self._is_free(box):
-                self._write(text, box, anchor=(box.x0, box.y0), color=color)
-                return True
-        return False
+        centers = [(x, self.frame[3] - height / 2) for x in self._along_frame(width)]
+        return self._write_first_free(text, np.array(centers), width, height, color)
 
-    def label_point(self, text: str, x: float, y: float, size: float, color: str) -> bool:
-        """Write `text` as near as possible to a marker of `size` points; False if there is no room."""
-        anchor = self._pixel(x, y)
+    def label_marker(self, text: str, x: float, y: float, extent: float, color: str) -> bool:
+        """Write `text` as near as possible to a marker of `extent` points; False if there is no room.
+
+        A leader line that would cross another one, or a marker, is taken only if there is no other way: in
+        a cluster of markers there often is none. It never crosses text.
+        """
         width, height = self._size(text)
-        radius = size / 2 * self.pixels
-        for distance, (ux, uy) in self._around(radius + 2 * self.pixels):
-            cx = anchor[0] + ux * (distance + width / 2)
-            cy = anchor[1] + uy * (distance + height / 2)
-            box = _box(cx, cy, width, height)
-            if not self._is_free(box):
-                continue
-            leader = self._leader(anchor, radius, box)
-            if leader is None:
-                self._write(text, box, anchor, color)
-                return True
-            if self._is_clear(leader, anchor):
-                self._write(text, box, anchor, color)
-                self._draw(leader, anchor, color)
+        anchor = np.array(self._pixel(x, y))
+        radius = extent / 2 * self.pixels
+        boxes = _boxes(self._around(anchor, radius, width, height), width, height)
+        boxes = boxes[self._is_free(boxes)]
+        leaders = _leaders(anchor, radius, boxes)
+        is_near = np.hypot(*(leaders[:, 2:] - anchor).T) < radius + RING * self.pixels
+        foreign = self.markers[~boxes_overlap(self.markers, _boxes(anchor[None], 1.0, 1.0))[:, 0]]
+        possible = is_near | ~segments_enter(leaders, self.texts).any(1)
+        crossing = segments_enter(leaders, foreign).any(1) | segments_cross(leaders, self.leaders).any(1)
+        for choice in (possible & (is_near | ~crossing), possible):
+            if choice.any():
+                best = int(choice.argmax())
+                self._write(text, boxes[best], color)
+                if not is_near[best]:
+                    self._draw(leaders[best], color)
                 return True
         return False
 
-    def _around(self, nearest: float) -> Iterator[tuple[float, tuple[float, float]]]:
-        distance = nearest
-        while distance < math.hypot(self.frame.width, self.frame.height):
-            for angle in DIRECTIONS:
-                yield distance, (math.cos(math.radians(angle)), math.sin(math.radians(angle)))
-            distance += 5 * self.pixels
+    def _along_frame(self, width: float) -> Float[ndarray, " n"]:
+        """Horizontal centres for a text of `width` pixels, from the right end of the frame to the left."""
+        return np.linspace(self.frame[2] - width / 2, self.frame[0] + width / 2, 26)
 
-    def _is_free(self, box: Bbox) -> bool:
-        """Whether text may stand in `box`: inside the frame, and touching nothing placed so far."""
-        inside_x = self.frame.x0 <= box.x0 and box.x1 <= self.frame.x1
-        inside_y = self.frame.y0 <= box.y0 and box.y1 <= self.frame.y1
-        margin = box.padded(1.5 * self.pixels)
-        blocked = margin.count_overlaps(self.boxes) > 0 or any(
-            line.intersects_bbox(margin, filled=False) for line in self.lines + self.leaders
-        )
-        return bool(inside_x and inside_y and not blocked)
+    def _around(
+        self, anchor: Float[ndarray, "2"], radius: float, width: float, height: float
+    ) -> Float[ndarray, "n 2"]:
+        """Centres for a text at rising distance from the rim of a marker, all directions in each round."""
+        farthest = math.hypot(self.frame[2] - self.frame[0], self.frame[3] - self.frame[1])
+        surroundings = _boxes(anchor[None], CROWD * self.pixels, CROWD * self.pixels)
+        is_crowded = boxes_overlap(surroundings, self.markers).sum() > 2
+        nearest = radius + (self.spread if is_crowded else GAP) * self.pixels
+        distances = np.arange(nearest, farthest, RING * self.pixels)
+        angles = np.radians(DIRECTIONS)
+        units = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+        return (anchor + units * (distances[:, None, None] + np.array([width, height]) / 2)).reshape(-1, 2)
 
-    def _leader(self, anchor: tuple[float, float], radius: float, box: Bbox) -> Line | None:
-        """From the rim of the marker to the nearest point of `box`; None if they all but touch."""
-        x = min(max(anchor[0], box.x0), box.x1)
-        y = min(max(anchor[1], box.y0), box.y1)
-        length = math.hypot(x - anchor[0], y - anchor[1])
-        if length < radius + 5 * self.pixels:
-            return None
-        start = radius / length
-        return Line([(anchor[0] + start * (x - anchor[0]), anchor[1] + start * (y - anchor[1])), (x, y)])
+    def _is_free(self, boxes: Float[ndarray, "n 4"]) -> ndarray:
+        """Whether text may stand in each box: inside the frame, and touching nothing placed so far."""
+        gap = GAP * 0.75 * self.pixels
+        padded = boxes + np.array([-gap, -gap, gap, gap])
+        outside = (boxes[:, :2] < self.frame[:2]) | (boxes[:, 2:] > self.frame[2:])
+        solid = boxes_overlap(padded, np.vstack([self.texts, self.markers])).any(1)
+        thin = segments_enter(np.vstack([self.lines, self.leaders]), padded).any(0)
+        return np.logical_not(outside.any(1) | solid | thin)
 
-    def _is_clear(self, leader: Line, anchor: tuple[float, float]) -> bool:
-        """Whether a leader crosses no text, no other leader and no marker but those that cover its own."""
-        foreign = [box for box in self.boxes if not box.contains(*anchor)]
-        return not any(leader.intersects_bbox(box, filled=True) for box in foreign) and not any(
-            leader.intersects_path(other, filled=False) for other in self.leaders
-        )
+    def _write_first_free(
+        self, text: str, centers: Float[ndarray, "n 2"], width: float, height: float, color: str
+    ) -> bool:
+        boxes = _boxes(centers, width, height)
+        free = self._is_free(boxes)
+        if not free.any():
+            return False
+        self._write(text, boxes[free.argmax()], color)
+        return True
+
+    def _write(self, text: str, box: Float[ndarray, "4"], color: str) -> None:
+        x, y = self._data((box[:2] + box[2:]) / 2)
+        self.axes.text(x, y, text, color=color, ha="center", va="center", size=self.font_size, zorder=5)
+        self.texts = np.vstack([self.texts, box])
+
+    def _draw(self, leader: Float[ndarray, "4"], color: str) -> None:
+        (x0, y0), (x1, y1) = self._data(leader[:2]), self._data(leader[2:])
+        self.axes.plot([x0, x1], [y0, y1], color=color, linewidth=0.7, zorder=4, gid="leader")
+        self.leaders = np.vstack([self.leaders, leader])
 
     def _size(self, text: str) -> tuple[float, float]:
         probe = Text(0, 0, text, size=self.font_size, transform=IdentityTransform(), figure=self.axes.figure)
         box = probe.get_window_extent(self.renderer)
-        return box.width, box.height
+        return float(box.width), float(box.height)
 
     def _pixel(self, x: float, y: float) -> tuple[float, float]:
         px, py = self.axes.transData.transform((x, y))
         return float(px), float(py)
 
-    def _write(self, text: str, box: Bbox, anchor: tuple[float, float], color: str) -> None:
-        offset = ((box.x0 + box.x1) / 2 - anchor[0], (box.y0 + box.y1) / 2 - anchor[1])
-        self._annotate(text, anchor, offset, color=color, ha="center", va="center", size=self.font_size)
-        self.boxes.append(box)
-
-    def _draw(self, leader: Line, anchor: tuple[float, float], color: str) -> None:
-        (x0, y0), (x1, y1) = leader.vertices.tolist()
-        offset = (x1 - anchor[0], y1 - anchor[1])
-        shrink = math.hypot(x0 - anchor[0], y0 - anchor[1]) / self.pixels
-        arrow = {"arrowstyle": "-", "color": color, "linewidth": 0.7, "shrinkA": 0, "shrinkB": shrink}
-        self._annotate("", anchor, offset, arrowprops=arrow)
-        self.leaders.append(leader)
-
-    def _annotate(
-        self, text: str, anchor: tuple[float, float], offset: tuple[float, float], **kwargs
-    ) -> None:
-        """Offsets are kept in points, so that the picture is the same at every dpi."""
-        self.axes.annotate(
-            text,
-            xy=tuple(self.axes.transData.inverted().transform(anchor)),
-            xytext=(offset[0] / self.pixels, offset[1] / self.pixels),
-            textcoords="offset points",
-            annotation_clip=False,
-            zorder=5,
-            **kwargs,
-        )
+    def _data(self, pixel: Float[ndarray, "2"]) -> tuple[float, float]:
+        x, y = self.axes.transData.inverted().transform(pixel)
+        return float(x), float(y)
 
 
-def _box(x: float, y: float, width: float, height: float) -> Bbox:
-    return Bbox.from_bounds(x - width / 2, y - height / 2, width, height)
+def _boxes(centers: Float[ndarray, "n 2"], width: float, height: float) -> Float[ndarray, "n 4"]:
+    half = np.array([width, height]) / 2
+    return np.hstack([centers - half, centers + half])
+
+
+def _leaders(
+    anchor: Float[ndarray, "2"], radius: float, boxes: Float[ndarray, "n 4"]
+) -> Float[ndarray, "n 4"]:
+    """From the rim of a marker to the nearest point of each box, none of which holds the marker's centre."""
+    ends = np.clip(anchor, boxes[:, :2], boxes[:, 2:])
+    steps = ends - anchor
+    starts = anchor + radius * steps / np.hypot(*steps.T)[:, None]
+    return np.hstack([starts, ends])

@@ -8,13 +8,13 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
 from recon.report.groups import Estimate, Group
 from recon.report.labels import LabelPlacer
@@ -23,7 +23,8 @@ from recon.report.table import format_number
 
 WIDTH = 9.6
 HEIGHTS = (4.8, 6.4, 8.5, 12.0)
-"""Inches. Crowded labels that find no room in one height get the next."""
+SPREADS = (2.0, 25.0, 50.0, 80.0)
+"""Inches, and least points between label and marker. Labels that find no room get the next, spreads first."""
 
 LOG_RATIO = {"x": 20.0, "y": 5.0}
 """An axis whose largest value is more than so many times its smallest is logarithmic."""
@@ -109,8 +110,8 @@ def draw_group(group: Group) -> Figure | None:
     memory, seconds = _panels(group)
     if not memory.points and not seconds.points:
         return None
-    for height in HEIGHTS:
-        figure = _draw(group, [memory, seconds], height)
+    for height, spread in product(HEIGHTS, SPREADS):
+        figure = _draw(group, [memory, seconds], height, spread)
         if figure is not None:
             return figure
     raise ValueError(
@@ -152,8 +153,8 @@ def _references(group: Group) -> list[Reference]:
     return references
 
 
-def _draw(group: Group, panels: list[Panel], height: float) -> Figure | None:
-    """The picture at `height` inches; None if a label found no room."""
+def _draw(group: Group, panels: list[Panel], height: float, spread: float) -> Figure | None:
+    """The picture, `height` inches high; None if a label found no room `spread` points from its marker."""
     figure = Figure(figsize=(WIDTH, height), dpi=PNG_DPI)
     canvas = FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
@@ -177,7 +178,7 @@ def _draw(group: Group, panels: list[Panel], height: float) -> Figure | None:
     figure.draw_without_rendering()  # settles ticks and limits, which the labels are measured against
     renderer = canvas.get_renderer()
     for axes, panel in zip((left, right), panels, strict=True):
-        placer = LabelPlacer(axes, renderer)
+        placer = LabelPlacer(axes, renderer, spread)
         if not _label_panel(placer, panel, drawn, [ref for ref in references if ref not in drawn]):
             return None
     return figure
@@ -245,19 +246,21 @@ def _label_panel(
         x, y = point.cost.mean, point.perplexity.mean
         (x0, x1), (y0, y1) = _bounds(point.cost), _bounds(point.perplexity)
         placer.avoid_marker(x, y, LOOKS[point.scope].extent)
-        placer.avoid_line([(x0, y), (x1, y)])
-        placer.avoid_line([(x, y0), (x, y1)])
+        placer.avoid_line(x0, y, x1, y)
+        placer.avoid_line(x, y0, x, y1)
     for (x0, y0), (x1, y1) in pairwise(_front(panel)):
-        placer.avoid_line([(x0, y0), (x1, y0), (x1, y1)])
+        placer.avoid_line(x0, y0, x1, y0)
+        placer.avoid_line(x1, y0, x1, y1)
+    x0, x1 = placer.axes.get_xlim()
     for reference in references:
-        placer.avoid_line([(x, reference.perplexity) for x in placer.axes.get_xlim()])
+        placer.avoid_line(float(x0), reference.perplexity, float(x1), reference.perplexity)
 
     placed = [placer.label_line(ref.text, ref.perplexity, DARK) for ref in references]
-    placed += [placer.label_corner(f"{ref.text}, off scale ↑", DARK) for ref in off_scale]
+    placed += [placer.label_top(f"{ref.text}, off scale ↑", DARK) for ref in off_scale]
     for point in reversed(panel.points):  # the smallest marker lies on top and has the first choice
         look = LOOKS[point.scope]
         x, y = point.cost.mean, point.perplexity.mean
-        placed.append(placer.label_point(point.label, x, y, look.extent, look.ink))
+        placed.append(placer.label_marker(point.label, x, y, look.extent, look.ink))
     return all(placed)
 
 
@@ -285,14 +288,16 @@ def _scale(axes: Axes, which: str, values: list[float], margin: float) -> None:
     if low > 0 and high > LOG_RATIO[which] * low:
         grow = (high / low) ** margin
         axes.set(**{f"{which}scale": "log", f"{which}lim": (low / grow, high * grow)})
-        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 1000 * low else (1.0,), numticks=8))
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 50 * low else (1.0,), numticks=8))
         axis.set_minor_formatter(NullFormatter())
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
         return
-    room = margin * (high - low) or 0.05 * abs(high) or 1.0
+    room = margin * (high - low) or 0.06 * abs(high) or 1.0
     start = low - room
     if low >= 0:  # neither costs nor perplexities are negative, so no tick should be
         start = max(start, min(0.0, low - room / 4))
     axes.set(**{f"{which}lim": (start, high + room)})
     axis.set_major_locator(MaxNLocator(nbins=6, steps=LINEAR_STEPS))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    plain_numbers = ScalarFormatter(useOffset=False)
+    plain_numbers.set_scientific(False)
+    axis.set_major_formatter(plain_numbers)

@@ -1,7 +1,8 @@
 """`Report`, what one run measured, and `Results`, the reports of one comparison; dataclass <-> JSON.
 
 The JSON is strict: it holds no NaN or Infinity. A number that is not finite is written as null, and a
-perplexity that is not finite (a diverged recovery) counts as not measured: it is None in memory too.
+perplexity that is not finite (a diverged recovery) counts as not measured: it is None in memory too, so
+that what is shown right after a run and what is shown from its file agree.
 """
 
 import dataclasses
@@ -49,7 +50,8 @@ class Report:
         environment: Where: device name, torch version, date, ...
 
     Raises:
-        ValueError: If `scope` or `status` is unknown, or a failed report does not say why.
+        ValueError: If `scope` or `status` is unknown, a failed report does not say why, or `seconds` is not
+            finite.
     """
 
     scope: str
@@ -81,8 +83,12 @@ class Report:
             raise ValueError(f"a report's status must be one of {', '.join(STATUSES)}; got {self.status!r}")
         if self.status == "failed" and not self.error:
             raise ValueError(f"a failed report must say why; got no `error` for scope {self.scope!r}")
+        if not _is_finite(self.seconds):
+            raise ValueError(
+                f"a report's seconds must be finite; got {self.seconds} for scope {self.scope!r}"
+            )
         self.label = self.label or self.scope
-        for name in ("perplexity", "dense_perplexity", "pruned_perplexity"):
+        for name in ("perplexity", "dense_perplexity", "pruned_perplexity", "sparsity"):
             if not _is_finite(getattr(self, name)):
                 setattr(self, name, None)
 

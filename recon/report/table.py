@@ -98,7 +98,9 @@ def print_table(results: Results, console: Console) -> None:
             console.print()
         console.print(Text(section.title, style="bold"))
         needed = Measurement.get(console, console.options.update_width(WIDEST), table).minimum
-        console.print(table, width=max(needed, console.width), crop=False)
+        if needed > console.width:
+            table.width = needed
+        console.print(table, crop=False)
         for note in section.notes:
             console.print(Text(note))
 

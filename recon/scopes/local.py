@@ -1,0 +1,229 @@
+"""What the local scopes share: one `Trainer.fit` that goes through the model window by window.
+
+A window takes `epochs` consecutive Lightning epochs. Its inputs and targets come from the dense model,
+so windows do not depend on each other: a finished one is written to the run directory at once, and a
+restarted run skips what is there, recomputing only the activations, and ends bit-identically.
+"""
+
+import json
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from recon.activations import Activations
+from recon.anatomy import Anatomy
+from recon.atomic import atomic_write, write_json
+from recon.data import TokenData
+from recon.masks import Masks
+from recon.scopes.base import Scope
+from recon.seeds import derived_seed
+from recon.windows import AttentionWindow, MLPWindow, Replay, Window
+
+Batch = dict[str, Tensor]
+
+
+class LocalScope(Scope):
+    """Recovers window after window, each against the dense model's activations.
+
+    Args:
+        epochs: Passes over the calibration sequences, for each window.
+        batch_size: Sequences per step, and per forward pass of the dense model.
+        **options: Which model: see `Scope`.
+
+    Attributes:
+        windows: All windows, in the order of depth; laid out by `prepare`.
+        window: The one under way; None between two.
+        results: Name of each finished window -> relative held-out error of its output `before` (pruned) and
+            `after` recovery, and what a scope adds.
+    """
+
+    def __init__(self, epochs: int = 4, batch_size: int = 8, **options: Any) -> None:
+        super().__init__(epochs=epochs, **options)
+        if batch_size < 1:
+            raise ValueError(f"model.batch_size must be at least 1, got {batch_size}")
+        self.batch_size = batch_size
+        self.windows: Sequence[Window] = []
+        self.window: Window | None = None
+        self.results: dict[str, dict[str, Any]] = {}
+        self._epoch = 0
+
+    @abstractmethod
+    def build_windows(self) -> Sequence[Window]:
+        """The windows in the order of depth, which together own every masked weight."""
+
+    @property
+    def max_epochs(self) -> int:
+        """Epochs of the windows that are not written yet."""
+        return self.epochs * sum(not self._is_written(window) for window in self.windows)
+
+    @property
+    def train_tokens(self) -> int:
+        """Calibration tokens times epochs: every window sees them, and together they are one model."""
+        return self.data.tokens("train").numel() * self.epochs
+
+    @property
+    def progress(self) -> str:
+        """Which window of how many, and which of its epochs."""
+        if self.window is None:
+            return f"window {len(self.results)}/{len(self.windows)}"
+        epoch = f"  epoch {self._epoch}/{self.epochs}" if self.epochs > 1 else ""
+        return f"window {self.windows.index(self.window) + 1}/{len(self.windows)}  {self.window.name}{epoch}"
+
+    def enforced(self) -> Masks:
+        """The masks of finished windows and of the one under way."""
+        begun = [window for window in self.windows if window.name in self.results or window is self.window]
+        return self.masks.subset([name for window in begun for name in window.owned if name in self.masks])
+
+    def prepare(self, data: TokenData, masks: Masks, directory: Path | None = None) -> None:
+        """As `Scope.prepare`; lays out the windows and freezes the model.
+
+        Raises:
+            ValueError: If the model cannot be run window by window, or no window owns a masked weight.
+        """
+        super().prepare(data, masks, directory)
+        self.model.requires_grad_(False)
+        self.replay = Replay(self.model, Anatomy.of(self.model))
+        self.replay.verify()
+        self.windows = self.build_windows()
+        owned = {name for window in self.windows for name in window.owned}
+        orphans = [name for name in masks if name not in owned]
+        if orphans:
+            raise ValueError(
+                f"every pruned weight must belong to one window, got {len(orphans)} that belong to none, "
+                f"{orphans[0]} the first; exclude them with `pruning.exclude` or choose scopes/block"
+            )
+
+    def on_fit_start(self) -> None:
+        """Embed the calibration and the held-out sequences."""
+        self.phases.enter("embed")
+        train, validation = self.data.tokens("train"), self.data.tokens("validation")
+        self.calibration = Activations(self.replay, train, self.batch_size, self.device)
+        self.held_out = Activations(self.replay, validation, self.batch_size, self.device)
+
+    def train_dataloader(self) -> "WindowBatches":
+        """Batches of whichever window is under way when they are asked for."""
+        return WindowBatches(self)
+
+    def on_train_epoch_start(self) -> None:
+        """Begin the next missing window when the last one has had its epochs."""
+        if self.window is None:
+            self._begin_next()
+        self._epoch += 1
+
+    def on_train_epoch_end(self) -> None:
+        """Log the held-out error; finish the window after its last epoch."""
+        error = self.held_out_error()
+        self.log("held_out_error", error, prog_bar=True)
+        if self._epoch == self.epochs:
+            self._finish(error)
+
+    def on_fit_end(self) -> None:
+        """Take in finished windows that lie behind the last one trained, and write all results."""
+        for window in self.windows[len(self.results) :]:
+            self._take(window)
+        if self.directory is not None:
+            write_json(self.directory / "windows.json", self.results)
+
+    def begin(self, window: Window) -> None:
+        """Compute what the dense window takes in and returns, then prune its weights."""
+        self.calibration.enter(window.indices)
+        self.masks.subset([name for name in window.owned if name in self.masks]).apply(self.model)
+
+    def batch(self, walk: Activations, rows: Any) -> Batch:
+        """Inputs and target of the current window for some of a walk's sequences."""
+        batch = {"hidden": walk.hidden[rows]}
+        assert walk.output is not None
+        if isinstance(self.window, AttentionWindow | MLPWindow):
+            assert walk.attention is not None
+            if isinstance(self.window, AttentionWindow):
+                return batch | {"target": walk.attention[rows]}
+            batch["attention"] = walk.attention[rows]
+        return batch | {"target": walk.output[rows]}
+
+    def squared_error(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Squared error of the current window's output and its target's energy, fp32 scalars."""
+        assert self.window is not None
+        output = self.window.forward(self.replay, batch["hidden"], batch.get("attention"))
+        target = batch["target"].float()
+        return (output.float() - target).square().sum(), target.square().sum()
+
+    @torch.no_grad()
+    def held_out_error(self) -> float:
+        """Squared error of the current window's output on held-out sequences, relative to its target's energy."""
+        sums = torch.zeros(2, dtype=torch.float64)
+        for start in range(0, len(self.held_out.hidden), self.batch_size):
+            batch = self.batch(self.held_out, slice(start, start + self.batch_size))
+            sums += torch.stack(self.squared_error(batch)).double().cpu()
+        return float(sums[0] / sums[1])
+
+    def _begin_next(self) -> None:
+        """Pass the dense model through windows that are written already, and begin the first that is not."""
+        for window in self.windows[len(self.results) :]:
+            if not self._is_written(window):
+                break
+            self.calibration.enter(window.indices)
+            self.held_out.enter(window.indices)
+            self._take(window)
+        self.phases.enter(f"window {window.name}")
+        self.held_out.enter(window.indices)
+        self.begin(window)
+        self.window, self._epoch = window, 0
+        self._before = self.held_out_error()
+
+    def end(self, window: Window) -> dict[str, Any]:
+        """Let go of what only `window` needed; what is returned becomes part of its results."""
+        return {}
+
+    def _finish(self, error: float) -> None:
+        """Check, write and leave the window under way."""
+        window = self.window
+        assert window is not None
+        result = {"before": self._before, "after": error, **self.end(window)}
+        weights = {name: self.model.get_parameter(name).detach().cpu().contiguous() for name in window.owned}
+        self.masks.subset([name for name in window.owned if name in self.masks]).check(self.model)
+        if self.directory is not None:
+            with atomic_write(self._file(window)) as temporary:
+                save_file(weights, temporary, {"result": json.dumps(result)})
+        if self.logger is not None:
+            metrics = {f"window/{name}": result[name] for name in ("before", "after")}
+            self.logger.log_metrics(metrics, step=self.windows.index(window))
+        self.results[window.name] = result
+        self.window = None
+
+    def _take(self, window: Window) -> None:
+        """Load the weights of a window that is written already."""
+        with safe_open(self._file(window), framework="pt") as file, torch.no_grad():
+            for name in window.owned:
+                self.model.get_parameter(name).copy_(file.get_tensor(name))
+            self.results[window.name] = json.loads(file.metadata()["result"])
+
+    def _is_written(self, window: Window) -> bool:
+        return self.directory is not None and self._file(window).exists()
+
+    def _file(self, window: Window) -> Path:
+        assert self.directory is not None
+        return self.directory / "windows" / f"{window.name}.safetensors"
+
+
+class WindowBatches:
+    """Batches of a scope's current window, in a new order every epoch, decided by seed, window and epoch."""
+
+    def __init__(self, scope: LocalScope) -> None:
+        self.scope = scope
+
+    def __len__(self) -> int:
+        return -(-len(self.scope.data.tokens("train")) // self.scope.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        scope = self.scope
+        assert scope.window is not None
+        seed = derived_seed(scope.data.seed, scope.windows.index(scope.window), scope._epoch)
+        order = torch.randperm(len(scope.calibration.hidden), generator=torch.Generator().manual_seed(seed))
+        for rows in order.to(scope.device).split(scope.batch_size):
+            yield scope.batch(scope.calibration, rows)

@@ -1,0 +1,79 @@
+"""Matrix reconstruction: each pruned matrix by itself, exactly."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recon.scopes.local import LocalScope
+from recon.shapes import as_out_in, weight_out_in
+from recon.solvers import conjugate_gradients
+from recon.statistics import InputStatistics, collect
+from recon.windows import Window, block_windows
+
+
+class MatrixReconstruction(LocalScope):
+    """The surviving weights of every matrix that best reproduce its outputs on the dense model's inputs.
+
+    That is a convex problem which the Gram matrix of the inputs holds completely: it is solved by
+    conjugate gradients, without a learning rate and whatever the number of tokens. The matrices of a
+    block make one window and one step, so that the dense model is walked only once.
+
+    Args:
+        tolerance: Relative projected gradient at which a matrix counts as solved.
+        max_iterations: Conjugate-gradient steps after which it is taken as it is.
+        **options: Batch size, and which model: see `LocalScope`.
+    """
+
+    scope = "matrix"
+
+    def __init__(self, tolerance: float = 1e-6, max_iterations: int = 500, **options: Any) -> None:
+        super().__init__(epochs=1, **options)
+        self.tolerance, self.max_iterations = tolerance, max_iterations
+        self.automatic_optimization = False
+        self._dense: dict[str, Tensor] = {}
+        self._statistics: dict[str, InputStatistics] = {}
+
+    def build_windows(self) -> Sequence[Window]:
+        """One window a block."""
+        return block_windows(self.replay.anatomy, 1)
+
+    def configure_optimizers(self) -> None:
+        """None: the solution is exact."""
+
+    def train_dataloader(self) -> list[int]:
+        """One step a window: all that it needs is in the Gram matrices."""
+        return [0]
+
+    def begin(self, window: Window) -> None:
+        """As `LocalScope.begin`, collecting Gram matrices on the way and keeping the dense weights."""
+        (block,) = window.blocks
+        self._matrices = {f"{name}.weight": matrix for name, matrix in block.matrices.items()}
+        masked = {name: matrix for name, matrix in self._matrices.items() if name in self.masks}
+        with collect(masked, need="gram") as self._statistics:
+            self.calibration.enter(window.indices)
+        self._dense = {name: weight_out_in(matrix).clone() for name, matrix in masked.items()}
+        super().begin(window)
+
+    @torch.no_grad()
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """Solve every matrix of the block."""
+        solved = {}
+        for name, dense in self._dense.items():
+            module, gram = self._matrices[name], self._statistics[name].gram
+            assert gram is not None
+            keep = as_out_in(module, self.masks[name].to(gram.device))
+            solution = conjugate_gradients(
+                gram, dense.float(), keep, tolerance=self.tolerance, max_iterations=self.max_iterations, name=name
+            )
+            weight_out_in(module).copy_(solution.weight)
+            solved[name] = {key: value for key, value in asdict(solution).items() if key != "weight"}
+        self.log("matrix_error", sum(one["relative_error"] for one in solved.values()) / max(1, len(solved)))
+        self._solved = solved
+
+    def end(self, window: Window) -> dict[str, Any]:
+        """Drop dense weights and Gram matrices; report how well each matrix was solved."""
+        self._dense, self._statistics, self._matrices = {}, {}, {}
+        return {"matrices": self._solved}

@@ -1,0 +1,300 @@
+import io
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from recon.report import SCOPES, Report, Results, markdown_table, print_table
+from recon.report.groups import group_cells
+
+PERPLEXITIES = {"dense": 10.0, "pruned": 20.0, "matrix": 14.0, "submodule": 12.0, "block": 11.5, "full": 21.0}
+
+
+def report(scope: str = "block", **changes: Any) -> Report:
+    values: dict[str, Any] = {
+        "scope": scope,
+        "model": "distilgpt2",
+        "criterion": "wanda",
+        "pattern": "2:4",
+        "seed": 0,
+        "perplexity": PERPLEXITIES[scope],
+        "dense_perplexity": 10.0,
+        "pruned_perplexity": 20.0,
+        "sparsity": 0.5,
+        "mask_violations": 0,
+        "peak_host_bytes": 620 * 2**20,
+        "seconds": 33.04,
+        "train_tokens": 131_072,
+        "run_dir": f"runs/demo/{scope}",
+        "protocol": {"split": "test", "num_sequences": 64, "seq_len": 512, "tokens_scored": 32_704},
+    }
+    return Report(**(values | changes))
+
+
+def failed(scope: str = "block", **changes: Any) -> Report:
+    values = {
+        "perplexity": None,
+        "sparsity": None,
+        "peak_host_bytes": None,
+        "seconds": 0.0,
+        "train_tokens": 0,
+    }
+    return report(scope, **(values | {"status": "failed", "error": "out of memory"} | changes))
+
+
+def printed(results: Results, width: int = 80) -> str:
+    file = io.StringIO()
+    print_table(results, Console(file=file, width=width))
+    return file.getvalue()
+
+
+# --- Report
+
+
+def test_a_saved_report_comes_back_equal(tmp_path: Path) -> None:
+    original = report(peak_device_bytes=7, environment={"torch": "2.13", "device": "cpu"})
+    original.save(tmp_path / "run" / "report.json")
+    assert Report.load(tmp_path / "run" / "report.json") == original
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["report.json"]
+
+
+@pytest.mark.parametrize(
+    ("scope", "share"), [("dense", 1.0), ("pruned", 0.0), ("submodule", 0.8), ("full", -0.1)]
+)
+def test_recovered_is_the_closed_share_of_the_gap(scope: str, share: float) -> None:
+    assert report(scope).recovered == pytest.approx(share)
+    assert report(scope).to_dict()["recovered"] == pytest.approx(share)
+
+
+def test_dense_and_pruned_are_their_own_references() -> None:
+    assert report("dense", dense_perplexity=None).recovered == 1.0
+    assert report("pruned", pruned_perplexity=None).recovered == 0.0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"perplexity": None},
+        {"dense_perplexity": None},
+        {"pruned_perplexity": None},
+        {"pruned_perplexity": 10.0},
+    ],
+)
+def test_recovered_is_none_without_a_measured_gap(changes: dict[str, Any]) -> None:
+    assert report(**changes).recovered is None
+
+
+def test_json_is_strict(tmp_path: Path) -> None:
+    original = report(perplexity=math.inf, sparsity=math.nan, protocol={"losses": [1.0, -math.inf]})
+    assert original.perplexity is original.sparsity is None
+    original.save(tmp_path / "report.json")
+    text = (tmp_path / "report.json").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    assert json.loads(text)["protocol"] == {"losses": [1.0, None]}
+    assert Report.load(tmp_path / "report.json").perplexity is None
+
+
+def test_the_label_defaults_to_the_scope() -> None:
+    assert report("matrix").label == "matrix"
+    assert report("block", label="block x2").label == "block x2"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scope": "layer"}, r"one of dense, pruned, matrix, submodule, block, full; got 'layer'"),
+        ({"status": "done"}, r"one of ok, failed; got 'done'"),
+        ({"status": "failed"}, r"must say why"),
+        ({"seconds": math.nan}, r"seconds must be finite; got nan for scope 'block'"),
+    ],
+)
+def test_impossible_reports_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Report(**({"scope": "block", "model": "m", "criterion": "c", "pattern": "p", "seed": 0} | changes))
+
+
+def test_from_dict_needs_only_what_has_no_default() -> None:
+    payload = {"scope": "block", "model": "m", "criterion": "c", "pattern": "p", "seed": 0}
+    assert Report.from_dict(payload) == Report(**payload)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="lacks seed"):
+        Report.from_dict({key: payload[key] for key in payload if key != "seed"})
+
+
+def test_whole_numbers_are_read_as_floats() -> None:
+    # other JSON writers drop the ".0"
+    again = Report.from_dict(report().to_dict() | {"perplexity": 12, "seconds": 3})
+    assert isinstance(again.perplexity, float)
+    assert isinstance(again.seconds, float)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"perplexty": 3.0}, "page.json has the unknown fields perplexty; known are scope, model"),
+        (
+            {"perplexity": "12"},
+            r"`perplexity` of page.json must be of type float \| None; got '12' of type str",
+        ),
+        ({"seed": True}, "`seed` of page.json must be of type int; got True of type bool"),
+        ({"protocol": []}, "`protocol` of page.json must be of type dict"),
+    ],
+)
+def test_from_dict_names_what_is_wrong(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Report.from_dict(report().to_dict() | changes, source="page.json")
+
+
+# --- Results
+
+
+def test_saved_results_come_back_equal_from_file_and_directory(tmp_path: Path) -> None:
+    results = Results([report(scope) for scope in SCOPES], name="demo")
+    results.save(tmp_path / "results.json")
+    assert Results.load(tmp_path / "results.json") == results
+    assert Results.load(str(tmp_path)) == results
+    assert json.loads((tmp_path / "results.json").read_text())["cells"][2]["recovered"] == 0.6
+
+
+def test_a_single_run_reads_as_results_of_one_cell(tmp_path: Path) -> None:
+    report().save(tmp_path / "report.json")
+    assert Results.load(tmp_path).cells == [report()]
+    assert Results.load(tmp_path / "report.json").cells == [report()]
+
+
+def test_missing_results_name_the_path_and_the_cure(tmp_path: Path) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"no .*results\.json and no .*report\.json.*Run `recon compare`"
+    ):
+        Results.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"absent\.json.*Run `recon compare`"):
+        Results.load(tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "strict JSON"),
+        ("[]", "must be of type dict; got"),
+        ('{"cells": [NaN]}', "NaN is not strict JSON"),
+        ('{"cells": [1]}', "cell 0 of .*results.json must be of type dict; got 1"),
+        ('{"cells": {}}', "`cells` of .*results.json must be of type list"),
+        ('{"cells": [], "extra": 1}', "unknown fields extra"),
+        ('{"cells": [{"scope": "full"}]}', "cell 0 of .*results.json lacks model, criterion, pattern, seed"),
+    ],
+)
+def test_broken_results_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        Results.load(tmp_path)
+
+
+# --- tables
+
+
+def test_rows_are_sorted_and_numbers_are_those_of_the_cells() -> None:
+    text = printed(Results([report(scope) for scope in reversed(SCOPES)]))
+    rows = [line.split() for line in text.splitlines() if line.split() and line.split()[0] in SCOPES]
+    assert [row[0] for row in rows if len(row) > 1] == list(SCOPES)
+    assert ["submodule", "12.00", "80.0", "50.0", "620", "33.0", "131"] in rows
+    assert "device" not in text
+    assert "status" not in text
+
+
+def test_seeds_are_averaged_with_their_sample_deviation() -> None:
+    cells = [report(perplexity=value, seed=i, seconds=10.0 * i) for i, value in enumerate((11.0, 12.0, 13.0))]
+    (row,) = [line.split() for line in printed(Results(cells)).splitlines() if line.startswith("block")]
+    assert row == ["block", "12.00", "±", "1.00", "80.0", "±", "10.0", "50.0", "620", "10.0", "131", "3"]
+
+
+def test_a_failed_seed_is_counted_and_explained_not_averaged() -> None:
+    cells = [
+        report(perplexity=11.0),
+        report(perplexity=13.0, seed=1),
+        failed(seed=2, error="no\nroom\n" * 99),
+    ]
+    text = printed(Results(cells))
+    assert "12.00 ± 1.41" in text
+    assert "2/3 ok" in text
+    assert "block (seed 2) failed in runs/demo/block: no room no" in text
+    assert len(text.splitlines()) < 14
+
+
+def test_without_seeds_a_failed_row_says_so() -> None:
+    text = printed(Results([report("matrix"), failed("full")]))
+    (matrix,) = [line.split() for line in text.splitlines() if line.startswith("matrix")]
+    (full,) = [line.split() for line in text.splitlines() if line.startswith("full ") and "seed" not in line]
+    assert matrix[-1] == "ok"
+    assert full[1:] == ["-"] * 4 + ["-"] * 2 + ["failed"]
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_no_number_is_ever_cut_or_wrapped(width: int) -> None:
+    cells = [report(scope, seed=seed, peak_device_bytes=9 * 2**30) for scope in SCOPES for seed in (0, 1)]
+    cells.append(failed(label="block x16, recovered inputs", seed=0))
+    text = printed(Results(cells), width)
+    assert "…" not in text
+    for scope in SCOPES:
+        expected = rf"^{scope} +{PERPLEXITIES[scope]:.2f} ± 0\.00 .* 50\.0 +620 +9,216 +33\.0 +131 +2\s*$"
+        assert re.search(expected, text, re.MULTILINE), text
+
+
+def test_the_widest_table_fits_80_columns() -> None:
+    cells = [report(scope, seed=seed, peak_device_bytes=9 * 2**30) for scope in SCOPES for seed in (0, 1, 2)]
+    cells.append(failed(seed=3))
+    assert max(len(line) for line in printed(Results(cells)).splitlines()) <= 80
+
+
+def test_each_group_is_a_section() -> None:
+    text = printed(Results([report(), report(criterion="magnitude"), report(model="[bold]gpt2[/bold]")]))
+    for title in ("distilgpt2, wanda, 2:4", "distilgpt2, magnitude, 2:4", "[bold]gpt2[/bold], wanda, 2:4"):
+        assert title in text.splitlines()
+
+
+def test_markdown_holds_the_strings_of_the_printed_table() -> None:
+    results = Results([report(scope, label=f"{scope} | x") for scope in SCOPES] + [failed(label="block x9")])
+    text = markdown_table(results)
+    assert "| submodule \\| x | 12.00 | 80.0 | 50.0 | 620 | 33.0 | 131 | ok |" in text.splitlines()
+    rows = [re.split(r"(?<!\\)\|", line) for line in text.splitlines() if line.startswith("|")]
+    assert {len(row) for row in rows} == {10}
+    assert len(rows) == 2 + 7
+    assert "- block x9 (seed 0) failed in runs/demo/block: out of memory" in text
+
+
+def test_ascii_consoles_get_ascii() -> None:
+    file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    print_table(Results([report(), report(seed=1)]), Console(file=file, width=80))
+    file.seek(0)
+    assert "11.50 +- 0.00" in file.read()
+
+
+@pytest.mark.parametrize(
+    ("change", "remark"),
+    [
+        ({"mask_violations": 1200}, r"violates its masks: 1,200 pruned weights are not zero"),
+        ({"protocol": {"split": "test", "seq_len": 128}}, r"not comparable: their protocols differ"),
+        ({"perplexity": math.inf}, r"full \(seed 0\) has no finite perplexity"),
+        ({"baseline_host_bytes": 412 * 2**20}, r"Host peaks include 412 MiB of libraries"),
+    ],
+)
+def test_what_numbers_hide_is_remarked(change: dict[str, Any], remark: str) -> None:
+    assert re.search(remark, markdown_table(Results([report(), report("full", **change)])))
+    assert not re.search(remark, markdown_table(Results([report(), report("full")])))
+
+
+def test_a_seed_is_not_counted_twice() -> None:
+    with pytest.raises(ValueError, match=r"block \(seed 0\) twice, in 'a' and in 'b'"):
+        group_cells(Results([report(run_dir="a"), report(run_dir="b")]))
+
+
+def test_importing_the_package_is_light() -> None:
+    heavy = ("torch", "lightning", "matplotlib", "transformers")
+    code = f"import sys, recon.report; print([name for name in {heavy} if name in sys.modules])"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.strip() == "[]"
