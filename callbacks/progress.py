@@ -33,7 +33,7 @@ class Progress(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if time.monotonic() - self._printed >= self.every_seconds:
+        if time.monotonic() - self._printed >= self.every_seconds and not trainer.is_last_batch:
             self._print(trainer, pl_module)
 
     @override

@@ -6,7 +6,6 @@ finished one is not repeated.
 
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,19 @@ from transformers import PreTrainedModel
 
 from recon.criteria import Criterion
 from recon.data import TokenData
+from recon.environment import environment
 from recon.evaluation import Evaluation, evaluate
 from recon.masks import Masks
 from recon.patterns import Pattern
 from recon.phases import Phases
 from recon.pruning import Pruning, prune
 from recon.report import Report
-from recon.run import RunDirectory, save_model, versions
+from recon.run import RunDirectory, save_model
 from recon.scopes.base import Scope
+
+
+NOT_RECOVERY = ("prune", "evaluate dense and pruned", "evaluate")
+"""Phases that cost the same whatever the scope; a report's peaks leave them out."""
 
 
 def recover(
@@ -152,29 +156,13 @@ def _baselines(
 
 
 def peaks(memory: dict[str, Any] | None) -> dict[str, int | None]:
-    """The largest peaks over all phases of `memory.json`, as a report names them."""
+    """The largest peaks over the phases of `memory.json` that are recovery, as a report names them."""
     if memory is None:
         return {"peak_host_bytes": None, "peak_device_bytes": None, "baseline_host_bytes": None}
-    device = [phase["device_allocated_bytes"] for phase in memory["phases"]]
+    phases = [phase for phase in memory["phases"] if phase["phase"] not in NOT_RECOVERY]
+    device = [phase["device_allocated_bytes"] for phase in phases]
     return {
-        "peak_host_bytes": max(phase["host_bytes"] for phase in memory["phases"]),
+        "peak_host_bytes": max(phase["host_bytes"] for phase in phases),
         "peak_device_bytes": None if None in device else max(device),
         "baseline_host_bytes": memory["baseline_host_bytes"],
     }
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Where and when a number was measured."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "date": datetime.now(UTC).date().isoformat(),
-        **versions(),
-    }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return f"{names[0]}, {len(names)} cores" if names else "CPU"

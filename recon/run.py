@@ -2,23 +2,13 @@
 
 import hashlib
 import json
-import platform
-from importlib.metadata import version
+import shutil
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from recon import __version__
 from recon.atomic import write_json
-
-LIBRARIES = ("torch", "transformers", "lightning")
-
-
-def versions() -> dict[str, str]:
-    """Versions that can change a result."""
-    return {"recon": __version__, "python": platform.python_version()} | {name: version(name) for name in LIBRARIES}
-
 
 def digest(content: Any) -> str:
     """Sha256 of `content` as canonical JSON."""
@@ -92,8 +82,6 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path:
     Raises:
         OSError: If it cannot be written, naming `path`; nothing of it is kept then.
     """
-    import shutil
-
     temporary = path.with_name(f".{path.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     try:

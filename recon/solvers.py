@@ -22,7 +22,7 @@ class Solution:
 
     Args:
         weight: W, fp32, zero outside the mask.
-        iterations: Products with G beyond those that measure.
+        iterations: Until the last row was finished or the solver stopped; each is one product with G.
         projected_gradient: ||M * ((W - W0) G)||_F / ||M * (W0 G)||_F, zero at the optimum.
         relative_error: tr((W - W0) G (W - W0)^T) / tr(W0 G W0^T).
     """
@@ -83,11 +83,11 @@ def conjugate_gradients(
 def _iterate(
     G: Tensor, W0: Tensor, pruned: Tensor, start: Tensor, tolerance: float, max_iterations: int
 ) -> tuple[Tensor, int]:
-    """Run conjugate gradients until the true residual is within the tolerance or no longer falls.
+    """Run conjugate gradients until each row's true residual is within the tolerance or no longer falls.
 
     The updated residual R drifts from the true one, so each time R is within the tolerance the true one is
-    computed, and the rows that it finds unfinished start again from it. Refreshing every 25 iterations instead
-    reaches the same residuals in twice the iterations, for each refresh spoils the conjugacy of P.
+    computed, and the rows that it finds unfinished start again from it. Refreshing every 25 iterations takes
+    up to twice the iterations to the same residual, for each refresh spoils the conjugacy of P.
     """
     W, iteration = start.clone(), 0
     diagonal = G.diagonal()
@@ -113,7 +113,7 @@ def _iterate(
             previous = rz
             Q = (P @ G).masked_fill_(pruned, 0)
             curvature = (P * Q).sum(1)
-            step = torch.where(active & (curvature > 0), rz / curvature, 0)[:, None]
+            step = torch.where(curvature > 0, rz / curvature, 0)[:, None]
             W += step * P
             R -= step * Q
 

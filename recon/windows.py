@@ -26,7 +26,7 @@ Tokens: TypeAlias = Int[Tensor, "batch seq"]
 
 PROBE_LENGTH = 4  # tokens of the sequence on which forms and dependencies are learned
 MAX_RECORDED_SHAPES = 2  # the full batch and the smaller last one
-MAX_RELATIVE_ERROR = 1e-2  # of `Replay.verify`; bfloat16 rounding stays below, a lost argument does not
+MAX_RELATIVE_ERROR = 1e-2  # of a replayed block; nondeterministic kernels stay below, lost arguments do not
 
 
 class _Halt(Exception):
@@ -153,22 +153,31 @@ def record_calls(model: PreTrainedModel, anatomy: Anatomy, tokens: Tokens, form:
 class Replay:
     """Runs single blocks of a model as the model itself would.
 
-    Calls are recorded on first use for each batch size, sequence length, device and autocast state, and
+    Calls are recorded on first use for each batch size, sequence length and device, without autocast, and
     the latest two are kept. They follow the device of the hidden states, so a block may be moved while
-    the rest of the model stays behind. The grad mode is the caller's. Beware of autocast, though: until
-    its outermost context ends it keeps a low-precision copy of every weight, and a copy that was made
-    without gradients carries none later.
+    the rest of the model stays behind. Grad mode and autocast are the caller's.
+
+    A module tree can be misread in ways that only numbers show: blocks that run twice, exchange more than
+    hidden states or see the tokens (Gemma 4), an attention submodule that returns more than its output
+    (DBRX). So the moves are first tried on four tokens, against the model itself.
 
     Args:
         model: Any model that `Anatomy` can read; at this moment on one device.
         anatomy: Its anatomy.
+
+    Raises:
+        ValueError: If blocks are not called exactly once and in order, with hidden states of three
+            dimensions and without a cache, or if a replayed or stubbed block gives something else than
+            within the model.
     """
 
     def __init__(self, model: PreTrainedModel, anatomy: Anatomy):
         self.model = model
         self.anatomy = anatomy
         self._calls: OrderedDict[tuple[Any, ...], list[Call]] = OrderedDict()
-        self._block_form, self._attention_form = self._learn_forms()
+        with _recording(_embedding_weight(model).device):
+            self._block_form, self._attention_form = self._learn_forms()
+        self.verify()
 
     def embed(self, tokens: Tokens) -> Hidden:
         """The hidden states that enter block 0."""
@@ -217,10 +226,9 @@ class Replay:
 
     @torch.no_grad()
     def verify(self) -> None:
-        """Check on a few tokens that blocks, replayed or tapped and stubbed, give what the model gives.
+        """Check on four tokens that every block, replayed or stubbed, gives what it gives within the model.
 
-        A module tree can be misread in ways that only numbers show: blocks that run twice, exchange more
-        than hidden states or see the tokens, an attention submodule that returns more than its output.
+        Done on construction; again is worth it only after the model's modules have changed.
 
         Raises:
             ValueError: If a block is not called exactly once, cannot be stubbed, or gives something else.
@@ -263,25 +271,27 @@ class Replay:
         first, tokens = self.anatomy.blocks[0], _arbitrary_tokens(self.model)
         outputs: list[Any] = []  # attention returns before the block does
         with (
-            _recording(tokens.device.type, autocast=None),
             _evaluating(self.model),
             first.attention.register_forward_hook(_collect(outputs)),
             first.module.register_forward_hook(_collect(outputs, halt=True)),
             suppress(_Halt),
         ):
             self.model(input_ids=tokens, use_cache=False)
+        if len(outputs) != 2:
+            raise ValueError(
+                f"A block must call its attention submodule once, {first.name} called {first.attention_name} "
+                f"{len(outputs) - 1} times. This model is not supported."
+            )
         attention, block = outputs
         return Form.of(block, first.name), Form.of(attention, first.attention_name)
 
     def _calls_for(self, hidden: Tensor) -> list[Call]:
-        """The calls recorded for hidden states of this shape, in the present autocast state."""
+        """The calls recorded for hidden states of this shape."""
         weight = _embedding_weight(self.model)
-        kind = weight.device.type  # recording runs there
-        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        key = (*hidden.shape[:2], hidden.device, autocast, weight.device, weight.dtype)
+        key = (*hidden.shape[:2], hidden.device, weight.device, weight.dtype)
         if key not in self._calls:
             tokens = _arbitrary_tokens(self.model, *hidden.shape[:2])
-            with _recording(kind, autocast):
+            with _recording(weight.device):
                 calls = record_calls(self.model, self.anatomy, tokens, self._block_form)
                 self._calls[key] = [call.to(hidden.device) for call in calls]
             if len(self._calls) > MAX_RECORDED_SHAPES:
@@ -394,8 +404,7 @@ def block_windows(anatomy: Anatomy, size: int) -> list[BlockWindow]:
 def _dependencies(replay: Replay, block: Block) -> tuple[set[str], set[str]]:
     """Names of the parameters that the tapped and the stubbed output of `block` depend on."""
     parameters = block.parameters()
-    device = _embedding_weight(replay.model).device.type
-    with _recording(device, autocast=None):
+    with _recording(_embedding_weight(replay.model).device):
         hidden = replay.embed(_arbitrary_tokens(replay.model))  # any input will do, the graph is the same
         with torch.enable_grad(), _requiring_grad(parameters.values()):
             attention = replay.tap(block.index, hidden)
@@ -476,13 +485,9 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _recording(device: str, autocast: torch.dtype | None) -> Iterator[None]:
-    """No gradients, but tensors that a later backward pass may save, and no copies in autocast's cache."""
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-        torch.autocast(device, dtype=autocast, enabled=autocast is not None, cache_enabled=False),
-    ):
+def _recording(device: torch.device) -> Iterator[None]:
+    """No gradients, but tensors that a backward pass may save; the same whoever records first."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
 
 

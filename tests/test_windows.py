@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from recon.windows import (
     Replay,
     Window,
     block_windows,
+    record_calls,
     submodule_windows,
 )
 
@@ -69,7 +71,6 @@ def test_windows_compose_to_the_model_exactly(model: PreTrainedModel) -> None:
         assert torch.equal(stubbed, hidden)
         assert torch.equal(both[0], tapped)
         assert torch.equal(both[1], hidden)
-    replay.verify()
 
 
 @torch.no_grad()
@@ -88,7 +89,6 @@ def test_one_replay_serves_several_shapes_and_keeps_two(model: PreTrainedModel) 
 def test_windows_compose_exactly_under_autocast(model: PreTrainedModel) -> None:
     tokens = token_ids()
     replay = replay_of(model)
-    replay.run(0, replay.embed(tokens))  # calls recorded in full precision must not be used below
     with torch.autocast("cpu", dtype=torch.bfloat16):
         blocks, _ = states_in(model, tokens)
         hidden = replay.embed(tokens)
@@ -203,7 +203,6 @@ def test_analysis_leaves_the_model_as_it_was(model: PreTrainedModel) -> None:
     keys = [set(vars(module)) for module in model.modules()]
     rng = torch.get_rng_state()
     replay = replay_of(model)
-    replay.verify()
     all_windows(replay)
     replay.stub(1, replay.embed(token_ids()), torch.zeros(2, 12, DIM))
     assert torch.equal(rng, torch.get_rng_state())
@@ -267,7 +266,7 @@ def test_recording_computes_no_block_and_no_head(llama: Replay) -> None:
 
 
 def test_calls_recorded_in_inference_mode_serve_training() -> None:
-    replay = replay_of(tiny("bloom"))
+    replay = replay_of(tiny("llama"))  # its rotary embeddings are saved for the backward pass
     with torch.inference_mode():
         replay.run(0, replay.embed(token_ids()))
     replay.run(0, replay.embed(token_ids()).detach()).sum().backward()
@@ -281,41 +280,74 @@ def test_calls_follow_a_block_to_another_device(model: PreTrainedModel) -> None:
     assert replay.run(1, hidden.to("meta")).shape == hidden.shape
 
 
-def test_gradients_flow_under_autocast_when_recording_happens_inside(llama: Replay) -> None:
+@torch.no_grad()
+def test_calls_follow_the_precision_of_the_model(model: PreTrainedModel) -> None:
+    replay = replay_of(model)
+    replay.run(0, replay.embed(token_ids()))
+    model.to(torch.bfloat16)
+    hidden = replay.embed(token_ids())
+    assert torch.equal(replay.run(0, hidden), states_in(model, token_ids())[0][0])
+
+
+def test_gradients_flow_under_autocast_when_all_analysis_happens_inside(model: PreTrainedModel) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        window = submodule_windows(llama)[1]
-        hidden = llama.embed(token_ids()).detach()
-        window.forward(llama, hidden, hidden).float().sum().backward()
-    gradients = dict(llama.model.named_parameters())
+        replay = replay_of(model)
+        window = submodule_windows(replay)[1]
+        hidden = replay.embed(token_ids()).detach()
+        window.forward(replay, hidden, hidden).float().sum().backward()
+    gradients = dict(model.named_parameters())
     assert all(gradients[name].grad is not None for name in window.owned)
 
 
-def test_verify_finds_arguments_that_depend_on_the_tokens() -> None:
-    replay = replay_of(
-        tiny("gemma4_text", head_dim=8, hidden_size_per_layer_input=8, vocab_size_per_layer_input=96)
-    )
+def test_arguments_that_depend_on_the_tokens_are_refused() -> None:
+    model = tiny("gemma4_text", head_dim=8, hidden_size_per_layer_input=8, vocab_size_per_layer_input=96)
     with pytest.raises(ValueError, match=r"A replayed block must.*model\.layers\.0 differs by"):
-        replay.verify()
+        replay_of(model)
 
 
-def test_verify_finds_an_attention_that_returns_more_than_its_output() -> None:
-    sizes = {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": DIM}
+def test_an_attention_that_returns_more_than_its_output_is_refused() -> None:
+    experts = {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": DIM}
     attention = {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}
-    dims = {"d_model": DIM, "n_layers": DEPTH, "n_heads": 4}
-    replay = replay_of(tiny("dbrx", **dims, attn_config=attention, ffn_config=sizes))
+    sizes = {"d_model": DIM, "n_layers": DEPTH, "n_heads": 4}
+    model = tiny("dbrx", **sizes, attn_config=attention, ffn_config=experts)
     with pytest.raises(ValueError, match=r"blocks\.0 needs more than the first output of .*norm_attn_norm"):
-        replay.verify()
+        replay_of(model)
 
 
-def test_verify_finds_blocks_that_run_twice(llama: Replay) -> None:
-    inner = llama.model.model
+def test_blocks_that_run_twice_are_refused() -> None:
+    model = tiny("llama")
     no_rotation = (torch.ones(1, 4, 8), torch.zeros(1, 4, 8))
-    handle = inner.norm.register_forward_pre_hook(
-        lambda module, args: inner.layers[0](args[0], position_embeddings=no_rotation)
+    model.model.norm.register_forward_pre_hook(
+        lambda module, args: model.model.layers[0](args[0], position_embeddings=no_rotation)
     )
     with pytest.raises(ValueError, match=r"call each block once, model\.layers\.0 was called 2 times"):
-        llama.verify()
-    handle.remove()
+        replay_of(model)
+
+
+def test_an_attention_that_its_block_does_not_call_is_refused() -> None:
+    model = tiny("llama")
+    block = model.model.layers[0]
+    block.forward = lambda hidden_states, **kwargs: block.mlp(hidden_states)
+    with pytest.raises(ValueError, match=r"model\.layers\.0 called model\.layers\.0\.self_attn 0 times"):
+        replay_of(model)
+
+
+def test_blocks_called_out_of_order_are_refused() -> None:
+    model = tiny("llama")
+    model.model.layers = torch.nn.ModuleList(reversed(model.model.layers))
+    anatomy = Anatomy(
+        [replace(block, index=DEPTH - 1 - block.index) for block in reversed(Anatomy.of(model).blocks)]
+    )
+    with pytest.raises(ValueError, match=r"model\.layers\.0 was called in place of model\.layers\.2"):
+        record_calls(model, anatomy, token_ids(), Form(None))
+
+
+def test_skipped_blocks_are_refused() -> None:
+    model = tiny("llama")
+    anatomy = Anatomy.of(model)
+    model.model.config.num_hidden_layers = 2  # transformers runs that many
+    with pytest.raises(ValueError, match="call all 3 blocks, it called only the first 2"):
+        record_calls(model, anatomy, token_ids(), Form(None))
 
 
 def test_forms_other_than_a_tensor_first_are_refused() -> None:

@@ -3,25 +3,23 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
 from recon.atomic import atomic_write
+from recon.cli.arguments import add_pruning_arguments
 from recon.cli.quiet import quiet
 from recon.configs import config_directory, resolve_config_names
-from recon.criteria import Criterion
+from recon.environment import versions
 from recon.data import TokenData
-from recon.patterns import Pattern
-from recon.pruning import Pruning
 from recon.recovery import recover
 from recon.report import Results, print_table
-from recon.run import RunDirectory, digest, versions
+from recon.run import RunDirectory, digest
 from recon.scopes import FullRetraining, Scope
 
-NOT_FINGERPRINTED = ("config", "run_dir", "masks", "baselines", "trainer")
+NOT_FINGERPRINTED = ("config", "run_dir", "masks", "baselines", "summary", "trainer")
 """Parts of the configuration that do not decide what a run computes, or whose content is taken instead."""
 
 
@@ -39,9 +37,8 @@ class FitCLI(LightningCLI):
         parser.add_argument(
             "--baselines", type=bool, default=True, help="Measure the dense and the pruned model's perplexity too."
         )
-        parser.add_subclass_arguments(Criterion, "criterion", required=False, help="How much a weight matters.")
-        parser.add_subclass_arguments(Pattern, "pattern", required=False, help="Which zeros are allowed.")
-        parser.add_class_arguments(Pruning, "pruning")
+        parser.add_argument("--summary", type=bool, default=True, help="Print the report as a table in the end.")
+        add_pruning_arguments(parser)
         parser.link_arguments("seed_everything", "data.seed")
 
     def before_instantiate_classes(self) -> None:
@@ -101,7 +98,8 @@ def main(args: list[str]) -> int:
         cli.config.baselines,
         console.print,
     )
-    print_table(Results([report]), console)
+    if cli.config.summary:
+        print_table(Results([report]), console)
     console.print(f"run directory {run.path}: model/, report.json, memory.json; tensorboard --logdir {run.path}/logs")
     return 0
 
@@ -110,5 +108,3 @@ def _save_config(cli: FitCLI) -> None:
     with atomic_write(cli.run_dir / "config.yaml") as temporary:
         cli.parser.save(cli.config, temporary, skip_none=False, overwrite=True, multifile=False)
 
-
-__all__ = ["FitCLI", "main", "torch"]

@@ -20,7 +20,7 @@ def quiet() -> None:
         ".*in eval mode at the start of training.*",  # on purpose: dropout stays off
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*isinstance.treespec, LeafSpec.*",  # Lightning 2.6 with torch 2.13
-        ".*`configure_optimizers` returned `None`.*",  # on purpose: the matrix scope has none
+        ".*configure_optimizers` returned `None`.*",  # on purpose: the matrix scope has none
         ".*smaller than the logging interval.*",
     ):
         warnings.filterwarnings("ignore", message)

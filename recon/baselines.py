@@ -1,0 +1,126 @@
+"""The two rows that no scope makes: the dense model, and the pruned one before recovery."""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from recon.criteria import Criterion
+from recon.data import TokenData
+from recon.environment import environment
+from recon.evaluation import evaluate
+from recon.masks import Masks
+from recon.memory import PeakMeter, resident_bytes
+from recon.patterns import Pattern
+from recon.pretrained import ModelSource
+from recon.pruning import Pruning, prune
+from recon.report import Report
+from recon.run import RunDirectory, save_model
+
+
+def measure_dense(
+    source: ModelSource, data: TokenData, run: RunDirectory | None, device: torch.device, masks: Masks | None = None
+) -> Report:
+    """Perplexity of a model as it is, or under masks, and the peak memory of measuring it.
+
+    Args:
+        source: The model.
+        data: Test tokens.
+        run: Where the report goes; nowhere if None.
+        device: Where to compute.
+        masks: Applied first, if given; the report then calls the model pruned.
+    """
+    baseline, meter = resident_bytes(), PeakMeter()
+    meter.start()
+    data.tokenizer = source.load_tokenizer()
+    model = source.model().to(device)  # pyright: ignore[reportArgumentType]
+    if masks is not None:
+        masks.validate_for(model)
+        masks.apply(model)
+    evaluation = evaluate(model, data.test_dataloader())
+    peaks = meter.stop()
+    report = Report(
+        scope="dense" if masks is None else "pruned",
+        model=source.name,
+        criterion="none" if masks is None else "given masks",
+        pattern="none" if masks is None else "given masks",
+        seed=data.seed,
+        perplexity=evaluation.perplexity,
+        sparsity=0.0 if masks is None else masks.sparsity,
+        mask_violations=0 if masks is None else masks.violations(model),
+        peak_host_bytes=peaks.host_bytes,
+        peak_device_bytes=peaks.device_allocated_bytes,
+        baseline_host_bytes=baseline,
+        run_dir="" if run is None else str(run.path),
+        protocol=evaluation.protocol,
+        environment=environment(device),
+    )
+    if run is not None:
+        report.save(run.report)
+    return report
+
+
+def measure_pruned(
+    source: ModelSource,
+    data: TokenData,
+    criterion: Criterion,
+    pattern: Pattern,
+    pruning: Pruning | None,
+    run: RunDirectory,
+    device: torch.device,
+    keep_model: bool = False,
+    say: Callable[[str], None] = print,
+) -> Report:
+    """Prune a model, write its masks, and measure the pruned model; a finished run is only read.
+
+    Args:
+        source: The model.
+        data: Calibration and test tokens.
+        criterion: How much a weight matters.
+        pattern: Which zeros are allowed.
+        pruning: How the model is walked.
+        run: Where masks and report go.
+        device: Where to compute.
+        keep_model: Write the pruned model too.
+        say: Is told what is going on, in lines.
+
+    Returns:
+        The report; its seconds and peaks are those of pruning.
+    """
+    if run.report.exists():
+        say(f"{run.path} holds this run, finished: nothing to do")
+        return Report.load(run.report)
+    baseline, meter = resident_bytes(), PeakMeter()
+    meter.start()
+    say(f"load {source.name}")
+    data.tokenizer = source.load_tokenizer()
+    model = source.model().to(device)  # pyright: ignore[reportArgumentType]
+    tokens = data.tokens("train")
+    started = time.monotonic()
+    masks = prune(model, tokens, criterion, pattern, pruning, say)
+    seconds = time.monotonic() - started
+    peaks = meter.stop()
+    masks.save(run.masks, {"criterion": str(criterion), "pattern": str(pattern)})
+    masks.apply(model)
+    if keep_model:
+        save_model(model, data.tokenizer, run.model)
+    evaluation = evaluate(model, data.test_dataloader())
+    report = Report(
+        scope="pruned",
+        model=source.name,
+        criterion=str(criterion),
+        pattern=str(pattern),
+        seed=data.seed,
+        perplexity=evaluation.perplexity,
+        sparsity=masks.sparsity,
+        mask_violations=masks.violations(model),
+        peak_host_bytes=peaks.host_bytes,
+        peak_device_bytes=peaks.device_allocated_bytes,
+        baseline_host_bytes=baseline,
+        seconds=seconds,
+        run_dir=str(run.path),
+        protocol=evaluation.protocol,
+        environment=environment(device),
+    )
+    report.save(run.report)
+    return report

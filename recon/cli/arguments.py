@@ -1,0 +1,41 @@
+"""Options that several commands share, and how results leave a command."""
+
+import torch
+from jsonargparse import ArgumentParser
+
+from recon.configs import resolve_config_names
+from recon.criteria import Criterion
+from recon.patterns import Pattern
+from recon.pruning import Pruning
+
+DEFAULT_CRITERION = {"class_path": "recon.criteria.Wanda"}
+DEFAULT_PATTERN = {"class_path": "recon.patterns.Unstructured", "init_args": {"sparsity": 0.6}}
+
+
+def add_pruning_arguments(parser: ArgumentParser) -> None:
+    """Add `criterion`, `pattern` and `pruning`; the first two may be null."""
+    parser.add_subclass_arguments(
+        Criterion, "criterion", required=False, default=DEFAULT_CRITERION, help="How much a weight matters."
+    )
+    parser.add_subclass_arguments(
+        Pattern, "pattern", required=False, default=DEFAULT_PATTERN, help="Which zeros are allowed."
+    )
+    parser.add_class_arguments(Pruning, "pruning")
+
+
+def parse(parser: ArgumentParser, args: list[str]):
+    """Parse `args`, with names of shipped configurations resolved; returns the configuration."""
+    return parser.parse_args(resolve_config_names(args))
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name`; `auto` takes a CUDA device where there is one.
+
+    Raises:
+        ValueError: If the device is asked for and not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {name} needs a CUDA device and a CUDA build of torch, found none; use --device cpu")
+    return torch.device(name)

@@ -1,0 +1,39 @@
+"""`recon compare`: compare scopes, criteria, patterns and seeds, and draw what each buys and costs."""
+
+from typing import Any
+
+from jsonargparse import ArgumentParser
+from rich.console import Console
+
+from recon.cli.arguments import parse
+from recon.comparison import Comparison, compare
+from recon.report import draw_pareto, print_table
+
+
+def main(args: list[str]) -> int:
+    """Parse, run the cells, print the table, draw the pictures."""
+    parser = ArgumentParser(prog="recon compare", description="Compare scopes, criteria, patterns and seeds.")
+    parser.add_argument("-c", "--config", action="config", help="YAML file or name of a shipped comparison.")
+    parser.add_class_arguments(Comparison)
+    config = parse(parser, args)
+    config.pop("config")
+    built = parser.instantiate_classes(config)
+    comparison = Comparison(**built.as_dict())
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    results = compare(comparison, _describe, console.print)
+    print_table(results, Console(highlight=False))
+    pictures = draw_pareto(results, comparison.path)
+    for file in [comparison.path / "results.json", *pictures]:
+        console.print(str(file))
+    console.print(f"TensorBoard: tensorboard --logdir {comparison.path}")
+    failed = [cell for cell in results.cells if cell.status == "failed"]
+    if failed:
+        console.print(f"{len(failed)} of {len(results.cells)} cells failed; the same command tries them again")
+    return 1 if failed else 0
+
+
+def _describe(kind: type, spec: dict[str, Any]) -> str:
+    """The name of the criterion or pattern that `spec` makes, e.g. `60% per row`."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(kind, "one")
+    return str(parser.instantiate_classes(parser.parse_object({"one": spec})).one)

@@ -1,0 +1,61 @@
+"""`recon test`: the perplexity of any model or run directory."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser
+from rich.console import Console
+
+from recon.baselines import measure_dense
+from recon.cli.arguments import choose_device, parse
+from recon.cli.quiet import quiet
+from recon.data import TokenData
+from recon.environment import versions
+from recon.masks import Masks
+from recon.pretrained import ModelSource
+from recon.report import Results, print_table
+from recon.run import RunDirectory
+
+
+def main(args: list[str]) -> int:
+    """Parse, evaluate, report."""
+    quiet()
+    parser = ArgumentParser(prog="recon test", description="Measure the perplexity of a model or run directory.")
+    parser.add_argument("-c", "--config", action="config", help="YAML file or name of a shipped configuration.")
+    parser.add_argument("path", type=str, help="A run directory, a model directory, a hub name, or `bundled`.")
+    parser.add_argument("--run_dir", type=str | None, default=None, help="Where to write report.json; nowhere if null.")
+    parser.add_argument("--seed_everything", type=int, default=0, help="Reported; test sequences do not depend on it.")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N.")
+    parser.add_argument("--masks", type=str | None, default=None, help="Masks to apply first.")
+    parser.add_class_arguments(ModelSource, "model", skip={"name"}, instantiate=False)
+    parser.add_argument("--summary", type=bool, default=True, help="Print the report as a table.")
+    parser.add_class_arguments(TokenData, "data", skip={"seed"})
+    for argument in args:
+        parser.set_defaults(_data_of_run(Path(argument)))
+    config = parse(parser, args)
+    built = parser.instantiate_classes(config)
+    path = Path(config.path)
+    name = str(path / "model") if (path / "model").is_dir() else config.path
+    source = ModelSource(name=name, **config.model.as_dict())
+    run = None
+    if config.run_dir is not None:
+        options = {"data": config.data.as_dict(), "device": config.device, "masks": config.masks}
+        identity = {"model": source.identity(), "text": built.data.source.identity()}
+        run = RunDirectory(Path(config.run_dir), {**options, **identity, "versions": versions()})
+    masks = None if config.masks is None else Masks.load(config.masks)
+    report = measure_dense(source, built.data, run, choose_device(config.device), masks)
+    console = Console(highlight=False, soft_wrap=True)
+    if config.summary:
+        print_table(Results([report]), console)
+    console.print("  ".join(f"{key.replace('_', ' ')}: {value}" for key, value in report.protocol.items()))
+    return 0
+
+
+def _data_of_run(path: Path) -> dict[str, Any]:
+    """The data options of a run directory, as defaults: a run is tested on the split it was made for."""
+    file = path / "config.yaml"
+    if not file.is_file():
+        return {}
+    data = yaml.safe_load(file.read_text()).get("data", {})
+    return {f"data.{key}": value for key, value in data.items() if key != "seed"}
