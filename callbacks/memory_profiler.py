@@ -58,7 +58,11 @@ class MemoryProfiler(Callback, PhaseListener):
 
     def _write(self) -> None:
         if self._directory is not None:
-            content = {"method": self._meter.method, "baseline_host_bytes": self._baseline, "phases": self.phases}
+            content = {
+                "method": self._meter.method,
+                "baseline_host_bytes": self._baseline,
+                "phases": self.phases,
+            }
             write_json(self._directory / "memory.json", content)
 
     def _table(self) -> Table:
@@ -72,7 +76,9 @@ class MemoryProfiler(Callback, PhaseListener):
             host = int(phase["host_bytes"] or 0)
             cells = [f"{phase['seconds']:.1f}", f"{host / MIB:.0f}", f"{(host - self._baseline) / MIB:.0f}"]
             if on_device:
-                cells += [f"{int(phase[key] or 0) / MIB:.0f}" for key in ("device_allocated_bytes", "device_reserved_bytes")]
+                cells += [
+                    f"{int(phase[key] or 0) / MIB:.0f}" for key in ("device_allocated_bytes", "device_reserved_bytes")
+                ]
             table.add_row(str(phase["phase"]), *cells)
         return table
 

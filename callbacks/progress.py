@@ -53,7 +53,9 @@ class Progress(Callback):
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         numbers = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in sorted(metrics.items(), reverse=True)]
         where = pl_module.progress if isinstance(pl_module, Scope) else f"epoch {trainer.current_epoch + 1}"
-        self._console.print("  ".join([where, f"{done / max(1, total):4.0%}", *numbers, f"{_clock(elapsed)} spent", left]))
+        self._console.print(
+            "  ".join([where, f"{done / max(1, total):4.0%}", *numbers, f"{_clock(elapsed)} spent", left])
+        )
 
 
 def _batches_done(trainer: L.Trainer) -> int:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from recon.windows import Replay
+from recon.replay import Replay
 
 
 class Activations:
@@ -28,9 +28,7 @@ class Activations:
         output: What the current blocks return; None before `enter`.
     """
 
-    def __init__(
-        self, replay: Replay, tokens: Int[Tensor, "num seq"], batch_size: int, device: torch.device
-    ) -> None:
+    def __init__(self, replay: Replay, tokens: Int[Tensor, "num seq"], batch_size: int, device: torch.device) -> None:
         self.replay = replay
         self.batch_size = batch_size
         with torch.no_grad():

@@ -74,9 +74,7 @@ class Anatomy:
         _refuse_fused_parameters(names, modules)
         blocks = []
         for index, (name, module, attention) in enumerate(zip(names, modules, attentions, strict=True)):
-            matrices = {
-                f"{name}.{inner}": child for inner, child in module.named_modules() if is_matrix(child)
-            }
+            matrices = {f"{name}.{inner}": child for inner, child in module.named_modules() if is_matrix(child)}
             blocks.append(Block(index, name, module, *attention, matrices))
         _refuse_unreadable_matrices(blocks)
         return cls(blocks)
@@ -198,8 +196,7 @@ def _refuse_unreadable_matrices(blocks: list[Block]) -> None:
         if not block.matrices:
             kinds = sorted({type(module).__name__ for module in block.module.modules()})
             raise ValueError(
-                f"recon prunes Linear and Conv1D modules, found none in {block.name}, which holds "
-                f"{_listed(kinds)}."
+                f"recon prunes Linear and Conv1D modules, found none in {block.name}, which holds {_listed(kinds)}."
             )
         for name, matrix in block.matrices.items():
             weight = matrix.get_parameter("weight")

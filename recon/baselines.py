@@ -19,7 +19,11 @@ from recon.run import RunDirectory, save_model
 
 
 def measure_dense(
-    source: ModelSource, data: TokenData, run: RunDirectory | None, device: torch.device, masks: Masks | None = None
+    source: ModelSource,
+    data: TokenData,
+    run: RunDirectory | None,
+    device: torch.device,
+    masks: Masks | None = None,
 ) -> Report:
     """Perplexity of a model as it is, or under masks, and the peak memory of measuring it.
 
@@ -33,7 +37,7 @@ def measure_dense(
     baseline, meter = resident_bytes(), PeakMeter()
     meter.start()
     data.tokenizer = source.load_tokenizer()
-    model = source.model().to(device)  # pyright: ignore[reportArgumentType]
+    model = source.model(device)
     if masks is not None:
         masks.validate_for(model)
         masks.apply(model)
@@ -94,7 +98,7 @@ def measure_pruned(
     meter.start()
     say(f"load {source.name}")
     data.tokenizer = source.load_tokenizer()
-    model = source.model().to(device)  # pyright: ignore[reportArgumentType]
+    model = source.model(device)
     tokens = data.tokens("train")
     started = time.monotonic()
     masks = prune(model, tokens, criterion, pattern, pruning, say)

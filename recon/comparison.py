@@ -228,7 +228,12 @@ def _reports(group: Group, outcomes: dict[Path, Report | str]) -> Iterator[Repor
         outcome = outcomes.get(cell.directory)
         if isinstance(outcome, str):
             yield Report(
-                scope=scope, label=label or "", status="failed", error=outcome, run_dir=str(cell.directory), **known
+                scope=scope,
+                label=label or "",
+                status="failed",
+                error=outcome,
+                run_dir=str(cell.directory),
+                **known,
             )
         elif outcome is not None:
             label = label or (outcome.label if scope not in ("dense", "pruned") else "")

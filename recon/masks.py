@@ -51,9 +51,7 @@ class Masks(Mapping[str, Tensor]):
         )
 
     def __repr__(self) -> str:
-        return (
-            f"Masks({len(self)} parameters, {self.num_pruned} weights pruned, sparsity {self.sparsity:.4f})"
-        )
+        return f"Masks({len(self)} parameters, {self.num_pruned} weights pruned, sparsity {self.sparsity:.4f})"
 
     @property
     def num_pruned(self) -> int:
@@ -145,9 +143,7 @@ class Masks(Mapping[str, Tensor]):
         """
         shapes = json.loads(_read_header(path)["shapes"])
         with safe_open(path, framework="pt") as file:
-            return Masks(
-                {name: _unpack(file.get_tensor(name), tuple(shape)) for name, shape in shapes.items()}
-            )
+            return Masks({name: _unpack(file.get_tensor(name), tuple(shape)) for name, shape in shapes.items()})
 
     @staticmethod
     def read_metadata(path: str | Path) -> dict[str, str]:
@@ -193,9 +189,7 @@ def _read_header(path: str | Path) -> dict[str, str]:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
     except SafetensorError as error:
-        raise ValueError(
-            f"`{path}` needs to be a mask file of recon, got no safetensors file: {error}"
-        ) from error
+        raise ValueError(f"`{path}` needs to be a mask file of recon, got no safetensors file: {error}") from error
     if header.get("format") != FORMAT:
         raise ValueError(
             f"`{path}` needs to be a mask file of recon (format {FORMAT}), got a safetensors file of another "

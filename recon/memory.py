@@ -4,6 +4,7 @@ import ctypes
 import gc
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,10 +71,8 @@ def resident_bytes() -> int:
 
 def _trim_heap() -> None:
     """Without this, glibc keeps what an earlier phase freed, and its peak would count as the next one's."""
-    try:
+    with suppress(AttributeError, OSError):  # another C library keeps what it keeps
         ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError):
-        pass  # another C library, which keeps what it keeps
 
 
 def _reset_high_water_mark() -> bool:

@@ -145,8 +145,7 @@ class NM(Pattern):
     def __post_init__(self) -> None:
         if not 1 <= self.keep <= self.of:
             raise ValueError(
-                f"an n:m pattern needs 1 <= keep <= of, got keep={self.keep} and of={self.of}; "
-                "2:4 is keep=2, of=4"
+                f"an n:m pattern needs 1 <= keep <= of, got keep={self.keep} and of={self.of}; 2:4 is keep=2, of=4"
             )
 
     def __str__(self) -> str:

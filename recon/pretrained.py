@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from recon.seeds import isolated_seed
 
@@ -41,8 +48,8 @@ class ModelSource:
         if (self.name == "random") != (self.shape is not None):
             raise ValueError("model.shape belongs to model.name: random, and to it only")
 
-    def model(self) -> PreTrainedModel:
-        """Load (or make) the model in evaluation mode, without a cache, on the CPU.
+    def model(self, device: torch.device | None = None) -> PreTrainedModel:
+        """Load (or make) the model in evaluation mode, without a cache, on `device` (the CPU if None).
 
         Raises:
             ValueError: If there is no such model, with what was tried.
@@ -58,6 +65,8 @@ class ModelSource:
         else:
             model = self._load(AutoModelForCausalLM, self.name, dtype=dtype)
         model.config.use_cache = False
+        if device is not None:
+            nn.Module.to(model, device)
         return model.eval()
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -83,7 +92,10 @@ class ModelSource:
             raise ValueError(f"model.name needs a directory, got {name}, which does not exist")
         try:
             return auto.from_pretrained(
-                path or name, revision=self.revision or "main", trust_remote_code=self.trust_remote_code, **options
+                path or name,
+                revision=self.revision or "main",
+                trust_remote_code=self.trust_remote_code,
+                **options,
             )
         except (OSError, ValueError, json.JSONDecodeError) as error:
             where = f"the directory {path}" if path else f"the Hugging Face hub under the name {name!r}"

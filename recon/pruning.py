@@ -13,9 +13,9 @@ from recon.anatomy import Anatomy, Block
 from recon.criteria import Criterion
 from recon.masks import Masks
 from recon.patterns import Pattern
+from recon.replay import Replay
 from recon.shapes import as_out_in, weight_out_in
 from recon.statistics import collect
-from recon.windows import Replay
 
 
 @dataclass
@@ -80,7 +80,9 @@ def prune(
                 keep[name] = as_out_in(module, criterion.prune(weight, statistics[name], pattern, name)[1])
         if options.inputs == "pruned":
             _pass_pruned(walk, block, Masks({name: keep[name] for name in matrices}), model)
-        progress(f"prune  block {block.index + 1}/{len(anatomy.blocks)}  {len(matrices)} matrices  {criterion}  {pattern}")
+        progress(
+            f"prune  block {block.index + 1}/{len(anatomy.blocks)}  {len(matrices)} matrices  {criterion}  {pattern}"
+        )
     if pattern.across_model:
         keep = {name: as_out_in(prunable[name], chosen) for name, chosen in pattern.select_all(scores).items()}
     return Masks({name: chosen.cpu().contiguous() for name, chosen in keep.items()})

@@ -11,8 +11,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from rich.console import Console
-from transformers import PreTrainedModel
 
 from recon.criteria import Criterion
 from recon.data import TokenData
@@ -25,7 +23,6 @@ from recon.pruning import Pruning, prune
 from recon.report import Report
 from recon.run import RunDirectory, save_model
 from recon.scopes.base import Scope
-
 
 NOT_RECOVERY = ("prune", "evaluate dense and pruned", "evaluate")
 """Phases that cost the same whatever the scope; a report's peaks leave them out."""
@@ -41,7 +38,7 @@ def recover(
     pruning: Pruning | None = None,
     masks_file: Path | None = None,
     baselines: bool = True,
-    say: Callable[[str], None] = Console(highlight=False, soft_wrap=True).print,
+    say: Callable[[str], None] = print,
 ) -> Report:
     """Prune a model, recover it at one scope, save and evaluate it.
 
@@ -95,7 +92,7 @@ def recover(
         assert data.tokenizer is not None
         save_model(scope.model, data.tokenizer, run.model)
         phases.enter("evaluate")
-        recovered = evaluate(scope.model.to(device), data.test_dataloader())
+        recovered = evaluate(scope.to(device).model, data.test_dataloader())
     report = Report(
         scope=scope.scope,
         label=scope.label,
@@ -113,7 +110,7 @@ def recover(
         protocol=recovered.protocol,
         run_dir=str(run.path),
         environment=environment(device),
-        **peaks(run.memory),
+        **_peaks(run.memory),
     )
     report.save(run.report)
     return report
@@ -139,23 +136,21 @@ def _masks(
     else:
         if masks_file is not None:
             raise ValueError(f"--masks needs a file that `recon prune` wrote, got {masks_file}, which does not exist")
-        masks = prune(scope.model.to(device), data.tokens("train"), criterion, pattern, pruning, say)
+        masks = prune(scope.to(device).model, data.tokens("train"), criterion, pattern, pruning, say)
     if not run.masks.exists():
         masks.save(run.masks, {"criterion": str(criterion), "pattern": str(pattern)})
     return masks
 
 
-def _baselines(
-    scope: Scope, data: TokenData, masks: Masks, device: torch.device
-) -> tuple[Evaluation, Evaluation]:
+def _baselines(scope: Scope, data: TokenData, masks: Masks, device: torch.device) -> tuple[Evaluation, Evaluation]:
     """Perplexity of the dense and the pruned model, on a copy that does not outlive the call."""
-    model: PreTrainedModel = scope.source.model().to(device)  # pyright: ignore[reportArgumentType]
+    model = scope.source.model(device)
     dense = evaluate(model, data.test_dataloader())
     masks.apply(model)
     return dense, evaluate(model, data.test_dataloader())
 
 
-def peaks(memory: dict[str, Any] | None) -> dict[str, int | None]:
+def _peaks(memory: dict[str, Any] | None) -> dict[str, Any]:
     """The largest peaks over the phases of `memory.json` that are recovery, as a report names them."""
     if memory is None:
         return {"peak_host_bytes": None, "peak_device_bytes": None, "baseline_host_bytes": None}

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recon.atomic import write_json
 
+
 def digest(content: Any) -> str:
     """Sha256 of `content` as canonical JSON."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
@@ -91,4 +92,6 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path:
         temporary.rename(path)
     except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(f"could not write the model to {path}, nothing of it was kept ({error}); free space there") from error
+        raise OSError(
+            f"could not write the model to {path}, nothing of it was kept ({error}); free space there"
+        ) from error

@@ -23,4 +23,4 @@ def as_out_in(module: nn.Module, tensor: Tensor) -> Tensor:
 
 def weight_out_in(module: nn.Module) -> Tensor:
     """The weight of `module` as an out x in view without gradient; writing to it writes the parameter."""
-    return as_out_in(module, module.weight.detach())  # pyright: ignore[reportArgumentType]
+    return as_out_in(module, module.get_parameter("weight").detach())

@@ -67,8 +67,7 @@ def collect(matrices: dict[str, nn.Module], need: Need) -> Iterator[dict[str, In
     collector = _Collector(need)
     watched = matrices.items() if need != "none" else ()
     hooks = [
-        module.register_forward_pre_hook(partial(collector.see, name), with_kwargs=True)
-        for name, module in watched
+        module.register_forward_pre_hook(partial(collector.see, name), with_kwargs=True) for name, module in watched
     ]
     try:
         yield statistics

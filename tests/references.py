@@ -43,9 +43,7 @@ def masked_least_squares(dense: Tensor, inputs: Tensor, keep: Tensor) -> Tensor:
         kept = keep[row].nonzero().flatten()
         outputs = tokens @ dense[row].double()
         # gelsd: the driver that allows kept inputs to be linearly dependent
-        weight[row, kept] = torch.linalg.lstsq(tokens[:, kept], outputs[:, None], driver="gelsd").solution[
-            :, 0
-        ]
+        weight[row, kept] = torch.linalg.lstsq(tokens[:, kept], outputs[:, None], driver="gelsd").solution[:, 0]
     return weight
 
 

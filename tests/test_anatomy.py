@@ -90,9 +90,7 @@ def test_exclude_patterns_match_module_names() -> None:
 
 
 def test_an_exclude_pattern_without_match_is_refused() -> None:
-    message = (
-        r"'lm_head' matches none of model\.layers\.0\.self_attn\.q_proj, .* and 13 more\. .*never pruned"
-    )
+    message = r"'lm_head' matches none of model\.layers\.0\.self_attn\.q_proj, .* and 13 more\. .*never pruned"
     with pytest.raises(ValueError, match=message):
         Anatomy.of(tiny("llama")).prunable(exclude=["*.q_proj", "lm_head"])
 
@@ -107,9 +105,7 @@ def test_encoder_decoders_are_refused(family: str) -> None:
     config = AutoConfig.for_model(family, vocab_size=96, d_model=32, decoder_start_token_id=0, pad_token_id=0)
     with torch.device("meta"):
         model = AutoModelForSeq2SeqLM.from_config(config)
-    with pytest.raises(
-        ValueError, match=rf"decoder-only model.*got {type(model).__name__}, an encoder-decod"
-    ):
+    with pytest.raises(ValueError, match=rf"decoder-only model.*got {type(model).__name__}, an encoder-decod"):
         Anatomy.of(model)
 
 
@@ -128,9 +124,7 @@ def test_blocks_without_attention_are_refused() -> None:
 def test_hybrid_models_are_refused_by_the_blocks_that_lack_attention() -> None:
     model = tiny("llama")
     model.model.layers[1].self_attn = nn.Linear(4, 4)
-    with pytest.raises(
-        ValueError, match=r"found none in 1 of 3 blocks: model\.layers\.1 \(self_attn: Linear"
-    ):
+    with pytest.raises(ValueError, match=r"found none in 1 of 3 blocks: model\.layers\.1 \(self_attn: Linear"):
         Anatomy.of(model)
 
 

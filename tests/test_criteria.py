@@ -47,9 +47,7 @@ def test_wanda_weighs_by_the_norm_of_the_input(
 
 
 def test_wanda_says_what_it_lacks(weight: torch.Tensor) -> None:
-    with pytest.raises(
-        ValueError, match="wanda needs the norms of the inputs of `q_proj`, got no statistics"
-    ):
+    with pytest.raises(ValueError, match="wanda needs the norms of the inputs of `q_proj`, got no statistics"):
         Wanda().scores(weight, None, "q_proj")
 
 
@@ -72,8 +70,7 @@ def test_random_leaves_the_global_generator_alone(weight: torch.Tensor) -> None:
 
 def test_random_is_the_same_in_another_process(weight: torch.Tensor) -> None:
     code = (
-        "import torch; from recon.criteria import Random\n"
-        "print(Random(3).scores(torch.ones(1, 2), None, 'x').tolist())"
+        "import torch; from recon.criteria import Random\nprint(Random(3).scores(torch.ones(1, 2), None, 'x').tolist())"
     )
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert process.stdout.strip() == str(Random(3).scores(torch.ones(1, 2), None, "x").tolist())

@@ -194,9 +194,7 @@ def test_a_failed_save_leaves_what_was_there(
     before = path.read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(recon.masks if step == "save_file" else os, step.removeprefix("os."), full_disk)
-        with pytest.raises(
-            OSError, match=r"could not write `.*m.safetensors` .*No space left .* free space"
-        ) as raised:
+        with pytest.raises(OSError, match=r"could not write `.*m.safetensors` .*No space left .* free space") as raised:
             masks.save(path)
         assert raised.value.errno == errno.ENOSPC
         with pytest.raises(OSError, match="could not write"):

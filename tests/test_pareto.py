@@ -67,9 +67,7 @@ HARD = {
         for scope, (ppl, seconds, mib) in REALISTIC.items()
     ],
     "one point, no reference": [cell("matrix", 12.74, 6.0, 620.0)],
-    "long names": cells(
-        model="/scratch/" + "a-very-long-directory/" * 9, pattern="unstructured 50 % per row"
-    ),
+    "long names": cells(model="/scratch/" + "a-very-long-directory/" * 9, pattern="unstructured 50 % per row"),
 }
 
 
@@ -139,9 +137,7 @@ def test_every_point_and_line_is_labelled_inside_the_frame_and_off_the_markers(c
         for reference in ("dense", "pruned"):
             wanted = any(report.scope == reference for report in HARD[case])
             assert sum(name.startswith(reference) for name in names) == wanted
-        markers = [
-            line for line in axes.lines if line.get_marker() in {look.marker for look in LOOKS.values()}
-        ]
+        markers = [line for line in axes.lines if line.get_marker() in {look.marker for look in LOOKS.values()}]
         assert len(markers) == len(expected)
         for line in markers:
             half = line.get_markersize() / 2 * figure.dpi / 72
@@ -214,9 +210,7 @@ def test_the_front_is_what_nothing_beats() -> None:
     assert pareto_front(points) == [(6.0, 12.74), (33.0, 11.58), (35.0, 11.55)]
     assert pareto_front([]) == []
     for point in set(points):
-        beaten = any(
-            all(b <= a for a, b in zip(point, other, strict=True)) for other in points if other != point
-        )
+        beaten = any(all(b <= a for a, b in zip(point, other, strict=True)) for other in points if other != point)
         assert beaten == (point not in pareto_front(points))
 
 
@@ -231,9 +225,7 @@ def test_device_peaks_are_preferred_and_their_absence_noted() -> None:
 
 
 def test_failed_cells_are_left_out_and_named() -> None:
-    failed = cell(
-        "block", None, 0.0, 0.0, label="block x4", status="failed", error="out of memory", run_dir="runs/x"
-    )
+    failed = cell("block", None, 0.0, 0.0, label="block x4", status="failed", error="out of memory", run_dir="runs/x")
     figure = drawn([*cells(), failed])
     assert all("block x4" not in text for labels in point_labels(figure) for text, _ in labels)
     footnotes = " ".join(text for text, _ in texts(figure))
@@ -247,9 +239,7 @@ def test_the_title_says_what_is_compared() -> None:
 
 
 def test_references_are_lines_even_without_cells_of_their_own() -> None:
-    rows = [
-        report for report in cells(dense_perplexity=10.0, pruned_perplexity=16.0) if report.scope in LOOKS
-    ]
+    rows = [report for report in cells(dense_perplexity=10.0, pruned_perplexity=16.0) if report.scope in LOOKS]
     names = [text for text, _ in point_labels(drawn(rows))[1]]
     assert "dense 10.00" in names
     assert "pruned 16.00" in names
@@ -277,9 +267,7 @@ def test_files_are_deterministic_and_svg_text_is_text(tmp_path: Path) -> None:
     second = draw_pareto(Results(cells()), str(tmp_path / "b"))
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
     svg = first[1].read_text(encoding="utf-8")
-    words = [
-        "".join(node.itertext()) for node in ElementTree.fromstring(svg).iter() if node.tag.endswith("}text")
-    ]
+    words = ["".join(node.itertext()) for node in ElementTree.fromstring(svg).iter() if node.tag.endswith("}text")]
     assert {"matrix", "submodule", "block", "full", "pruned 16.33"} <= set(words)
     assert not re.search(r"<dc:date>", svg)
 

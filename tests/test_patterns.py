@@ -104,15 +104,11 @@ def test_matrices_are_chosen_one_by_one_unless_across_the_model() -> None:
     across = Unstructured(0.5, "model")
     assert across.across_model
     assert across.select_all(scores)["b"].all()
-    with pytest.raises(
-        ValueError, match=r"50% per model ranks .* cannot choose within `a` alone; call `select_all`"
-    ):
+    with pytest.raises(ValueError, match=r"50% per model ranks .* cannot choose within `a` alone; call `select_all`"):
         across.select(scores["a"], "a")
 
 
-@pytest.mark.parametrize(
-    "pattern", [Unstructured(), Unstructured(per="matrix"), Unstructured(per="model"), NM()]
-)
+@pytest.mark.parametrize("pattern", [Unstructured(), Unstructured(per="matrix"), Unstructured(per="model"), NM()])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_scores_without_an_order_are_refused_by_name(pattern: Pattern, bad: float) -> None:
     scores = torch.rand(4, 8)
@@ -122,9 +118,7 @@ def test_scores_without_an_order_are_refused_by_name(pattern: Pattern, bad: floa
 
 
 def test_n_m_refuses_inputs_that_do_not_divide() -> None:
-    with pytest.raises(
-        ValueError, match=r"^2:4 needs in_features divisible by 4, got 130 for `up_proj`; exclude"
-    ):
+    with pytest.raises(ValueError, match=r"^2:4 needs in_features divisible by 4, got 130 for `up_proj`; exclude"):
         NM().select(torch.rand(2, 130), "up_proj")
 
 
@@ -148,9 +142,7 @@ def test_an_impossible_n_m_is_refused(keep: int, of: int) -> None:
 
 
 def test_names_and_densities() -> None:
-    names = [
-        str(p) for p in (Unstructured(0.6), Unstructured(0.5, "matrix"), Unstructured(0.55, "model"), NM())
-    ]
+    names = [str(p) for p in (Unstructured(0.6), Unstructured(0.5, "matrix"), Unstructured(0.55, "model"), NM())]
     assert names == ["60% per row", "50% per matrix", "55% per model", "2:4"]
     assert [Unstructured(0.75).density, NM(1, 4).density] == [0.25, 0.25]
     assert NM() == NM(2, 4) != NM(4, 8)

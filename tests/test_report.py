@@ -64,9 +64,7 @@ def test_a_saved_report_comes_back_equal(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["report.json"]
 
 
-@pytest.mark.parametrize(
-    ("scope", "share"), [("dense", 1.0), ("pruned", 0.0), ("submodule", 0.8), ("full", -0.1)]
-)
+@pytest.mark.parametrize(("scope", "share"), [("dense", 1.0), ("pruned", 0.0), ("submodule", 0.8), ("full", -0.1)])
 def test_recovered_is_the_closed_share_of_the_gap(scope: str, share: float) -> None:
     assert report(scope).recovered == pytest.approx(share)
     assert report(scope).to_dict()["recovered"] == pytest.approx(share)
@@ -169,9 +167,7 @@ def test_a_single_run_reads_as_results_of_one_cell(tmp_path: Path) -> None:
 
 
 def test_missing_results_name_the_path_and_the_cure(tmp_path: Path) -> None:
-    with pytest.raises(
-        FileNotFoundError, match=r"no .*results\.json and no .*report\.json.*Run `recon compare`"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"no .*results\.json and no .*report\.json.*Run `recon compare`"):
         Results.load(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"absent\.json.*Run `recon compare`"):
         Results.load(tmp_path / "absent.json")

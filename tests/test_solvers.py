@@ -19,9 +19,7 @@ Problem = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """Inputs X, their Gram matrix, the dense weight, the mask."""
 
 
-def problem(
-    out: int = 12, in_: int = 20, num_tokens: int = 100, sparsity: float = 0.5, seed: int = 0
-) -> Problem:
+def problem(out: int = 12, in_: int = 20, num_tokens: int = 100, sparsity: float = 0.5, seed: int = 0) -> Problem:
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(in_, in_, generator=generator)
     X = torch.randn(num_tokens, in_, generator=generator) @ mixing
@@ -65,9 +63,7 @@ def test_the_solution_is_that_of_dense_least_squares(sparsity: float) -> None:
     torch.testing.assert_close(solution.weight.double(), exact, rtol=2e-4, atol=2e-4)
     assert (solution.weight[~keep] == 0).all()
     # With nothing pruned both errors are zero up to rounding.
-    assert solution.relative_error == pytest.approx(
-        references.relative_error(exact, dense, X), rel=1e-5, abs=1e-12
-    )
+    assert solution.relative_error == pytest.approx(references.relative_error(exact, dense, X), rel=1e-5, abs=1e-12)
 
 
 def test_what_is_reported_is_what_is_returned() -> None:
@@ -77,9 +73,7 @@ def test_what_is_reported_is_what_is_returned() -> None:
         assert solution.iterations == max_iterations
         gradient = references.projected_gradient(solution.weight, dense, X, keep)
         assert solution.projected_gradient == pytest.approx(gradient, rel=1e-4)
-        assert solution.relative_error == pytest.approx(
-            references.relative_error(solution.weight, dense, X), rel=1e-5
-        )
+        assert solution.relative_error == pytest.approx(references.relative_error(solution.weight, dense, X), rel=1e-5)
     assert torch.equal(conjugate_gradients(gram, dense, keep, max_iterations=0).weight, dense * keep)
 
 

@@ -104,9 +104,7 @@ def test_every_call_counts(attention: Attention) -> None:
         attention.q(x)
         attention.q(input=x[0, 0])
     assert statistics["q"].num_tokens == 2 * 14 + 1
-    torch.testing.assert_close(
-        statistics["q"].gram, (2 * references.gram(x) + references.gram(x[0, 0])).float()
-    )
+    torch.testing.assert_close(statistics["q"].gram, (2 * references.gram(x) + references.gram(x[0, 0])).float())
 
 
 def test_half_precision_inputs_are_summed_in_fp32() -> None:
@@ -162,9 +160,7 @@ def test_nothing_is_collected_when_nothing_is_needed(attention: Attention) -> No
 
 @pytest.mark.parametrize("need", ["gram", "norms"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
-def test_an_input_that_is_not_finite_is_refused_by_layer_and_batch(
-    attention: Attention, need: str, bad: float
-) -> None:
+def test_an_input_that_is_not_finite_is_refused_by_layer_and_batch(attention: Attention, need: str, bad: float) -> None:
     inputs = batches()
     inputs[1][0, 3, 2] = bad
     received = {}

@@ -114,9 +114,7 @@ def test_windows_compose_exactly_with_eager_attention_in_bfloat16(family: str) -
 def test_submodule_windows_cover_every_block_parameter_once(model: PreTrainedModel) -> None:
     replay = replay_of(model)
     windows = submodule_windows(replay)
-    assert [window.name for window in windows] == [
-        f"{i:03d}.{k}" for i in range(3) for k in ("attention", "mlp")
-    ]
+    assert [window.name for window in windows] == [f"{i:03d}.{k}" for i in range(3) for k in ("attention", "mlp")]
     assert [window.name for window in windows] == sorted(window.name for window in windows)
     for block, attention, mlp in zip(replay.anatomy.blocks, windows[::2], windows[1::2], strict=True):
         assert isinstance(attention, AttentionWindow)
@@ -185,9 +183,7 @@ def test_block_window_is_its_blocks_in_a_row(llama: Replay) -> None:
 
 def test_mlp_window_asks_for_the_attention_output(llama: Replay) -> None:
     window = submodule_windows(llama)[1]
-    with pytest.raises(
-        ValueError, match=r"000\.mlp needs the output of model\.layers\.0\.self_attn as `atten"
-    ):
+    with pytest.raises(ValueError, match=r"000\.mlp needs the output of model\.layers\.0\.self_attn as `atten"):
         window.forward(llama, llama.embed(token_ids()))
 
 
@@ -206,9 +202,7 @@ def test_analysis_leaves_the_model_as_it_was(model: PreTrainedModel) -> None:
     all_windows(replay)
     replay.stub(1, replay.embed(token_ids()), torch.zeros(2, 12, DIM))
     assert torch.equal(rng, torch.get_rng_state())
-    assert [parameter.requires_grad for parameter in parameters] == [
-        n % 2 == 0 for n in range(len(parameters))
-    ]
+    assert [parameter.requires_grad for parameter in parameters] == [n % 2 == 0 for n in range(len(parameters))]
     for parameter, gradient in zip(parameters, gradients, strict=True):
         assert parameter.grad is gradient
         assert gradient is None or (gradient == 1).all()
@@ -335,9 +329,7 @@ def test_an_attention_that_its_block_does_not_call_is_refused() -> None:
 def test_blocks_called_out_of_order_are_refused() -> None:
     model = tiny("llama")
     model.model.layers = torch.nn.ModuleList(reversed(model.model.layers))
-    anatomy = Anatomy(
-        [replace(block, index=DEPTH - 1 - block.index) for block in reversed(Anatomy.of(model).blocks)]
-    )
+    anatomy = Anatomy([replace(block, index=DEPTH - 1 - block.index) for block in reversed(Anatomy.of(model).blocks)])
     with pytest.raises(ValueError, match=r"model\.layers\.0 was called in place of model\.layers\.2"):
         record_calls(model, anatomy, token_ids(), Form(None))
 

@@ -12,8 +12,8 @@ from recon.atomic import atomic_write
 from recon.cli.arguments import add_pruning_arguments
 from recon.cli.quiet import quiet
 from recon.configs import config_directory, resolve_config_names
-from recon.environment import versions
 from recon.data import TokenData
+from recon.environment import versions
 from recon.recovery import recover
 from recon.report import Results, print_table
 from recon.run import RunDirectory, digest
@@ -29,13 +29,19 @@ class FitCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what a scope and a trainer do not have."""
         parser.add_argument(
-            "--run_dir", type=str | None, default=None, help="Where the run goes; runs/<scope>-<fingerprint> if null."
+            "--run_dir",
+            type=str | None,
+            default=None,
+            help="Where the run goes; runs/<scope>-<fingerprint> if null.",
         )
         parser.add_argument(
             "--masks", type=str | None, default=None, help="A masks.safetensors to use instead of pruning."
         )
         parser.add_argument(
-            "--baselines", type=bool, default=True, help="Measure the dense and the pruned model's perplexity too."
+            "--baselines",
+            type=bool,
+            default=True,
+            help="Measure the dense and the pruned model's perplexity too.",
         )
         parser.add_argument("--summary", type=bool, default=True, help="Print the report as a table in the end.")
         add_pruning_arguments(parser)
@@ -107,4 +113,3 @@ def main(args: list[str]) -> int:
 def _save_config(cli: FitCLI) -> None:
     with atomic_write(cli.run_dir / "config.yaml") as temporary:
         cli.parser.save(cli.config, temporary, skip_none=False, overwrite=True, multifile=False)
-

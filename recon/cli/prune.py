@@ -5,11 +5,11 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
+from recon.baselines import measure_pruned
 from recon.cli.arguments import add_pruning_arguments, choose_device, parse
 from recon.cli.quiet import quiet
-from recon.environment import versions
 from recon.data import TokenData
-from recon.baselines import measure_pruned
+from recon.environment import versions
 from recon.pretrained import ModelSource
 from recon.report import Results, print_table
 from recon.run import RunDirectory, digest
@@ -20,10 +20,14 @@ def main(args: list[str]) -> int:
     quiet()
     parser = ArgumentParser(prog="recon prune", description="Choose which weights survive and write their masks.")
     parser.add_argument("-c", "--config", action="config", help="YAML file or name of a shipped configuration.")
-    parser.add_argument("--run_dir", type=str | None, default=None, help="Where to write; runs/prune-<fingerprint> if null.")
+    parser.add_argument(
+        "--run_dir", type=str | None, default=None, help="Where to write; runs/prune-<fingerprint> if null."
+    )
     parser.add_argument("--seed_everything", type=int, default=0, help="Chooses the calibration sequences.")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N.")
-    parser.add_argument("--save_model", type=bool, default=False, help="Write the pruned model too, in Hugging Face format.")
+    parser.add_argument(
+        "--save_model", type=bool, default=False, help="Write the pruned model too, in Hugging Face format."
+    )
     parser.add_argument("--summary", type=bool, default=True, help="Print the report as a table in the end.")
     parser.add_class_arguments(ModelSource, "model", instantiate=False)
     parser.add_class_arguments(TokenData, "data")
@@ -33,7 +37,9 @@ def main(args: list[str]) -> int:
     built = parser.instantiate_classes(config)
     if built.criterion is None or built.pattern is None:
         raise ValueError("recon prune needs a criterion and a pattern, got null")
-    options = {key: value for key, value in config.as_dict().items() if key not in ("config", "run_dir", "device", "summary")}
+    options = {
+        key: value for key, value in config.as_dict().items() if key not in ("config", "run_dir", "device", "summary")
+    }
     source = ModelSource(**config.model.as_dict())
     identity = {"model": source.identity(), "data": built.data.source.identity()}
     fingerprint = {"options": options, "versions": versions(), **identity}

@@ -41,7 +41,11 @@ class TokenData(L.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value in (("num_sequences", num_sequences), ("num_validation", num_validation), ("num_test", num_test)):
+        for name, value in (
+            ("num_sequences", num_sequences),
+            ("num_validation", num_validation),
+            ("num_test", num_test),
+        ):
             if value is not None and value < 1:
                 raise ValueError(f"data.{name} must be at least 1 (or null for all), got {value}")
         if seq_len < 2 or batch_size < 1:

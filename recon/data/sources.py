@@ -98,7 +98,14 @@ def _is_test_or_site(key: str) -> bool:
     return bool(tests & set(folders)) or name.startswith("test_")
 
 
-BUILDERS = {"txt": "text", "text": "text", "json": "json", "jsonl": "json", "csv": "csv", "parquet": "parquet"}
+BUILDERS = {
+    "txt": "text",
+    "text": "text",
+    "json": "json",
+    "jsonl": "json",
+    "csv": "csv",
+    "parquet": "parquet",
+}
 
 
 class TextFiles(TextSource):

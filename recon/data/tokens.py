@@ -63,9 +63,7 @@ def sequences(
     return pool[choice[:num_sequences]]
 
 
-def _token_ids(
-    documents: Documents, tokenizer: PreTrainedTokenizerBase, separator: str | None
-) -> Iterator[list[int]]:
+def _token_ids(documents: Documents, tokenizer: PreTrainedTokenizerBase, separator: str | None) -> Iterator[list[int]]:
     """Token ids of the joined documents, piece by piece."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for rows in documents.iter(batch_size=64 if separator is None else 10_000):

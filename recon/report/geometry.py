@@ -37,9 +37,7 @@ def segments_cross(a: Float[ndarray, "m 4"], b: Float[ndarray, "n 4"]) -> Bool[n
     return apart & (_side(b, a[..., :2]) * _side(b, a[..., 2:]) < 0)
 
 
-def _side(
-    segments: Float[ndarray, "*#shape 4"], points: Float[ndarray, "*#shape 2"]
-) -> Float[ndarray, "..."]:
+def _side(segments: Float[ndarray, "*#shape 4"], points: Float[ndarray, "*#shape 2"]) -> Float[ndarray, "..."]:
     """Positive for points to the left of the segment, negative to the right, zero on its line."""
     step = segments[..., 2:] - segments[..., :2]
     offset = points - segments[..., :2]

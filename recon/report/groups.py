@@ -86,15 +86,11 @@ class Group:
             if cell.status == "ok" and cell.perplexity is None:
                 notes.append(f"{_name(cell)} has no finite perplexity")
             if cell.mask_violations:
-                notes.append(
-                    f"{_name(cell)} violates its masks: {cell.mask_violations:,} pruned weights are not zero"
-                )
+                notes.append(f"{_name(cell)} violates its masks: {cell.mask_violations:,} pruned weights are not zero")
         if _num_protocols(self.cells) > 1:
             notes.append("These perplexities are not comparable: their protocols differ, see results.json")
         if baseline := estimate(cell.baseline_host_bytes for cell in self.cells):
-            notes.append(
-                f"Host peaks include {baseline.mean / 2**20:,.0f} MiB of libraries, loaded before the model"
-            )
+            notes.append(f"Host peaks include {baseline.mean / 2**20:,.0f} MiB of libraries, loaded before the model")
         return notes
 
 
@@ -118,8 +114,7 @@ def group_cells(results: Results) -> list[Group]:
                 )
         row.cells.append(cell)
     return [
-        Group(*key, rows=sorted(rows.values(), key=lambda row: SCOPES.index(row.scope)))
-        for key, rows in groups.items()
+        Group(*key, rows=sorted(rows.values(), key=lambda row: SCOPES.index(row.scope))) for key, rows in groups.items()
     ]
 
 

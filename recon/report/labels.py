@@ -41,9 +41,7 @@ class LabelPlacer:
         font_size: Of the labels, in points.
     """
 
-    def __init__(
-        self, axes: Axes, renderer: RendererBase, spread: float = GAP, font_size: float = 9.0
-    ) -> None:
+    def __init__(self, axes: Axes, renderer: RendererBase, spread: float = GAP, font_size: float = 9.0) -> None:
         self.axes = axes
         self.renderer = renderer
         self.spread = spread
@@ -108,9 +106,7 @@ class LabelPlacer:
         """Horizontal centres for a text of `width` pixels, from the right end of the frame to the left."""
         return np.linspace(self.frame[2] - width / 2, self.frame[0] + width / 2, 26)
 
-    def _around(
-        self, anchor: Float[ndarray, "2"], radius: float, width: float, height: float
-    ) -> Float[ndarray, "n 2"]:
+    def _around(self, anchor: Float[ndarray, "2"], radius: float, width: float, height: float) -> Float[ndarray, "n 2"]:
         """Centres for a text at rising distance from the rim of a marker, all directions in each round."""
         farthest = math.hypot(self.frame[2] - self.frame[0], self.frame[3] - self.frame[1])
         surroundings = _boxes(anchor[None], CROWD * self.pixels, CROWD * self.pixels)
@@ -169,9 +165,7 @@ def _boxes(centers: Float[ndarray, "n 2"], width: float, height: float) -> Float
     return np.hstack([centers - half, centers + half])
 
 
-def _leaders(
-    anchor: Float[ndarray, "2"], radius: float, boxes: Float[ndarray, "n 4"]
-) -> Float[ndarray, "n 4"]:
+def _leaders(anchor: Float[ndarray, "2"], radius: float, boxes: Float[ndarray, "n 4"]) -> Float[ndarray, "n 4"]:
     """From the rim of a marker to the nearest point of each box, none of which holds the marker's centre."""
     ends = np.clip(anchor, boxes[:, :2], boxes[:, 2:])
     steps = ends - anchor

@@ -162,9 +162,7 @@ def _draw(group: Group, panels: list[Panel], height: float, spread: float) -> Fi
 
     references = _references(group)
     drawn = [reference for reference in references if not _is_off_scale(reference, panels)]
-    perplexities = [
-        bound for panel in panels for point in panel.points for bound in _bounds(point.perplexity)
-    ]
+    perplexities = [bound for panel in panels for point in panel.points for bound in _bounds(point.perplexity)]
     _scale(left, "y", perplexities + [reference.perplexity for reference in drawn], margin=0.12)
     for axes, panel in zip((left, right), panels, strict=True):
         _scale(axes, "x", [bound for point in panel.points for bound in _bounds(point.cost)], margin=0.15)
@@ -238,9 +236,7 @@ def _draw_panel(axes: Axes, panel: Panel, references: list[Reference]) -> None:
         )
 
 
-def _label_panel(
-    placer: LabelPlacer, panel: Panel, references: list[Reference], off_scale: list[Reference]
-) -> bool:
+def _label_panel(placer: LabelPlacer, panel: Panel, references: list[Reference], off_scale: list[Reference]) -> bool:
     """Label lines and points; False if one found no room."""
     for point in panel.points:
         x, y = point.cost.mean, point.perplexity.mean

@@ -84,9 +84,7 @@ class Report:
         if self.status == "failed" and not self.error:
             raise ValueError(f"a failed report must say why; got no `error` for scope {self.scope!r}")
         if not _is_finite(self.seconds):
-            raise ValueError(
-                f"a report's seconds must be finite; got {self.seconds} for scope {self.scope!r}"
-            )
+            raise ValueError(f"a report's seconds must be finite; got {self.seconds} for scope {self.scope!r}")
         self.label = self.label or self.scope
         for name in ("perplexity", "dense_perplexity", "pruned_perplexity", "sparsity"):
             if not _is_finite(getattr(self, name)):
@@ -191,9 +189,7 @@ class Results:
         if "cells" not in payload:
             return cls([Report.from_dict(payload, source=str(file))], name=file.parent.name)
         if unknown := sorted(payload.keys() - {"name", "created", "cells"}):
-            raise ValueError(
-                f"{file} has the unknown fields {', '.join(unknown)}; known are name, created, cells"
-            )
+            raise ValueError(f"{file} has the unknown fields {', '.join(unknown)}; known are name, created, cells")
         cells = _typed(payload["cells"], list, f"`cells` of {file}")
         reports = []
         for i, cell in enumerate(cells):
@@ -215,9 +211,7 @@ def _find(path: Path) -> Path:
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise FileNotFoundError(
-            f"there is no report at {path}; run `recon compare` first, or name its output"
-        )
+        raise FileNotFoundError(f"there is no report at {path}; run `recon compare` first, or name its output")
 
     def refuse(token: str) -> NoReturn:
         raise ValueError(f"{token} is not strict JSON")
@@ -225,9 +219,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         payload = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
     except ValueError as error:
-        raise ValueError(
-            f"{path} must hold strict JSON as recon writes it; reading it failed: {error}"
-        ) from error
+        raise ValueError(f"{path} must hold strict JSON as recon writes it; reading it failed: {error}") from error
     return _typed(payload, dict, str(path))
 
 

@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
 from recon.anatomy import Anatomy
 from recon.data import TokenData
@@ -50,7 +49,7 @@ class FullRetraining(Scope):
         super().__init__(epochs=epochs, **options)
         self.loss, self.temperature, self.train_what = loss, temperature, train
         self.lr, self.weight_decay, self.betas, self.warmup = lr, weight_decay, betas, warmup
-        self._teacher: list[PreTrainedModel] = []  # a list, so that Lightning does not see its parameters
+        self._teacher: list[nn.Module] = []  # a list, so that Lightning does not see its parameters
 
     @property
     def label(self) -> str:
@@ -111,7 +110,10 @@ class FullRetraining(Scope):
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
         steps = int(self.trainer.estimated_stepping_batches)
-        return {"optimizer": optimizer, "lr_scheduler": warmup_and_linear_decay(optimizer, steps, self.warmup)}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": warmup_and_linear_decay(optimizer, steps, self.warmup),
+        }
 
     def _loss(self, input_ids: Tensor) -> Tensor:
         logits = self.model(input_ids=input_ids, use_cache=False).logits[:, :-1].float().flatten(0, 1)

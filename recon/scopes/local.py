@@ -21,9 +21,10 @@ from recon.anatomy import Anatomy
 from recon.atomic import atomic_write, write_json
 from recon.data import TokenData
 from recon.masks import Masks
+from recon.replay import Replay
 from recon.scopes.base import Scope
 from recon.seeds import derived_seed
-from recon.windows import AttentionWindow, MLPWindow, Replay, Window
+from recon.windows import AttentionWindow, MLPWindow, Window
 
 Batch = dict[str, Tensor]
 

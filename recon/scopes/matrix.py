@@ -66,7 +66,12 @@ class MatrixReconstruction(LocalScope):
             assert gram is not None
             keep = as_out_in(module, self.masks[name].to(gram.device))
             solution = conjugate_gradients(
-                gram, dense.float(), keep, tolerance=self.tolerance, max_iterations=self.max_iterations, name=name
+                gram,
+                dense.float(),
+                keep,
+                tolerance=self.tolerance,
+                max_iterations=self.max_iterations,
+                name=name,
             )
             weight_out_in(module).copy_(solution.weight)
             solved[name] = {key: value for key, value in asdict(solution).items() if key != "weight"}

@@ -1,0 +1,235 @@
+"""Running single blocks of a model by the model's own code: replay, tap and stub.
+
+**Replay** calls a block with the arguments that the model itself passes, **tap** halts a block where its
+attention submodule returns, **stub** runs a block with that submodule's output replaced by a recorded one.
+Dropout is off in all of them.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from recon.anatomy import Anatomy
+from recon.calls import Call, Form, Halt, Hidden, Tokens, evaluating, forward_replaced, record_calls
+
+PROBE_LENGTH = 4  # tokens of the sequence on which forms and dependencies are learned
+MAX_RECORDED_SHAPES = 2  # the full batch and the smaller last one
+MAX_RELATIVE_ERROR = 1e-2  # of a replayed block; nondeterministic kernels stay below, lost arguments do not
+
+
+class Replay:
+    """Runs single blocks of a model as the model itself would.
+
+    Calls are recorded on first use for each batch size, sequence length and device, without autocast, and
+    the latest two are kept. They follow the device of the hidden states, so a block may be moved while
+    the rest of the model stays behind. Grad mode and autocast are the caller's.
+
+    A module tree can be misread in ways that only numbers show: blocks that run twice, exchange more than
+    hidden states or see the tokens (Gemma 4), an attention submodule that returns more than its output
+    (DBRX). So the moves are first tried on four tokens, against the model itself.
+
+    Args:
+        model: Any model that `Anatomy` can read; at this moment on one device.
+        anatomy: Its anatomy.
+
+    Raises:
+        ValueError: If blocks are not called exactly once and in order, with hidden states of three
+            dimensions and without a cache, or if a replayed or stubbed block gives something else than
+            within the model.
+    """
+
+    def __init__(self, model: PreTrainedModel, anatomy: Anatomy):
+        self.model = model
+        self.anatomy = anatomy
+        self._calls: OrderedDict[tuple[Any, ...], list[Call]] = OrderedDict()
+        with _recording(_embedding_weight(model).device):
+            self._block_form, self._attention_form = self._learn_forms()
+        self.verify()
+
+    def embed(self, tokens: Tokens) -> Hidden:
+        """The hidden states that enter block 0."""
+        first = self.anatomy.blocks[0]
+        entering: list[Tensor] = []
+
+        def halt(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            entering.append(Call.split(first.name, args, kwargs)[1])
+            raise Halt
+
+        with (
+            evaluating(self.model),
+            first.module.register_forward_pre_hook(halt, with_kwargs=True),
+            suppress(Halt),
+        ):
+            self.model(input_ids=tokens, use_cache=False)
+        return entering[0]
+
+    def run(self, index: int, hidden: Hidden) -> Hidden:
+        """The output of block `index` for the hidden states that enter it."""
+        block = self.anatomy.blocks[index].module
+        call = self._calls_for(hidden)[index]
+        with evaluating(block):
+            return _first(call.run(block, hidden))
+
+    def tap(self, index: int, hidden: Hidden) -> Hidden:
+        """The output of the attention submodule of block `index`; what follows it is not computed."""
+        outputs: list[Any] = []
+        hook = _collect(outputs, halt=True)
+        with self.anatomy.blocks[index].attention.register_forward_hook(hook), suppress(Halt):
+            self.run(index, hidden)
+        return _first(outputs[0])
+
+    def run_and_tap(self, index: int, hidden: Hidden) -> tuple[Hidden, Hidden]:
+        """The outputs of the attention submodule and of block `index`, in one pass."""
+        outputs: list[Any] = []
+        with self.anatomy.blocks[index].attention.register_forward_hook(_collect(outputs)):
+            hidden = self.run(index, hidden)
+        return _first(outputs[0]), hidden
+
+    def stub(self, index: int, hidden: Hidden, attention: Hidden) -> Hidden:
+        """The output of block `index` if its attention submodule returned `attention`."""
+        output = self._attention_form.wrap(attention)
+        with forward_replaced(self.anatomy.blocks[index].attention, lambda *args, **kwargs: output):
+            return self.run(index, hidden)
+
+    @torch.no_grad()
+    def verify(self) -> None:
+        """Check on four tokens that every block, replayed or stubbed, gives what it gives within the model.
+
+        Done on construction; again is worth it only after the model's modules have changed.
+
+        Raises:
+            ValueError: If a block is not called exactly once, cannot be stubbed, or gives something else.
+        """
+        blocks = self.anatomy.blocks
+        tokens = _arbitrary_tokens(self.model).flip(1)  # not the ones that calls are recorded with
+        expected: list[list[Any]] = [[] for _ in blocks]
+        with ExitStack() as stack:
+            stack.enter_context(evaluating(self.model))
+            for block, outputs in zip(blocks, expected, strict=True):
+                stack.enter_context(block.module.register_forward_hook(_collect(outputs)))
+            self.model(input_ids=tokens, use_cache=False)
+        hidden = self.embed(tokens)
+        for block, outputs in zip(blocks, expected, strict=True):
+            if len(outputs) != 1:
+                raise ValueError(
+                    f"The model must call each block once, {block.name} was called {len(outputs)} times. "
+                    f"This model is not supported."
+                )
+            reference = _first(outputs[0])
+            attention = self.tap(block.index, hidden)
+            try:
+                stubbed = self.stub(block.index, hidden, attention)
+            except (AttributeError, TypeError) as error:  # it met None
+                raise ValueError(
+                    f"A block must need only the first output of its attention submodule, {block.name} needs "
+                    f"more than the first output of {block.attention_name}. This model is not supported."
+                ) from error
+            hidden = self.run(block.index, hidden)
+            for move, output in (("replayed", hidden), ("tapped and stubbed", stubbed)):
+                error = ((output - reference).float().norm() / reference.float().norm()).item()
+                if not error <= MAX_RELATIVE_ERROR:
+                    raise ValueError(
+                        f"A {move} block must give what it gives within the model, {block.name} differs by "
+                        f"{error:.1e} of the norm. This model cannot be recovered window by window."
+                    )
+
+    def dependencies(self, index: int) -> tuple[set[str], set[str]]:
+        """Names of the parameters of block `index` that its tapped and its stubbed output depend on."""
+        parameters = self.anatomy.blocks[index].parameters()
+        with _recording(_embedding_weight(self.model).device):
+            hidden = self.embed(_arbitrary_tokens(self.model))  # any input will do, the graph is the same
+            with torch.enable_grad(), _requiring_grad(parameters.values()):
+                attention = self.tap(index, hidden)
+                output = self.stub(index, hidden, attention.detach())
+                return _reached(attention, parameters), _reached(output, parameters)
+
+    def _learn_forms(self) -> tuple[Form, Form]:
+        """The forms in which block 0 and its attention submodule return, from one run of that block."""
+        first, tokens = self.anatomy.blocks[0], _arbitrary_tokens(self.model)
+        outputs: list[Any] = []  # attention returns before the block does
+        with (
+            evaluating(self.model),
+            first.attention.register_forward_hook(_collect(outputs)),
+            first.module.register_forward_hook(_collect(outputs, halt=True)),
+            suppress(Halt),
+        ):
+            self.model(input_ids=tokens, use_cache=False)
+        if len(outputs) != 2:
+            raise ValueError(
+                f"A block must call its attention submodule once, {first.name} called {first.attention_name} "
+                f"{len(outputs) - 1} times. This model is not supported."
+            )
+        attention, block = outputs
+        return Form.of(block, first.name), Form.of(attention, first.attention_name)
+
+    def _calls_for(self, hidden: Tensor) -> list[Call]:
+        """The calls recorded for hidden states of this shape."""
+        weight = _embedding_weight(self.model)
+        key = (*hidden.shape[:2], hidden.device, weight.device, weight.dtype)
+        if key not in self._calls:
+            tokens = _arbitrary_tokens(self.model, *hidden.shape[:2])
+            with _recording(weight.device):
+                calls = record_calls(self.model, self.anatomy, tokens, self._block_form)
+                self._calls[key] = [call.to(hidden.device) for call in calls]
+            if len(self._calls) > MAX_RECORDED_SHAPES:
+                self._calls.popitem(last=False)
+        self._calls.move_to_end(key)
+        return self._calls[key]
+
+
+def _reached(output: Tensor, parameters: dict[str, nn.Parameter]) -> set[str]:
+    """Names of the `parameters` in the graph of `output`; `.grad` is not touched."""
+    gradients = torch.autograd.grad(output.sum(), list(parameters.values()), allow_unused=True)
+    return {name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+
+
+def _embedding_weight(model: PreTrainedModel) -> Tensor:
+    return model.get_input_embeddings().get_parameter("weight")
+
+
+def _arbitrary_tokens(model: PreTrainedModel, batch: int = 1, seq: int = PROBE_LENGTH) -> Tokens:
+    """Token ids for passes in which only shapes count; none is padding, which some models warn about."""
+    padding = getattr(model.config.get_text_config(), "pad_token_id", None)
+    ids = torch.tensor([token for token in range(PROBE_LENGTH + 1) if token != padding])
+    tokens = ids[torch.arange(seq) % len(ids)].expand(batch, seq)
+    return tokens.to(_embedding_weight(model).device)
+
+
+def _first(output: Any) -> Tensor:
+    """The tensor that a block returns. Indexing a bare tensor would take its first sequence instead."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _collect(outputs: list[Any], halt: bool = False) -> Callable[[nn.Module, Any, Any], None]:
+    """A forward hook that appends what the module returns to `outputs`, and ends the pass if asked to."""
+
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        outputs.append(output)
+        if halt:
+            raise Halt
+
+    return hook
+
+
+@contextmanager
+def _recording(device: torch.device) -> Iterator[None]:
+    """No gradients, but tensors that a backward pass may save; the same whoever records first."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+@contextmanager
+def _requiring_grad(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    before = [(parameter, parameter.requires_grad) for parameter in parameters]
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter, required in before:
+            parameter.requires_grad_(required)
