@@ -80,12 +80,12 @@ def _scope(module: L.LightningModule) -> Scope:
 
 
 def _masking(keep: Tensor) -> Callable[[Tensor], Tensor]:
-    """A gradient hook; the pruned positions go to the gradient's device at its first call."""
-    pruned: dict[torch.device, Tensor] = {}
+    """A gradient hook; the mask goes to the gradient's device at its first call, which on the host copies nothing."""
+    on_device: dict[torch.device, Tensor] = {}
 
     def hook(gradient: Tensor) -> Tensor:
-        if gradient.device not in pruned:
-            pruned[gradient.device] = ~keep.to(gradient.device)
-        return gradient.masked_fill(pruned[gradient.device], 0)  # not a product: inf * 0 is nan
+        if gradient.device not in on_device:
+            on_device[gradient.device] = keep.to(gradient.device)
+        return torch.where(on_device[gradient.device], gradient, 0)  # not a product: inf * 0 is nan
 
     return hook

@@ -34,15 +34,15 @@ class Progress(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if time.monotonic() - self._printed >= self.every_seconds and not trainer.is_last_batch:
-            self._print(trainer, pl_module)
+            self._print(trainer, pl_module, epoch_ended=False)
 
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         last = trainer.current_epoch + 1 == trainer.max_epochs
         if last or time.monotonic() - self._printed >= self.every_seconds / 5:
-            self._print(trainer, pl_module)
+            self._print(trainer, pl_module, epoch_ended=True)
 
-    def _print(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _print(self, trainer: L.Trainer, pl_module: L.LightningModule, epoch_ended: bool) -> None:
         if not trainer.is_global_zero:
             return
         self._printed = time.monotonic()
@@ -51,6 +51,8 @@ class Progress(Callback):
         rate = (done - self._first_step) / elapsed if elapsed > 0 else 0.0
         left = f"{_clock((total - done) / rate)} left" if rate > 0 else ""
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        if not epoch_ended:  # until then Lightning holds the last epoch's, which may be another window's
+            metrics = {name: value for name, value in metrics.items() if not name.startswith("held_out")}
         numbers = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in sorted(metrics.items(), reverse=True)]
         where = pl_module.progress if isinstance(pl_module, Scope) else f"epoch {trainer.current_epoch + 1}"
         self._console.print(

@@ -42,12 +42,17 @@ class Activations:
         """Go on to consecutive `blocks` and compute what they return; nothing happens if they are current.
 
         The attention output is recorded where there is one block. `hidden` is then what these blocks
-        take in: the output of the blocks before them, which must be the current ones.
+        take in. Blocks between the current ones and these are passed on the way.
         """
         if list(blocks) == list(self.blocks):
             return
-        expected = self.blocks[-1] + 1 if self.blocks else 0
-        assert blocks[0] == expected, f"blocks are walked in order: {blocks} cannot follow {self.blocks}"
+        following = self.blocks[-1] + 1 if self.blocks else 0
+        assert blocks[0] >= following, f"blocks are walked in order: {blocks} cannot follow {self.blocks}"
+        for passed in range(following, blocks[0]):
+            self._advance([passed])
+        self._advance(blocks)
+
+    def _advance(self, blocks: Sequence[int]) -> None:
         if self.output is not None:
             self.hidden = self.output
         self.blocks = list(blocks)
@@ -71,9 +76,9 @@ class Activations:
             else:
                 for block in self.blocks:
                     hidden = self.replay.run(block, hidden)
-            if not torch.isfinite(hidden.sum()):
+            if not hidden.isfinite().all():  # a sum of finite fp16 numbers may be infinite
                 raise FloatingPointError(
                     f"hidden states must be finite, got NaN or infinity after block {self.blocks[-1]} in the "
-                    f"calibration batch that begins with sequence {start}; load the model in a wider dtype"
+                    f"batch that begins with sequence {start}; check the weights, or load the model in a wider dtype"
                 )
             self.output[rows] = hidden

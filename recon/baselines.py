@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from transformers import PreTrainedModel
 
 from recon.criteria import Criterion
 from recon.data import TokenData
@@ -16,23 +17,20 @@ from recon.pretrained import ModelSource
 from recon.pruning import Pruning, prune
 from recon.report import Report
 from recon.run import RunDirectory, save_model
+from recon.shapes import is_matrix, weight_out_in
 
 
-def measure_dense(
-    source: ModelSource,
-    data: TokenData,
-    run: RunDirectory | None,
-    device: torch.device,
-    masks: Masks | None = None,
-) -> Report:
+def measure(source: ModelSource, data: TokenData, device: torch.device, masks: Masks | None = None) -> Report:
     """Perplexity of a model as it is, or under masks, and the peak memory of measuring it.
 
     Args:
         source: The model.
         data: Test tokens.
-        run: Where the report goes; nowhere if None.
         device: Where to compute.
-        masks: Applied first, if given; the report then calls the model pruned.
+        masks: Applied first, if given; the report then calls the model pruned, otherwise dense.
+
+    Raises:
+        ValueError: If the masks belong to another model.
     """
     baseline, meter = resident_bytes(), PeakMeter()
     meter.start()
@@ -43,25 +41,29 @@ def measure_dense(
         masks.apply(model)
     evaluation = evaluate(model, data.test_dataloader())
     peaks = meter.stop()
-    report = Report(
+    return Report(
         scope="dense" if masks is None else "pruned",
         model=source.name,
         criterion="none" if masks is None else "given masks",
         pattern="none" if masks is None else "given masks",
         seed=data.seed,
         perplexity=evaluation.perplexity,
-        sparsity=0.0 if masks is None else masks.sparsity,
-        mask_violations=0 if masks is None else masks.violations(model),
+        sparsity=share_of_zeros(model) if masks is None else masks.sparsity,
+        mask_violations=0,
         peak_host_bytes=peaks.host_bytes,
         peak_device_bytes=peaks.device_allocated_bytes,
         baseline_host_bytes=baseline,
-        run_dir="" if run is None else str(run.path),
         protocol=evaluation.protocol,
         environment=environment(device),
     )
-    if run is not None:
-        report.save(run.report)
-    return report
+
+
+def share_of_zeros(model: PreTrainedModel) -> float:
+    """Zeros among the weights of all linear maps but the head, in any model, recovered by recon or not."""
+    head = model.get_output_embeddings()
+    weights = [weight_out_in(module) for module in model.modules() if is_matrix(module) and module is not head]
+    zeros = sum(weight.numel() - int(weight.count_nonzero()) for weight in weights)
+    return zeros / max(1, sum(weight.numel() for weight in weights))
 
 
 def measure_pruned(

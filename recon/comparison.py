@@ -71,6 +71,11 @@ class Comparison:
     options: dict[str, Any] = field(default_factory=dict)
     directory: str | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("recoveries", "criteria", "patterns", "models", "seeds"):
+            if not getattr(self, name):
+                raise ValueError(f"a comparison needs at least one of its {name}, got none")
+
     @property
     def path(self) -> Path:
         """Where everything goes."""

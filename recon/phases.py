@@ -20,7 +20,7 @@ class PhaseListener(Protocol):
         """Phase `name` ended, or failed."""
 
     def on_run_end(self) -> None:
-        """The last phase ended."""
+        """The last phase ended, and the run has not failed."""
 
 
 class Phases:
@@ -53,5 +53,5 @@ class Phases:
             yield
         finally:
             self.leave()
-            for listener in self.listeners:
-                listener.on_run_end()
+        for listener in self.listeners:
+            listener.on_run_end()

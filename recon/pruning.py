@@ -91,8 +91,10 @@ def prune(
 def _pass_pruned(walk: Activations, block: Block, masks: Masks, model: nn.Module) -> None:
     """Replace the walk's output of `block` by that of the pruned block, whose weights are then restored."""
     dense = {name: model.get_parameter(name).detach().clone() for name in masks}
-    masks.apply(model)
-    walk.compute()
-    with torch.no_grad():
-        for name, weight in dense.items():
-            model.get_parameter(name).copy_(weight)
+    try:
+        masks.apply(model)
+        walk.compute()
+    finally:
+        with torch.no_grad():
+            for name, weight in dense.items():
+                model.get_parameter(name).copy_(weight)

@@ -74,6 +74,7 @@ def recover(
         if criterion is not None and pattern is not None:
             phases.enter("prune")
             masks = _masks(scope, data, run, criterion, pattern, pruning, masks_file, device, say)
+        chosen = {"criterion": "none", "pattern": "none"} | (Masks.read_metadata(run.masks) if masks else {})
         dense, pruned = None, None
         if baselines and masks:
             phases.enter("evaluate dense and pruned")
@@ -97,8 +98,8 @@ def recover(
         scope=scope.scope,
         label=scope.label,
         model=scope.source.name,
-        criterion=str(criterion) if masks else "none",
-        pattern=str(pattern) if masks else "none",
+        criterion=chosen["criterion"],
+        pattern=chosen["pattern"],
         seed=data.seed,
         perplexity=recovered.perplexity,
         dense_perplexity=dense and dense.perplexity,
@@ -128,9 +129,10 @@ def _masks(
     say: Callable[[str], None],
 ) -> Masks:
     """The masks of this run: from its directory, from the file given, or by pruning the model now."""
+    made_by = {"criterion": str(criterion), "pattern": str(pattern)}
     for file in (run.masks, masks_file):
         if file is not None and file.exists():
-            masks = Masks.load(file)
+            masks, made_by = Masks.load(file), Masks.read_metadata(file)
             masks.validate_for(scope.model)
             break
     else:
@@ -138,7 +140,7 @@ def _masks(
             raise ValueError(f"--masks needs a file that `recon prune` wrote, got {masks_file}, which does not exist")
         masks = prune(scope.to(device).model, data.tokens("train"), criterion, pattern, pruning, say)
     if not run.masks.exists():
-        masks.save(run.masks, {"criterion": str(criterion), "pattern": str(pattern)})
+        masks.save(run.masks, made_by)
     return masks
 
 

@@ -11,6 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from recon.atomic import write_json
 
 
+PRODUCTS = ("masks.safetensors", "windows", "checkpoints", "report.json")
+"""What a run leaves that another run must not take for its own; one that failed before is no obstacle."""
+
+
 def digest(content: Any) -> str:
     """Sha256 of `content` as canonical JSON."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
@@ -31,7 +35,7 @@ class RunDirectory:
         self.path = path
         self.fingerprint = json.loads(json.dumps(fingerprint, default=str))
         file = path / "fingerprint.json"
-        if file.exists():
+        if file.exists() and any((path / product).exists() for product in PRODUCTS):
             held = json.loads(file.read_text())
             if held != self.fingerprint:
                 raise ValueError(

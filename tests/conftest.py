@@ -7,7 +7,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from jaxtyping import install_import_hook
 
-install_import_hook(["recon", "callbacks"], "beartype.beartype").install()
+install_import_hook(["recon", "callbacks"], "beartype.beartype")
 
 import torch
 

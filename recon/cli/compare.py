@@ -10,17 +10,23 @@ from recon.comparison import Comparison, compare
 from recon.report import draw_pareto, print_table
 
 
-def main(args: list[str]) -> int:
-    """Parse, run the cells, print the table, draw the pictures."""
+def build_parser() -> ArgumentParser:
+    """The parser of `recon compare`."""
     parser = ArgumentParser(prog="recon compare", description="Compare scopes, criteria, patterns and seeds.")
     parser.add_argument("-c", "--config", action="config", help="YAML file or name of a shipped comparison.")
     parser.add_class_arguments(Comparison)
+    return parser
+
+
+def main(args: list[str]) -> int:
+    """Parse, run the cells, print the table, draw the pictures."""
+    parser = build_parser()
     config = parse(parser, args)
     config.pop("config")
     built = parser.instantiate_classes(config)
     comparison = Comparison(**built.as_dict())
     console = Console(highlight=False, soft_wrap=True, markup=False)
-    results = compare(comparison, _describe, console.print)
+    results = compare(comparison, describe, console.print)
     print_table(results, Console(highlight=False))
     pictures = draw_pareto(results, comparison.path)
     for file in [comparison.path / "results.json", *pictures]:
@@ -32,7 +38,7 @@ def main(args: list[str]) -> int:
     return 1 if failed else 0
 
 
-def _describe(kind: type, spec: dict[str, Any]) -> str:
+def describe(kind: type, spec: dict[str, Any]) -> str:
     """The name of the criterion or pattern that `spec` makes, e.g. `60% per row`."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(kind, "one")

@@ -62,10 +62,20 @@ class FitCLI(LightningCLI):
         self.config.run_dir = str(self.run_dir)
 
 
-def main(args: list[str]) -> int:
-    """Parse, build, run, report."""
-    quiet()
-    cli = FitCLI(
+def parse_only(args: list[str]) -> Any:
+    """The configuration that `args` make, with nothing built."""
+    return _cli(args, ParsingCLI).config
+
+
+class ParsingCLI(FitCLI):
+    """FitCLI that stops after parsing."""
+
+    def instantiate_classes(self) -> None:
+        """Build nothing."""
+
+
+def _cli(args: list[str], kind: type[FitCLI] = FitCLI) -> FitCLI:
+    return kind(
         Scope,
         TokenData,
         subclass_mode_model=True,
@@ -73,6 +83,7 @@ def main(args: list[str]) -> int:
         save_config_callback=None,
         seed_everything_default=0,
         auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
         parser_kwargs={
             "prog": "recon fit",
             "description": "Prune a model and recover it at one scope.",
@@ -81,6 +92,12 @@ def main(args: list[str]) -> int:
         trainer_defaults={"logger": False},
         args=resolve_config_names(args),
     )
+
+
+def main(args: list[str]) -> int:
+    """Parse, build, run, report."""
+    quiet()
+    cli = _cli(args)
     scope, data, trainer = cli.model, cli.datamodule, cli.trainer
     if (cli.config_init.criterion is None) != (cli.config_init.pattern is None):
         raise ValueError("pruning needs both criterion and pattern; give both, or null for both to train unpruned")
@@ -112,4 +129,4 @@ def main(args: list[str]) -> int:
 
 def _save_config(cli: FitCLI) -> None:
     with atomic_write(cli.run_dir / "config.yaml") as temporary:
-        cli.parser.save(cli.config, temporary, skip_none=False, overwrite=True, multifile=False)
+        cli.parser.save(cli.config, temporary, skip_unset=False, overwrite=True, multifile=False)

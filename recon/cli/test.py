@@ -1,5 +1,6 @@
 """`recon test`: the perplexity of any model or run directory."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,14 +8,14 @@ import yaml
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from recon.baselines import measure_dense
+from recon.baselines import measure
 from recon.cli.arguments import choose_device, parse
 from recon.cli.quiet import quiet
 from recon.data import TokenData
 from recon.environment import versions
 from recon.masks import Masks
 from recon.pretrained import ModelSource
-from recon.report import Results, print_table
+from recon.report import Report, Results, print_table
 from recon.run import RunDirectory
 
 
@@ -44,12 +45,32 @@ def main(args: list[str]) -> int:
         identity = {"model": source.identity(), "text": built.data.source.identity()}
         run = RunDirectory(Path(config.run_dir), {**options, **identity, "versions": versions()})
     masks = None if config.masks is None else Masks.load(config.masks)
-    report = measure_dense(source, built.data, run, choose_device(config.device), masks)
+    report = measure(source, built.data, choose_device(config.device), masks)
+    if (path / "report.json").is_file():
+        report = _of_run(report, path)
+    if run is not None:
+        replace(report, run_dir=str(run.path)).save(run.report)
     console = Console(highlight=False, soft_wrap=True)
     if config.summary:
         print_table(Results([report]), console)
     console.print("  ".join(f"{key.replace('_', ' ')}: {value}" for key, value in report.protocol.items()))
     return 0
+
+
+def _of_run(report: Report, path: Path) -> Report:
+    """`report`, named as the run in `path` is; compared with its references if they were measured alike."""
+    held = Report.load(path / "report.json")
+    alike = held.protocol == report.protocol
+    return replace(
+        report,
+        scope=held.scope,
+        label=held.label,
+        model=held.model,
+        criterion=held.criterion,
+        pattern=held.pattern,
+        dense_perplexity=held.dense_perplexity if alike else None,
+        pruned_perplexity=held.pruned_perplexity if alike else None,
+    )
 
 
 def _data_of_run(path: Path) -> dict[str, Any]:

@@ -6,14 +6,17 @@ in its split when others come and go, and never stands in two.
 """
 
 import hashlib
+import os
 import platform
 import sysconfig
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Literal
+from textwrap import shorten
+from typing import Any, Literal
 
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 from datasets import DatasetDict as DatasetsByName
+from datasets.exceptions import DatasetsError
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -27,15 +30,18 @@ class TextSource(ABC):
     """Documents of a train, a validation and a test split.
 
     Attributes:
-        separator: Text put between documents when they are joined; None puts the tokenizer's
-            end-of-sequence token there.
+        separator: Text put between documents when they are joined, for documents that are pieces of one
+            text, such as lines; None puts the tokenizer's end-of-sequence token there.
+        key: The column whose hash decides in which split a document falls, where splits are carved. The
+            text itself by default, so that equal documents share a split.
     """
 
     separator: str | None = None
+    key: str = "text"
 
     @abstractmethod
     def load(self, split: Split) -> Documents:
-        """Documents of the source's own `split`, with columns `text` and `key`; asked for only if it `has` it."""
+        """Rows of the source's own `split` with columns `text` and `key`; asked for only if it `has` it."""
 
     @abstractmethod
     def identity(self) -> dict[str, str]:
@@ -60,11 +66,11 @@ class TextSource(ABC):
             buckets = set(range(100)).difference(*(HELD_OUT_PERCENT[name] for name in carved))
         else:
             buckets = set(HELD_OUT_PERCENT[split])
-        return self.load("train").filter(lambda key: _bucket(key) in buckets, input_columns="key")
+        return self.load("train").filter(lambda key: _bucket(key) in buckets, input_columns=self.key)
 
 
-def _bucket(key: str) -> int:
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % 100
+def _bucket(key: str | None) -> int:
+    return int.from_bytes(hashlib.sha256((key or "").encode()).digest()[:8], "big") % 100
 
 
 class StandardLibrary(TextSource):
@@ -74,28 +80,41 @@ class StandardLibrary(TextSource):
     versions. The text itself differs between versions, so perplexities compare only within one.
     """
 
+    key = "path"
+
     def __str__(self) -> str:
         return "the Python standard library"
 
     def load(self, split: Split) -> Documents:
-        """All library files; the splits are carved out of them."""
-        root = Path(sysconfig.get_paths()["stdlib"])
-        files = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*.py"))}
-        kept = {key: path for key, path in files.items() if not _is_test_or_site(key)}
-        texts = [path.read_text(encoding="utf-8", errors="replace") for path in kept.values()]
-        if not texts:
+        """The paths of all library files; the splits are carved out of them, `documents` reads them."""
+        root, found = _library(), []
+        for folder, folders, names in os.walk(root):
+            folders[:] = [name for name in folders if name not in NOT_LIBRARY]  # os.walk then leaves them out
+            found += [Path(folder, name) for name in names if name.endswith(".py") and not name.startswith("test_")]
+        if not found:
             raise ValueError(f"{self} needs .py files below {root}, found none; choose another data.source")
-        return Dataset.from_dict({"text": texts, "key": list(kept)})
+        return Dataset.from_dict({"path": [path.relative_to(root).as_posix() for path in sorted(found)]})
+
+    def documents(self, split: Split) -> Documents:
+        """As `TextSource.documents`; a file is read when it is asked for, so the text is never all in memory."""
+        paths = super().documents(split)
+        assert isinstance(paths, Dataset)
+        return paths.with_transform(_read_library_files)
 
     def identity(self) -> dict[str, str]:
         """The Python version decides the text."""
         return {"source": "StandardLibrary", "python": platform.python_version()}
 
 
-def _is_test_or_site(key: str) -> bool:
-    *folders, name = key.split("/")
-    tests = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    return bool(tests & set(folders)) or name.startswith("test_")
+NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+
+def _library() -> Path:
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def _read_library_files(rows: dict[str, list[str]]) -> dict[str, list[str]]:
+    return {"text": [(_library() / path).read_text(encoding="utf-8", errors="replace") for path in rows["path"]]}
 
 
 BUILDERS = {
@@ -105,6 +124,10 @@ BUILDERS = {
     "jsonl": "json",
     "csv": "csv",
     "parquet": "parquet",
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "text": {"sample_by": "paragraph"},
+    "csv": {"keep_default_na": False},  # else a document that reads "NA" or "None" is lost
 }
 
 
@@ -127,12 +150,20 @@ class TextFiles(TextSource):
         column: str = "text",
         separator: str | None = None,
     ) -> None:
-        self.paths = {"train": paths, "validation": validation_paths or [], "test": test_paths or []}
+        given = {"train": paths, "validation": validation_paths or [], "test": test_paths or []}
+        self.paths = {split: [Path(path).expanduser() for path in files] for split, files in given.items()}
         self.column = column
         self.separator = separator
+        files = [path.resolve() for paths_of_split in self.paths.values() for path in paths_of_split]
+        if not files:
+            raise ValueError("data.source.paths needs at least one file, got none")
+        twice = sorted({str(path) for path in files if files.count(path) > 1})
+        if twice:
+            raise ValueError(f"data.source needs every file in one split, and once, got {', '.join(twice)} twice")
 
     def __str__(self) -> str:
-        return f"the files {', '.join(self.paths['train'][:3])}{', ...' if len(self.paths['train']) > 3 else ''}"
+        files = [str(path) for paths in self.paths.values() for path in paths]
+        return f"the files {', '.join(files[:3])}{', ...' if len(files) > 3 else ''}"
 
     def has(self, split: Split) -> bool:
         """Whether files were given for `split`."""
@@ -145,31 +176,32 @@ class TextFiles(TextSource):
             ValueError: If a file is missing, empty, of an unknown kind, or lacks the column.
         """
         files = self.paths[split]
-        for file in map(Path, files):
+        option = "data.source.paths" if split == "train" else f"data.source.{split}_paths"
+        for file in files:
             if not file.is_file():
-                raise ValueError(f"data.source.paths needs existing files, got {file}, which does not exist")
+                what = "is a directory" if file.is_dir() else "does not exist"
+                raise ValueError(f"{option} needs existing files, got {file}, which {what}")
             if file.stat().st_size == 0:
-                raise ValueError(f"data.source.paths needs files with text, got {file}, which is empty (0 bytes)")
-        suffixes = {Path(file).suffix.removeprefix(".").lower() for file in files}
-        builders = {BUILDERS.get(suffix) for suffix in suffixes}
-        if None in builders or len(builders) != 1:
+                raise ValueError(f"{option} needs files with text, got {file}, which is empty (0 bytes)")
+        builders = {BUILDERS.get(file.suffix.removeprefix(".").lower()) for file in files}
+        (builder, *others) = builders
+        if builder is None or others:
             raise ValueError(
-                f"data.source.paths needs files of one kind out of {', '.join(sorted(BUILDERS))}, "
-                f"got {', '.join(sorted(suffixes)) or 'no suffix'}; rename or convert them"
+                f"{option} needs files of one kind out of {', '.join(f'.{suffix}' for suffix in sorted(BUILDERS))}, "
+                f"got {', '.join(sorted({file.suffix or file.name for file in files}))}; rename or convert them"
             )
-        (builder,) = builders
-        options = {"sample_by": "paragraph"} if builder == "text" else {}
-        rows = load_dataset(str(builder), data_files=[str(file) for file in files], split="train", **options)
-        return _text_and_key(rows, "text" if builder == "text" else self.column, str(self))
+        options = OPTIONS.get(builder, {})
+        rows = _load_dataset(option, builder, data_files=[str(file) for file in files], split="train", **options)
+        return _text(rows, "text" if builder == "text" else self.column, str(self))
 
     def identity(self) -> dict[str, str]:
         """A digest of the files' contents."""
         digest = hashlib.sha256()
-        for split in SPLITS:
-            for file in self.paths[split]:
-                digest.update(f"{split} {Path(file).name}".encode())
-                if Path(file).is_file():
-                    with Path(file).open("rb") as stream:
+        for split, files in self.paths.items():
+            for file in files:
+                digest.update(f"{split} {file.name}".encode())
+                if file.is_file():  # if not, `load` says so
+                    with file.open("rb") as stream:
                         digest.update(hashlib.file_digest(stream, "sha256").digest())
         return {"source": "TextFiles", "column": self.column, "sha256": digest.hexdigest()}
 
@@ -184,7 +216,7 @@ class SavedDataset(TextSource):
     """
 
     def __init__(self, path: str, column: str = "text", separator: str | None = None) -> None:
-        self.path = path
+        self.path = Path(path).expanduser()
         self.column = column
         self.separator = separator
 
@@ -192,12 +224,12 @@ class SavedDataset(TextSource):
         return f"the data set {self.path}"
 
     def _by_split(self) -> dict[str, Dataset]:
-        if not Path(self.path).is_dir():
-            raise ValueError(f"data.source.path needs a directory written by save_to_disk, got {self.path}")
         try:
             saved = load_from_disk(self.path)
-        except FileNotFoundError as error:
-            raise ValueError(f"data.source.path needs a directory written by save_to_disk: {error}") from error
+        except (OSError, ValueError) as error:  # a file is missing, or is not what it should be
+            raise ValueError(
+                f"data.source.path needs a directory written by `datasets`' save_to_disk, got {self.path}: {error}"
+            ) from error
         return dict(saved) if isinstance(saved, DatasetsByName) else {"train": saved}
 
     def has(self, split: Split) -> bool:
@@ -206,7 +238,7 @@ class SavedDataset(TextSource):
 
     def load(self, split: Split) -> Documents:
         """Documents of the saved `split`."""
-        return _text_and_key(self._by_split()[split], self.column, str(self))
+        return _text(self._by_split()[split], self.column, str(self))
 
     def identity(self) -> dict[str, str]:
         """`datasets`' own fingerprints of the splits."""
@@ -257,10 +289,15 @@ class HubDataset(TextSource):
 
     def load(self, split: Split) -> Documents:
         """Documents of the hub's split that serves as `split`."""
-        rows = load_dataset(
-            self.path, self.name, split=self.splits[split], revision=self.revision, streaming=self.streaming
+        rows = _load_dataset(
+            "data.source.path, .name and .splits",
+            self.path,
+            self.name,
+            split=self.splits[split],
+            revision=self.revision,
+            streaming=self.streaming,
         )
-        return _text_and_key(rows, self.column, str(self))
+        return _text(rows, self.column, str(self))
 
     def identity(self) -> dict[str, str]:
         """Name, configuration and revision, as given."""
@@ -268,11 +305,27 @@ class HubDataset(TextSource):
         return {"source": "HubDataset", "column": self.column, **given}
 
 
-def _text_and_key(rows: Documents, column: str, source: str) -> Documents:
-    """`rows` with their text as `text` and as `key`, so that equal documents share a split."""
+def _load_dataset(option: str, path: str, name: str | None = None, **options: Any) -> Documents:
+    """`datasets.load_dataset`, with errors that say which of our options to look at."""
+    try:
+        return load_dataset(path, name, **options)
+    except (DatasetsError, OSError, ValueError) as error:
+        reason = error.__cause__ or error  # what went wrong while reading is wrapped in an error that does not say it
+        what = options.get("data_files") or path
+        raise ValueError(
+            f"{option} must name a data set that can be read, got {what}: {shorten(str(reason), 500)}"
+        ) from error
+
+
+def _text(rows: Documents, column: str, source: str) -> Documents:
+    """`rows` with `column` as their only one, called `text`."""
     names = rows.column_names or list(next(iter(rows), {}))
     if column not in names:
         raise ValueError(
             f"data.source.column needs a column of {source}, got {column!r}; its columns are {', '.join(names)}"
         )
-    return rows.map(lambda text: {"text": text, "key": text}, input_columns=column, remove_columns=names)
+    kind = getattr(rows.features[column], "dtype", "no text") if rows.features else "string"
+    if kind not in ("string", "large_string", "null"):
+        raise ValueError(f"data.source.column needs a column of text, {column!r} of {source} holds {kind}")
+    rows = rows.select_columns(column)
+    return rows if column == "text" else rows.rename_column(column, "text")

@@ -1,5 +1,6 @@
 """From documents to token sequences of one length: tokenised, joined, cut, chosen with a seed, no padding."""
 
+from array import array
 from collections.abc import Iterator
 
 import torch
@@ -26,7 +27,9 @@ def sequences(
 
     Documents are shuffled with the seed, joined, and cut without gaps or overlap, so no sequence holds
     padding; the sequences are then drawn without replacement from a pool 32 times as large (or from all
-    the text, where there is less). With `num_sequences=None` all of the text is cut, in its own order.
+    the text, where there is less). With a separator the documents are pieces of one text and are joined
+    in their own order, empty ones included, as published WikiText-2 numbers do. With
+    `num_sequences=None` all of the text is cut, in its own order.
 
     Args:
         documents: Rows with a column `text`.
@@ -41,34 +44,39 @@ def sequences(
         ValueError: If the text has too few tokens, with the numbers.
     """
     wanted = None if num_sequences is None else num_sequences * POOL * seq_len
-    if num_sequences is not None:
+    if num_sequences is not None and separator is None:
         documents = documents.shuffle(seed=seed)
-    pieces, held = [], 0
+    ids = array("i")  # 4 bytes a token: the pool is the most memory that this takes
     for piece in _token_ids(documents, tokenizer, separator):
-        pieces.append(torch.tensor(piece, dtype=torch.int64))
-        held += len(piece)
-        if wanted is not None and held >= wanted:
+        ids.extend(piece)
+        if wanted is not None and len(ids) >= wanted:
             break
-    ids = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
-    pool = ids[: held // seq_len * seq_len].view(-1, seq_len)
-    needed = num_sequences or 1
-    if len(pool) < needed:
+    num_pool, needed = len(ids) // seq_len, num_sequences or 1
+    if num_pool < needed:
         raise ValueError(
             f"{needed} sequences of {seq_len} tokens need {needed * seq_len} tokens, "
-            f"{origin} holds {held}; ask for fewer or shorter sequences, or give more text"
+            f"{origin} holds {len(ids)}; ask for fewer or shorter sequences, or give more text"
         )
+    pool = torch.frombuffer(ids, dtype=torch.int32, count=num_pool * seq_len).view(-1, seq_len)
     if num_sequences is None:
-        return pool
-    choice = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
-    return pool[choice[:num_sequences]]
+        return pool.long()
+    choice = torch.randperm(num_pool, generator=torch.Generator().manual_seed(seed))
+    return pool[choice[:num_sequences]].long()
 
 
 def _token_ids(documents: Documents, tokenizer: PreTrainedTokenizerBase, separator: str | None) -> Iterator[list[int]]:
     """Token ids of the joined documents, piece by piece."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    for rows in documents.iter(batch_size=64 if separator is None else 10_000):
-        texts = [text for text in rows["text"] if text]  # pyright: ignore[reportArgumentType, reportCallIssue]
-        if separator is not None:
-            texts, end = [separator.join(texts) + separator], []
-        if texts:
-            yield from (ids + end for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
+    # Few documents at a time, since the tokenizer's own record of a token takes about 100 bytes. Lines that are
+    # joined with a separator are short, and every border between two batches can fall within what were one token.
+    for rows in documents.iter(batch_size=4 if separator is None else 10_000):
+        texts = [text or "" for text in rows["text"]]  # pyright: ignore[reportArgumentType, reportCallIssue]
+        if separator is not None and any(texts):
+            yield _encode(tokenizer, [separator.join(texts) + separator])[0]
+        elif any(texts):
+            yield from (ids + end for ids in _encode(tokenizer, [text for text in texts if text]))
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+    return tokenizer(texts, add_special_tokens=False, **options)["input_ids"]

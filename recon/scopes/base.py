@@ -106,6 +106,14 @@ class Scope(L.LightningModule, ABC):
         if stage == "fit":
             self.trainer.fit_loop.max_epochs = self.max_epochs
 
+    def on_fit_end(self) -> None:
+        """Refuse a result that violates its masks, whichever callbacks there were.
+
+        Raises:
+            ValueError: Naming the first parameter with a pruned weight that is not zero.
+        """
+        self.masks.check(self.model)
+
 
 def check_finite(loss: torch.Tensor, where: str) -> None:
     """Stop a run whose loss is no number.

@@ -41,9 +41,12 @@ class Distillation(LocalScope):
 
     def configure_optimizers(self):
         """AdamW over all windows' weights, the schedule beginning anew with each window."""
+        if not self.windows:
+            return []
         parameters = [self.model.get_parameter(name) for window in self.windows for name in window.owned]
         optimizer = torch.optim.AdamW(parameters, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
-        steps = self.epochs * len(self.train_dataloader()) // self.trainer.accumulate_grad_batches
+        steps_in_all = int(self.trainer.estimated_stepping_batches)  # an epoch's last batches make a step, however few
+        steps = self.epochs * steps_in_all // max(1, self.max_epochs)
         return {
             "optimizer": optimizer,
             "lr_scheduler": warmup_and_linear_decay(optimizer, steps, self.warmup, period=steps),

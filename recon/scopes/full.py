@@ -86,6 +86,11 @@ class FullRetraining(Scope):
         for teacher in self._teacher:
             teacher.to(self.device)
 
+    def on_fit_end(self) -> None:
+        """Check the masks, and let go of the teacher: what follows needs one model."""
+        super().on_fit_end()
+        self._teacher.clear()
+
     def train_dataloader(self):
         """Calibration batches."""
         return self.data.train_dataloader()
@@ -103,7 +108,9 @@ class FullRetraining(Scope):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Mean held-out loss per predicted token."""
-        self.log("held_out_loss", self._loss(batch["input_ids"]), prog_bar=True, sync_dist=True)
+        loss = self._loss(batch["input_ids"])
+        check_finite(loss, f"full retraining, step {self.global_step}, held-out batch {batch_idx}")
+        self.log("held_out_loss", loss, prog_bar=True, sync_dist=True)
 
     def configure_optimizers(self):
         """AdamW with warm-up and linear decay."""

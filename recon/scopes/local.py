@@ -22,7 +22,7 @@ from recon.atomic import atomic_write, write_json
 from recon.data import TokenData
 from recon.masks import Masks
 from recon.replay import Replay
-from recon.scopes.base import Scope
+from recon.scopes.base import Scope, check_finite
 from recon.seeds import derived_seed
 from recon.windows import AttentionWindow, MLPWindow, Window
 
@@ -38,7 +38,8 @@ class LocalScope(Scope):
         **options: Which model: see `Scope`.
 
     Attributes:
-        windows: All windows, in the order of depth; laid out by `prepare`.
+        windows: All windows that hold a pruned weight, in the order of depth; laid out by `prepare`. The
+            others reproduce the dense model as they are: training could only move them away from it.
         window: The one under way; None between two.
         results: Name of each finished window -> relative held-out error of its output `before` (pruned) and
             `after` recovery, and what a scope adds.
@@ -53,6 +54,7 @@ class LocalScope(Scope):
         self.window: Window | None = None
         self.results: dict[str, dict[str, Any]] = {}
         self._epoch = 0
+        self._before = self._after = 0.0
 
     @abstractmethod
     def build_windows(self) -> Sequence[Window]:
@@ -90,14 +92,28 @@ class LocalScope(Scope):
         super().prepare(data, masks, directory)
         self.model.requires_grad_(False)
         self.replay = Replay(self.model, Anatomy.of(self.model))
-        self.replay.verify()
-        self.windows = self.build_windows()
-        owned = {name for window in self.windows for name in window.owned}
+        windows = self.build_windows()
+        self.windows = [window for window in windows if self._masks_of(window).num_pruned]
+        self.window, self.results = None, {}
+        owned = {name for window in windows for name in window.owned}
         orphans = [name for name in masks if name not in owned]
         if orphans:
             raise ValueError(
                 f"every pruned weight must belong to one window, got {len(orphans)} that belong to none, "
                 f"{orphans[0]} the first; exclude them with `pruning.exclude` or choose scopes/block"
+            )
+
+    def setup(self, stage: str) -> None:
+        """As `Scope.setup`.
+
+        Raises:
+            ValueError: If the trainer would stop in the middle of a window.
+        """
+        super().setup(stage)
+        if self.trainer.max_steps != -1:
+            raise ValueError(
+                f"a local scope goes through all its windows, got trainer.max_steps={self.trainer.max_steps}; "
+                f"choose fewer model.epochs or a smaller data.num_sequences (fast_dev_run sets max_steps, too)"
             )
 
     def on_fit_start(self) -> None:
@@ -117,24 +133,39 @@ class LocalScope(Scope):
             self._begin_next()
         self._epoch += 1
 
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log the held-out error after an epoch's last batch; callbacks see it when the epoch ends."""
+        if self.trainer.is_last_batch:
+            self._after = self.held_out_error()
+            self.log("held_out_error", self._after, prog_bar=True, on_step=False, on_epoch=True, batch_size=1)
+
     def on_train_epoch_end(self) -> None:
-        """Log the held-out error; finish the window after its last epoch."""
-        error = self.held_out_error()
-        self.log("held_out_error", error, prog_bar=True)
-        if self._epoch == self.epochs:
-            self._finish(error)
+        """Finish the window after its last epoch."""
+        if self._epoch == self.epochs and self.trainer.is_last_batch:  # not if the trainer was told to stop
+            self._finish()
 
     def on_fit_end(self) -> None:
-        """Take in finished windows that lie behind the last one trained, and write all results."""
+        """Take in finished windows that lie behind the last one trained, write all results, free the activations.
+
+        Raises:
+            RuntimeError: If the trainer stopped before the last window.
+        """
         for window in self.windows[len(self.results) :]:
+            if not self._is_written(window):
+                raise RuntimeError(
+                    f"a fit needs to go through all {len(self.windows)} windows, it stopped before the end of "
+                    f"{window.name}; start it again, without trainer.max_time or a callback that stops it"
+                )
             self._take(window)
         if self.directory is not None:
             write_json(self.directory / "windows.json", self.results)
+        del self.calibration, self.held_out
+        super().on_fit_end()
 
     def begin(self, window: Window) -> None:
         """Compute what the dense window takes in and returns, then prune its weights."""
         self.calibration.enter(window.indices)
-        self.masks.subset([name for name in window.owned if name in self.masks]).apply(self.model)
+        self._masks_of(window).apply(self.model)
 
     def batch(self, walk: Activations, rows: Any) -> Batch:
         """Inputs and target of the current window for some of a walk's sequences."""
@@ -156,11 +187,18 @@ class LocalScope(Scope):
 
     @torch.no_grad()
     def held_out_error(self) -> float:
-        """Squared error of the current window's output on held-out sequences, relative to its target's energy."""
+        """Squared error of the current window's output on held-out sequences, relative to its target's energy.
+
+        Raises:
+            FloatingPointError: If it is no number, naming the window and the batch.
+        """
+        assert self.window is not None
         sums = torch.zeros(2, dtype=torch.float64)
         for start in range(0, len(self.held_out.hidden), self.batch_size):
             batch = self.batch(self.held_out, slice(start, start + self.batch_size))
-            sums += torch.stack(self.squared_error(batch)).double().cpu()
+            error, energy = self.squared_error(batch)
+            check_finite(error, f"window {self.window.name}, held-out batch that begins with sequence {start}")
+            sums += torch.stack((error, energy)).cpu()
         return float(sums[0] / sums[1])
 
     def _begin_next(self) -> None:
@@ -181,13 +219,13 @@ class LocalScope(Scope):
         """Let go of what only `window` needed; what is returned becomes part of its results."""
         return {}
 
-    def _finish(self, error: float) -> None:
+    def _finish(self) -> None:
         """Check, write and leave the window under way."""
         window = self.window
         assert window is not None
-        result = {"before": self._before, "after": error, **self.end(window)}
+        result = {"before": self._before, "after": self._after, **self.end(window)}
         weights = {name: self.model.get_parameter(name).detach().cpu().contiguous() for name in window.owned}
-        self.masks.subset([name for name in window.owned if name in self.masks]).check(self.model)
+        self._masks_of(window).check(self.model)
         if self.directory is not None:
             with atomic_write(self._file(window)) as temporary:
                 save_file(weights, temporary, {"result": json.dumps(result)})
@@ -203,6 +241,9 @@ class LocalScope(Scope):
             for name in window.owned:
                 self.model.get_parameter(name).copy_(file.get_tensor(name))
             self.results[window.name] = json.loads(file.metadata()["result"])
+
+    def _masks_of(self, window: Window) -> Masks:
+        return self.masks.subset([name for name in window.owned if name in self.masks])
 
     def _is_written(self, window: Window) -> bool:
         return self.directory is not None and self._file(window).exists()

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recon.scopes.local import LocalScope
 from recon.shapes import as_out_in, weight_out_in
@@ -35,13 +35,16 @@ class MatrixReconstruction(LocalScope):
         self.automatic_optimization = False
         self._dense: dict[str, Tensor] = {}
         self._statistics: dict[str, InputStatistics] = {}
+        self._matrices: dict[str, nn.Module] = {}
+        self._solved: dict[str, dict[str, Any]] = {}
 
     def build_windows(self) -> Sequence[Window]:
         """One window a block."""
         return block_windows(self.replay.anatomy, 1)
 
-    def configure_optimizers(self) -> None:
-        """None: the solution is exact."""
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        """No optimizer: the solution is exact."""
+        return []
 
     def train_dataloader(self) -> list[int]:
         """One step a window: all that it needs is in the Gram matrices."""

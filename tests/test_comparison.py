@@ -1,0 +1,124 @@
+"""A comparison end to end: cells in processes of their own, kept by fingerprint, failures shown."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from recon.cli.compare import describe
+from recon.comparison import Comparison, Entry, plan
+
+SMOKE = [sys.executable, "-m", "recon", "compare", "-c", "comparisons/smoke"]
+NAMES = {
+    "scope",
+    "criterion",
+    "pattern",
+    "seed",
+    "perplexity",
+    "dense_perplexity",
+    "pruned_perplexity",
+    "recovered",
+    "sparsity",
+    "mask_violations",
+    "peak_host_bytes",
+    "peak_device_bytes",
+    "seconds",
+    "train_tokens",
+    "status",
+    "run_dir",
+}
+
+
+def run(*args):
+    return subprocess.run([*SMOKE, *args], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """The smoke comparison, with one recovery added that must fail."""
+    directory = tmp_path_factory.mktemp("smoke")
+    recoveries = [
+        {"scope": "matrix"},
+        {"scope": "submodule", "options": {"model.epochs": 1}},
+        {"scope": "block", "label": "block broken", "options": {"model.epochs": 0}},
+        {"scope": "full", "options": {"model.epochs": 1}},
+    ]
+    options = ["--directory", str(directory), f"--recoveries={json.dumps(recoveries)}"]
+    return directory, options, run(*options)
+
+
+def test_results(smoke):
+    directory, _, finished = smoke
+    assert finished.returncode == 1, finished.stderr
+    cells = json.loads((directory / "results.json").read_text())["cells"]
+    assert [cell["scope"] for cell in cells] == ["dense", "pruned", "matrix", "submodule", "block", "full"]
+    for cell in cells:
+        assert cell.keys() >= NAMES
+        assert (cell["criterion"], cell["pattern"], cell["seed"]) == ("wanda", "2:4", 0)
+        if cell["status"] == "ok":
+            assert cell["mask_violations"] == 0
+            assert cell["sparsity"] == (0 if cell["scope"] == "dense" else 0.5)
+            assert cell["dense_perplexity"] == cells[0]["perplexity"]
+            assert cell["pruned_perplexity"] == cells[1]["perplexity"]
+            assert Path(cell["run_dir"], "report.json").exists()
+            assert isinstance(cell["peak_host_bytes"], int)
+
+
+def test_a_failed_cell_is_shown_and_stops_nothing(smoke):
+    directory, _, finished = smoke
+    failed = json.loads((directory / "results.json").read_text())["cells"][4]
+    assert failed["status"] == "failed"
+    assert "model.epochs must be at least 1, got 0" in failed["error"]
+    assert "1 of 6 cells failed" in finished.stdout
+
+
+def test_progress_names_cell_and_window(smoke):
+    assert "[3/6 matrix] window 2/2  001" in smoke[2].stdout
+    assert "[4/6 submodule] window 4/4  001.mlp" in smoke[2].stdout
+
+
+def test_masks_are_shared(smoke):
+    directory = smoke[0]
+    masks = {path.read_bytes() for path in directory.glob("*/masks.safetensors")}
+    assert len(list(directory.glob("*/masks.safetensors"))) == 4  # pruned, matrix, submodule, full
+    assert len(masks) == 1
+
+
+def test_second_run_keeps_finished_cells_and_draws_again(smoke):
+    directory, options, _ = smoke
+    reports = {path: path.stat().st_mtime_ns for path in directory.glob("*/report.json")}
+    again = run(*options)
+    assert again.returncode == 1
+    assert "[3/6 matrix]" not in again.stdout
+    assert reports == {path: path.stat().st_mtime_ns for path in directory.glob("*/report.json")}
+    for name in ("pareto.png", "pareto.svg"):
+        assert (directory / name).stat().st_size > 1000
+
+
+def test_plan_shares_dense_and_masks_across_recoveries():
+    comparison = Comparison(
+        "x", [Entry("matrix"), Entry("full", ["scopes/full"], {"model.lr": 1e-4}, "low lr")], seeds=[0, 1]
+    )
+    first, second = plan(comparison, describe)
+    assert first.dense == second.dense
+    assert first.pruned.directory != second.pruned.directory
+    directories = {cell.directory for group in (first, second) for _, cell in group.recoveries}
+    assert len(directories) == 4
+    masks = str(first.pruned.directory / "masks.safetensors")
+    assert all(masks in cell.command for _, cell in first.recoveries)
+    assert list(plan(comparison, describe)) == [first, second]
+    assert first.pattern == "50% per row"
+
+
+def test_an_option_changes_the_directory():
+    one, other = (Comparison("x", [Entry("full", options={"model.lr": lr})]) for lr in (1e-4, 2e-4))
+    (first,), (second,) = plan(one, describe), plan(other, describe)
+    assert first.pruned == second.pruned
+    assert first.recoveries[0][1].directory != second.recoveries[0][1].directory
+
+
+def test_a_comparison_without_recoveries_is_refused():
+    with pytest.raises(ValueError, match="at least one"):
+        Comparison("x", [])
