@@ -189,9 +189,8 @@ def _outcome(cell: Cell, prefix: str, say: Callable[[str], None]) -> Report | st
 def _run(cell: Cell, prefix: str, say: Callable[[str], None]) -> str | None:
     """Run a cell, repeating its lines behind `prefix` and keeping them in its `log.txt`; why it failed, if it did."""
     cell.directory.mkdir(parents=True, exist_ok=True)
-    last = ""
-    with (cell.directory / "log.txt").open("w") as log:
-        log.write(f"recon {' '.join(cell.command)}\n")
+    log_file = cell.directory / "log.txt"
+    with log_file.open("w") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "recon", *cell.command],
             stdout=subprocess.PIPE,
@@ -203,15 +202,16 @@ def _run(cell: Cell, prefix: str, say: Callable[[str], None]) -> str | None:
             for line in process.stdout:
                 log.write(line)
                 log.flush()
-                last = line.strip() or last
                 say(f"{prefix} {line.rstrip()}")
+        except BaseException:
+            process.kill()
+            raise
         finally:
-            if process.poll() is None and sys.exc_info()[0] is not None:
-                process.kill()
             status = process.wait()
     if status == 0:
         return None
-    return last.partition("error: ")[2] or f"exit status {status}: {last}; see {cell.directory / 'log.txt'}"
+    reason = log_file.read_text().partition(f"recon {cell.command[0]}: error: ")[2]
+    return " ".join(reason.split()) or f"exit status {status}, see {log_file}"
 
 
 def _reports(group: Group, outcomes: dict[Path, Report | str]) -> Iterator[Report]:

@@ -1,11 +1,15 @@
 """Loading models and tokenizers: bundled, from a directory, from the hub, or random of a given shape."""
 
-import json
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
+from textwrap import shorten
 from typing import Any
 
 import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -19,13 +23,27 @@ from recon.seeds import isolated_seed
 
 BUNDLED = Path(__file__).parent / "bundled"
 
+UNREADABLE = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    KeyError,
+    TypeError,
+    ImportError,
+    EOFError,
+    SafetensorError,
+    UnpicklingError,
+)
+"""What transformers raises on a missing, damaged or foreign model."""
+
 
 @dataclass(frozen=True)
 class ModelSource:
     """Which model, from where, in which precision.
 
     Args:
-        name: `bundled`, a directory in Hugging Face format, a name on the hub, or `random`.
+        name: `bundled`, a directory in Hugging Face format, a name on the hub, or `random`. An existing
+            directory wins over the hub; `./bundled` and `./random` are directories too.
         shape: For `random`: the model's configuration, `model_type` included.
         dtype: Precision of the weights: float32, bfloat16, float16, or `auto` for the stored one.
         revision: Commit, tag or branch of a hub model.
@@ -46,7 +64,12 @@ class ModelSource:
         if self.dtype not in ("float32", "bfloat16", "float16", "auto"):
             raise ValueError(f"model.dtype must be float32, bfloat16, float16 or auto, got {self.dtype!r}")
         if (self.name == "random") != (self.shape is not None):
-            raise ValueError("model.shape belongs to model.name: random, and to it only")
+            without = "without" if self.shape is None else "with"
+            raise ValueError(
+                f"model.shape belongs to model.name: random, and to it only, got {self.name!r} {without} one"
+            )
+        if self.shape is not None and "model_type" not in self.shape:
+            raise ValueError(f"model.shape needs a model_type, for example llama, got only {', '.join(self.shape)}")
 
     def model(self, device: torch.device | None = None) -> PreTrainedModel:
         """Load (or make) the model in evaluation mode, without a cache, on `device` (the CPU if None).
@@ -54,16 +77,17 @@ class ModelSource:
         Raises:
             ValueError: If there is no such model, with what was tried.
         """
-        dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
         if self.shape is not None:
-            shape = dict(self.shape)
-            config = AutoConfig.for_model(shape.pop("model_type"), **shape)
-            with isolated_seed(self.seed):
-                model = AutoModelForCausalLM.from_config(config)
-            if dtype != "auto":
-                model = model.to(dtype)
+            model = self._random(self.shape)
         else:
-            model = self._load(AutoModelForCausalLM, self.name, dtype=dtype)
+            dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
+            options = {"dtype": dtype, "weights_only": True, "output_loading_info": True}
+            model, loaded = self._load(AutoModelForCausalLM, "model.name", self.name, self.revision, **options)
+            if missing := sorted(loaded["missing_keys"]):  # transformers fills them with random numbers
+                raise ValueError(
+                    f"model.name needs a complete causal language model, {self.name} lacks {len(missing)} of "
+                    f"{type(model).__name__}'s weights, the first is {missing[0]}"
+                )
         model.config.use_cache = False
         if device is not None:
             nn.Module.to(model, device)
@@ -75,45 +99,92 @@ class ModelSource:
         Raises:
             ValueError: If there is none, with what was tried.
         """
-        return self._load(AutoTokenizer, self.tokenizer or ("bundled" if self.shape else self.name))
+        if self.tokenizer is not None:
+            return self._load(AutoTokenizer, "model.tokenizer", self.tokenizer, None)
+        if self.shape is not None:
+            return self._load(AutoTokenizer, "model.tokenizer", "bundled", None)
+        return self._load(AutoTokenizer, "model.name", self.name, self.revision)
 
     def identity(self) -> dict[str, Any]:
         """What identifies the weights: a digest of local files, a hub name with its revision, or a shape."""
         if self.shape is not None:
             return {"shape": self.shape, "seed": self.seed, "dtype": self.dtype}
-        path = _directory(self.name)
+        path = _directory("model.name", self.name)
         if path is None:
             return {"name": self.name, "revision": self.revision or "main", "dtype": self.dtype}
         return {"files": directory_digest(path), "dtype": self.dtype}
 
-    def _load(self, auto: Any, name: str, **options: Any) -> Any:
-        path = _directory(name)
-        if path is None and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-            raise ValueError(f"model.name needs a directory, got {name}, which does not exist")
+    def _random(self, shape: dict[str, Any]) -> PreTrainedModel:
+        dtype = torch.float32 if self.dtype == "auto" else getattr(torch, self.dtype)
+        try:
+            config = AutoConfig.for_model(**shape)
+            with isolated_seed(self.seed):
+                return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        except UNREADABLE as error:
+            raise ValueError(
+                f"model.shape needs the configuration of a causal language model: {_said(error)}"
+            ) from error
+
+    def _load(self, auto: Any, option: str, name: str, revision: str | None, **options: Any) -> Any:
+        path = _directory(option, name)
+        if path is not None and revision is not None:
+            raise ValueError(f"model.revision belongs to names on the hub, got {revision!r} with the directory {path}")
+        if path is None:
+            _ask_hub_once(option, name, revision)
         try:
             return auto.from_pretrained(
                 path or name,
-                revision=self.revision or "main",
+                revision=revision or "main",
                 trust_remote_code=self.trust_remote_code,
                 **options,
             )
-        except (OSError, ValueError, json.JSONDecodeError) as error:
-            where = f"the directory {path}" if path else f"the Hugging Face hub under the name {name!r}"
+        except UNREADABLE as error:
+            where = f"the directory {path}" if path else f"there is no directory {name}, and the hub name"
+            cure = "; if it holds no tokenizer, give model.tokenizer" if auto is AutoTokenizer else ""
             raise ValueError(
-                f"model.name needs `bundled`, a directory in Hugging Face format or a hub name; "
-                f"{where} could not be read as {auto.__name__}: {error}"
+                f"{option} needs `bundled`, a directory in Hugging Face format or a hub name; "
+                f"{where} could not be read as {auto.__name__}: {_said(error)}{cure}"
             ) from error
 
 
-def _directory(name: str) -> Path | None:
+def _said(error: Exception) -> str:
+    return shorten(f"{error}", 500) or type(error).__name__
+
+
+def _directory(option: str, name: str) -> Path | None:
+    """The directory that `name` is, or None if it can only be a name on the hub."""
     path = BUNDLED if name == "bundled" else Path(name).expanduser()
-    return path if path.is_dir() else None
+    if name and path.is_dir():
+        return path
+    if not name or path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        what = "is a file" if name and path.exists() else "does not exist"
+        raise ValueError(
+            f"{option} needs `bundled`, a directory in Hugging Face format or a hub name, got {name!r}, which {what}"
+        )
+    return None
+
+
+def _ask_hub_once(option: str, name: str, revision: str | None) -> None:
+    """Fail at once where the hub cannot be reached: transformers would go on trying for half a minute to ten.
+
+    Raises:
+        ValueError: If the model is not in the cache and no connection comes about.
+    """
+    try:
+        if not isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+            get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision))
+    except (OSError, ValueError):
+        return  # an answer, or offline mode: transformers says what it means
+    except Exception as error:  # of the hub's HTTP library, which is another one from release to release
+        raise ValueError(
+            f"{option} needs `bundled`, a directory in Hugging Face format or a hub name; there is no directory "
+            f"{name}, and the Hugging Face hub cannot be reached ({_said(error)}); correct the path, or download "
+            f"the model where there is a network: hf download {name}"
+        ) from error
 
 
 def directory_digest(path: Path) -> str:
     """Sha256 over names and contents of the files that make up a model directory."""
-    import hashlib
-
     digest = hashlib.sha256()
     for file in sorted(path.glob("*")):
         if file.suffix in (".safetensors", ".json", ".bin", ".model") and file.name != "card.json":

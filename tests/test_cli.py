@@ -26,7 +26,7 @@ LLAMA = {
     "num_attention_heads": 2,
     "tie_word_embeddings": True,
 }
-DATA = "--data.num_sequences=8 --data.seq_len=32 --data.num_validation=4 --data.num_test=8".split()
+DATA = ["--data.num_sequences=8", "--data.seq_len=32", "--data.num_validation=4", "--data.num_test=8"]
 RANDOM = ["--model.name=random", f"--model.shape={json.dumps(LLAMA)}"]
 SCOPES = ["matrix", "submodule", "block", "full"]
 
@@ -112,13 +112,15 @@ def test_prune_then_fit_with_its_masks_then_test(tmp_path, capsys):
 
 WRONG = {
     "sparsity": (["--pattern.sparsity=1.5"], r"needs 0 <= sparsity < 1, got 1.5"),
-    "model path": (["--model.shape=null", "--model.name=/nowhere/model"], r"model.name needs a directory, got /nowhere/model"),
+    "model path": (["--model.shape=null", "--model.name=/nowhere/model"], r"needs a directory, got /nowhere/model"),
     "too few tokens": (["--data.num_sequences=9999999"], r"needs? \d+ tokens, .* holds \d+"),
-    "pattern": (["--pattern=NM", "--pattern.of=5"], r"2:5 needs in_features divisible by 5, got 32 for `model.layers.0"),
+    "pattern": (["--pattern=NM", "--pattern.of=5"], r"2:5 needs in_features divisible by 5, got 32 for `model"),
     "masks file": (["--masks=nowhere.safetensors"], r"--masks needs a file that `recon prune` wrote, got nowhere"),
     "exclusion": (['--pruning.exclude=["*.nope"]'], r"'\*.nope' matches none"),
     "epochs": (["--model.epochs=0"], r"model.epochs must be at least 1, got 0"),
     "criterion alone": (["--criterion=null"], r"needs both criterion and pattern"),
+    "unknown option": (["--model.num_block=2"], r"Option 'num_block' is not accepted"),
+    "unknown scope": (["--model=Nope"], r"Nope"),
     "empty file": (["--data.source=TextFiles", '--data.source.paths=["/dev/null"]'], r"/dev/null"),
 }
 
@@ -132,6 +134,7 @@ def test_bad_input_gets_one_clear_message(wrong, tmp_path, capsys):
     assert error.startswith("recon fit: error: ")
     assert re.search(message, error)
     assert "Traceback" not in error
+    assert len(error.splitlines()) <= 5
     assert not (run_dir / "report.json").exists()
     assert not (run_dir / "model").exists()
 

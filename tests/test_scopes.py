@@ -36,7 +36,8 @@ from recon.scopes import (
 from recon.scopes.local import LocalScope
 from recon.shapes import as_out_in
 
-pytestmark = [pytest.mark.filterwarnings("error"), *(pytest.mark.filterwarnings(one) for one in IGNORED)]
+RESUMED = "ignore:Checkpoint directory .* exists and is not empty"
+pytestmark = [pytest.mark.filterwarnings("error"), *(pytest.mark.filterwarnings(one) for one in (*IGNORED, RESUMED))]
 
 FAMILIES = ("llama", "gpt2", "phi")
 EPOCHS, BATCHES, STEPS = 2, 3, 6  # 10 sequences, 4 a batch
@@ -70,7 +71,9 @@ class Spy(Callback):
         self.seen: list[Tensor] = []
         self.num_states: list[int] = []
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         assert isinstance(pl_module, Scope)
         self.learning.append({name for name, p in pl_module.model.named_parameters() if p.requires_grad})
         if isinstance(pl_module, LocalScope):
@@ -98,9 +101,7 @@ class Kill(Callback):
     def __init__(self, window: str, step: int) -> None:
         self.window, self.steps_left = window, step
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.steps_left -= pl_module.window.name == self.window
         if self.steps_left == 0:
             raise Killed
@@ -212,7 +213,8 @@ def test_a_matrix_ends_at_the_optimum_of_dense_least_squares(family: str, tmp_pa
     assert reported.keys() == matrices.keys()
     for name, module in matrices.items():
         dense, found, keep = (
-            as_out_in(module, one) for one in (module.get_parameter("weight").detach(), weights[name], scope.masks[name])
+            as_out_in(module, one)
+            for one in (module.get_parameter("weight").detach(), weights[name], scope.masks[name])
         )
         optimum = relative_error(masked_least_squares(dense, seen[name], keep), dense, seen[name])
         error = relative_error(found, dense, seen[name])

@@ -1,7 +1,9 @@
 """The command `recon`. Sub-commands are imported when asked for, so that `recon --help` is quick."""
 
+import argparse
 import importlib
 import os
+import re
 import sys
 
 from recon import __version__
@@ -24,8 +26,13 @@ usage: recon COMMAND [options]      recon COMMAND --help tells its options
 RECON_TRACEBACK=1 shows where in the code an error arose.
 """
 
-ERRORS = (ValueError, OSError, FloatingPointError, MemoryError)
+ERRORS = (argparse.ArgumentError, ValueError, OSError, FloatingPointError, MemoryError)
 """What a user can cure; anything else is a fault of ours and keeps its traceback."""
+
+
+NOISE = re.compile(
+    r"\s*(Does not validate against any of the Union|Subtypes: |Errors:$|- Expected a <class 'NoneType'>|Given value)"
+)
 
 
 def main(args: list[str] | None = None) -> int:
@@ -45,5 +52,14 @@ def main(args: list[str] | None = None) -> int:
     except ERRORS as error:
         if os.environ.get("RECON_TRACEBACK"):
             raise
-        print(f"recon {args[0]}: error: {error}", file=sys.stderr)
+        print(f"recon {args[0]}: error: {plain(str(error))}", file=sys.stderr)
         return 1
+
+
+def plain(message: str) -> str:
+    """`message` without what jsonargparse says of the alternatives to a class that could not be made.
+
+    It tries each type of a union in turn and reports all of them, the trivial ones too; the reason that a
+    user can cure is one of many lines.
+    """
+    return "\n".join(line for line in message.splitlines() if line.strip() and not NOISE.match(line))

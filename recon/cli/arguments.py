@@ -14,7 +14,9 @@ DEFAULT_PATTERN = {"class_path": "recon.patterns.Unstructured", "init_args": {"s
 
 def add_pruning_arguments(parser: ArgumentParser) -> None:
     """Add `criterion`, `pattern` and `pruning`; the first two may be null."""
-    parser.add_argument("--criterion", type=Criterion | None, default=DEFAULT_CRITERION, help="How much a weight matters.")
+    parser.add_argument(
+        "--criterion", type=Criterion | None, default=DEFAULT_CRITERION, help="How much a weight matters."
+    )
     parser.add_argument("--pattern", type=Pattern | None, default=DEFAULT_PATTERN, help="Which zeros are allowed.")
     parser.add_class_arguments(Pruning, "pruning")
 

@@ -12,7 +12,9 @@ from recon.report import draw_pareto, print_table
 
 def build_parser() -> ArgumentParser:
     """The parser of `recon compare`."""
-    parser = ArgumentParser(prog="recon compare", description="Compare scopes, criteria, patterns and seeds.")
+    parser = ArgumentParser(
+        prog="recon compare", exit_on_error=False, description="Compare scopes, criteria, patterns and seeds."
+    )
     parser.add_argument("-c", "--config", action="config", help="YAML file or name of a shipped comparison.")
     parser.add_class_arguments(Comparison)
     return parser

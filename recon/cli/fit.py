@@ -86,6 +86,7 @@ def _cli(args: list[str], kind: type[FitCLI] = FitCLI) -> FitCLI:
         load_from_checkpoint_support=False,
         parser_kwargs={
             "prog": "recon fit",
+            "exit_on_error": False,
             "description": "Prune a model and recover it at one scope.",
             "default_config_files": [str(config_directory() / "base.yaml")],
         },

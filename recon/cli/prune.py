@@ -18,7 +18,9 @@ from recon.run import RunDirectory, digest
 def main(args: list[str]) -> int:
     """Parse, prune, evaluate, report."""
     quiet()
-    parser = ArgumentParser(prog="recon prune", description="Choose which weights survive and write their masks.")
+    parser = ArgumentParser(
+        prog="recon prune", exit_on_error=False, description="Choose which weights survive and write their masks."
+    )
     parser.add_argument("-c", "--config", action="config", help="YAML file or name of a shipped configuration.")
     parser.add_argument(
         "--run_dir", type=str | None, default=None, help="Where to write; runs/prune-<fingerprint> if null."

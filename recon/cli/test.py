@@ -22,7 +22,9 @@ from recon.run import RunDirectory
 def main(args: list[str]) -> int:
     """Parse, evaluate, report."""
     quiet()
-    parser = ArgumentParser(prog="recon test", description="Measure the perplexity of a model or run directory.")
+    parser = ArgumentParser(
+        prog="recon test", exit_on_error=False, description="Measure the perplexity of a model or run directory."
+    )
     parser.add_argument("-c", "--config", action="config", help="YAML file or name of a shipped configuration.")
     parser.add_argument("path", type=str, help="A run directory, a model directory, a hub name, or `bundled`.")
     parser.add_argument("--run_dir", type=str | None, default=None, help="Where to write report.json; nowhere if null.")

@@ -3,13 +3,13 @@
 import hashlib
 
 import lightning as L
-import torch
+import torch.distributed as dist
 from jaxtyping import Int64
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from transformers import PreTrainedTokenizerBase
 
-from recon.data.sources import Split, StandardLibrary, TextSource
+from recon.data.sources import HELD_OUT_PERCENT, Split, StandardLibrary, TextSource
 from recon.data.tokens import sequences
 
 
@@ -73,19 +73,28 @@ class TokenData(L.LightningDataModule):
                 self.num[split],
                 seed=self.seed if split == "train" else 0,
                 separator=self.source.separator,
-                origin=f"the {split} split of {self.source}",
+                origin=f"the {split} split of {self.source}{self._carved(split)}",
             )
         return self._tokens[split]
+
+    def _carved(self, split: Split) -> str:
+        return "" if self.source.has(split) else f" (it has none: {len(HELD_OUT_PERCENT[split])} % of train by hash)"
 
     def fingerprint(self, split: Split) -> str:
         """Sha256 over the token ids of `split`."""
         return hashlib.sha256(self.tokens(split).numpy().tobytes()).hexdigest()
 
     def train_dataloader(self) -> DataLoader:
-        """Batches {"input_ids": int64[batch, seq_len]} of the train split, in a new seeded order every epoch."""
-        # A DistributedSampler because Lightning tells it the epoch, which also makes a resumed run see the same order.
+        """Batches {"input_ids": int64[batch, seq_len]} of the train split, in a new seeded order every epoch.
+
+        In distributed training each process gets its own share of the sequences.
+        """
+        # A DistributedSampler also for one process, because Lightning tells it the epoch: every epoch has its own
+        # order, and a resumed run sees the same. Lightning leaves such a sampler as it is, so the share is set here.
         sequences = _Sequences(self.tokens("train"))
-        sampler = torch.utils.data.DistributedSampler(sequences, num_replicas=1, rank=0, seed=self.seed)
+        distributed = dist.is_available() and dist.is_initialized()
+        processes, rank = (dist.get_world_size(), dist.get_rank()) if distributed else (1, 0)
+        sampler = DistributedSampler(sequences, num_replicas=processes, rank=rank, seed=self.seed)
         return DataLoader(sequences, batch_size=self.batch_size, sampler=sampler)
 
     def val_dataloader(self) -> DataLoader:
@@ -97,7 +106,7 @@ class TokenData(L.LightningDataModule):
         return DataLoader(_Sequences(self.tokens("test")), batch_size=self.batch_size)
 
 
-class _Sequences(torch.utils.data.Dataset):
+class _Sequences(Dataset):
     """Rows of a token matrix as the dicts that causal language models take."""
 
     def __init__(self, tokens: Int64[Tensor, "num seq_len"]) -> None:

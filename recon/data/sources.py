@@ -57,7 +57,7 @@ class TextSource(ABC):
         Raises:
             ValueError: If the source has neither the split nor a train split to carve it from.
         """
-        carved = [name for name in SPLITS if name != "train" and not self.has(name)]
+        carved: list[Split] = [name for name in SPLITS if name != "train" and not self.has(name)]
         if self.has(split) and not (split == "train" and carved):
             return self.load(split)
         if not self.has("train"):
@@ -230,7 +230,9 @@ class SavedDataset(TextSource):
             raise ValueError(
                 f"data.source.path needs a directory written by `datasets`' save_to_disk, got {self.path}: {error}"
             ) from error
-        return dict(saved) if isinstance(saved, DatasetsByName) else {"train": saved}
+        return (
+            {str(name): rows for name, rows in saved.items()} if isinstance(saved, DatasetsByName) else {"train": saved}
+        )
 
     def has(self, split: Split) -> bool:
         """Whether the saved data set has `split`."""

@@ -157,10 +157,10 @@ class LocalScope(Scope):
                     f"{window.name}; start it again, without trainer.max_time or a callback that stops it"
                 )
             self._take(window)
+        super().on_fit_end()
         if self.directory is not None:
             write_json(self.directory / "windows.json", self.results)
         del self.calibration, self.held_out
-        super().on_fit_end()
 
     def begin(self, window: Window) -> None:
         """Compute what the dense window takes in and returns, then prune its weights."""
