@@ -55,9 +55,9 @@ class MemoryProfiler(Callback, PhaseListener):
         self._write()
 
     @override
-    def on_run_end(self) -> None:
+    def on_run_end(self, failed: bool) -> None:
         gc.unfreeze()
-        if self.print_table and self.phases:
+        if self.print_table and not failed:
             Console(highlight=False).print(self._table())
 
     def _write(self) -> None:

@@ -19,8 +19,8 @@ class PhaseListener(Protocol):
     def on_phase_end(self, name: str) -> None:
         """Phase `name` ended, or failed."""
 
-    def on_run_end(self) -> None:
-        """The last phase ended, and the run has not failed."""
+    def on_run_end(self, failed: bool) -> None:
+        """The last phase ended, or the run `failed`."""
 
 
 class Phases:
@@ -49,9 +49,11 @@ class Phases:
         """Announce a whole run that writes to `directory`."""
         for listener in self.listeners:
             listener.on_run_start(directory)
+        failed = True
         try:
             yield
+            failed = False
         finally:
             self.leave()
-        for listener in self.listeners:
-            listener.on_run_end()
+            for listener in self.listeners:
+                listener.on_run_end(failed)

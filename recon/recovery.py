@@ -58,9 +58,10 @@ def recover(
         The report, also written to the run directory.
 
     Raises:
-        ValueError: If options, masks and model do not fit together.
-        RuntimeError: If a pruned weight is not zero in the end; the model is then not saved.
+        ValueError: If options, masks and model do not fit together, or a pruned weight is not zero in the end;
+            the model is then not saved.
     """
+    resumed = run.has_begun
     if run.report.exists():
         say(f"{run.path} holds this run, finished: nothing to do")
         return Report.load(run.report)
@@ -110,7 +111,7 @@ def recover(
         train_tokens=scope.train_tokens,
         protocol=recovered.protocol,
         run_dir=str(run.path),
-        environment=environment(device),
+        environment=environment(device) | {"resumed": resumed},  # its seconds are then those of the last start
         **_peaks(run.memory),
     )
     report.save(run.report)

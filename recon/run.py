@@ -51,6 +51,11 @@ class RunDirectory:
         return self.path / "masks.safetensors"
 
     @property
+    def has_begun(self) -> bool:
+        """Whether an earlier start left parts of a recovery."""
+        return (self.path / "windows").exists() or self.last_checkpoint is not None
+
+    @property
     def model(self) -> Path:
         """The recovered model in Hugging Face format."""
         return self.path / "model"

@@ -20,15 +20,14 @@ class Log(PhaseListener):
     def on_phase_end(self, name: str) -> None:
         self.events.append(f"-{name}")
 
-    def on_run_end(self) -> None:
-        self.events.append("end")
+    def on_run_end(self, failed: bool) -> None:
+        self.events.append("failed" if failed else "end")
 
 
 class Listening:
     """Listens without being told to: four methods are enough."""
 
-    on_run_start = on_phase_start = on_phase_end = lambda self, _: None
-    on_run_end = lambda self: None  # noqa: E731
+    on_run_start = on_phase_start = on_phase_end = on_run_end = lambda self, _: None
 
 
 class HalfListening:
@@ -52,7 +51,7 @@ def test_phases_follow_each_other_and_the_last_one_ends_with_the_run() -> None:
     assert phases.current is None
 
 
-def test_a_phase_that_fails_has_ended_but_its_run_has_not() -> None:
+def test_a_phase_that_fails_has_ended_and_its_run_has_failed() -> None:
     log = Log()
     phases = Phases([log])
 
@@ -63,7 +62,7 @@ def test_a_phase_that_fails_has_ended_but_its_run_has_not() -> None:
 
     with pytest.raises(KeyError, match="lost"):
         run()
-    assert log.events == ["run in here", "+load", "-load"]
+    assert log.events == ["run in here", "+load", "-load", "failed"]
 
 
 def test_who_listens_is_known_by_the_four_methods() -> None:
