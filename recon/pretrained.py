@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -32,6 +33,7 @@ UNREADABLE = (
     ImportError,
     EOFError,
     SafetensorError,
+    StrictDataclassError,
     UnpicklingError,
 )
 """What transformers raises on a missing, damaged or foreign model."""

@@ -230,9 +230,8 @@ class SavedDataset(TextSource):
             raise ValueError(
                 f"data.source.path needs a directory written by `datasets`' save_to_disk, got {self.path}: {error}"
             ) from error
-        return (
-            {str(name): rows for name, rows in saved.items()} if isinstance(saved, DatasetsByName) else {"train": saved}
-        )
+        splits = saved if isinstance(saved, DatasetsByName) else {"train": saved}
+        return {str(name): rows for name, rows in splits.items()}
 
     def has(self, split: Split) -> bool:
         """Whether the saved data set has `split`."""

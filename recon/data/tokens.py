@@ -66,8 +66,8 @@ def sequences(
 
 def _token_ids(documents: Documents, tokenizer: PreTrainedTokenizerBase, separator: str | None) -> Iterator[list[int]]:
     """Token ids of the joined documents, piece by piece."""
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    # Few documents at a time, since the tokenizer's own record of a token takes about 100 bytes. Lines that are
+    end: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]  # pyright: ignore[reportAssignmentType]
+    # Few documents at a time, since the tokenizer's own record of a token takes hundreds of bytes. Lines that are
     # joined with a separator are short, and every border between two batches can fall within what were one token.
     for rows in documents.iter(batch_size=16 if separator is None else 10_000):
         texts = [text or "" for text in rows["text"]]  # pyright: ignore[reportArgumentType, reportCallIssue]
