@@ -8,18 +8,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from recon.anatomy import Anatomy
-from recon.windows import (
-    AttentionWindow,
-    BlockWindow,
-    Call,
-    Form,
-    MLPWindow,
-    Replay,
-    Window,
-    block_windows,
-    record_calls,
-    submodule_windows,
-)
+from recon.calls import Call, Form, record_calls
+from recon.replay import Replay
+from recon.windows import AttentionWindow, BlockWindow, MLPWindow, Window, block_windows, submodule_windows
 
 PARALLEL = {"cohere", "phi", "gptj", "falcon"}  # attention and MLP read the same normalised input
 

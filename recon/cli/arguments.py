@@ -1,5 +1,7 @@
 """Options that several commands share, and how results leave a command."""
 
+from typing import Any
+
 import torch
 from jsonargparse import ArgumentParser
 
@@ -21,9 +23,10 @@ def add_pruning_arguments(parser: ArgumentParser) -> None:
     parser.add_class_arguments(Pruning, "pruning")
 
 
-def parse(parser: ArgumentParser, args: list[str]):
-    """Parse `args`, with names of shipped configurations resolved; returns the configuration."""
-    return parser.parse_args(resolve_config_names(args))
+def parse(parser: ArgumentParser, args: list[str]) -> tuple[Any, Any]:
+    """Parse `args`, with names of shipped configurations resolved; the configuration, and what it builds."""
+    config = parser.parse_args(resolve_config_names(args))
+    return config, parser.instantiate_classes(config)
 
 
 def choose_device(name: str) -> torch.device:

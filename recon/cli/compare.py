@@ -23,10 +23,8 @@ def build_parser() -> ArgumentParser:
 def main(args: list[str]) -> int:
     """Parse, run the cells, print the table, draw the pictures."""
     parser = build_parser()
-    config = parse(parser, args)
-    config.pop("config")
-    built = parser.instantiate_classes(config)
-    comparison = Comparison(**built.as_dict())
+    _, built = parse(parser, args)
+    comparison = Comparison(**{key: value for key, value in built.as_dict().items() if key != "config"})
     console = Console(highlight=False, soft_wrap=True, markup=False)
     results = compare(comparison, describe, console.print)
     print_table(results, Console(highlight=False))
@@ -44,4 +42,5 @@ def describe(kind: type, spec: dict[str, Any]) -> str:
     """The name of the criterion or pattern that `spec` makes, e.g. `60% per row`."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(kind, "one")
-    return str(parser.instantiate_classes(parser.parse_object({"one": spec})).one)
+    built: Any = parser.instantiate_classes(parser.parse_object({"one": spec}))
+    return str(built.one)

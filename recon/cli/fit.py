@@ -99,8 +99,9 @@ def main(args: list[str]) -> int:
     """Parse, build, run, report."""
     quiet()
     cli = _cli(args)
+    built: Any = cli.config_init
     scope, data, trainer = cli.model, cli.datamodule, cli.trainer
-    if (cli.config_init.criterion is None) != (cli.config_init.pattern is None):
+    if (built.criterion is None) != (built.pattern is None):
         raise ValueError("pruning needs both criterion and pattern; give both, or null for both to train unpruned")
     identity = {"model": scope.source.identity(), "data": data.source.identity()}
     run = RunDirectory(cli.run_dir, {**cli.fingerprint, **identity})
@@ -115,9 +116,9 @@ def main(args: list[str]) -> int:
         data,
         trainer,
         run,
-        cli.config_init.criterion,
-        cli.config_init.pattern,
-        cli.config_init.pruning,
+        built.criterion,
+        built.pattern,
+        built.pruning,
         None if cli.config.masks is None else Path(cli.config.masks),
         cli.config.baselines,
         console.print,

@@ -35,8 +35,7 @@ def main(args: list[str]) -> int:
     parser.add_class_arguments(TokenData, "data")
     add_pruning_arguments(parser)
     parser.link_arguments("seed_everything", "data.seed")
-    config = parse(parser, args)
-    built = parser.instantiate_classes(config)
+    config, built = parse(parser, args)
     if built.criterion is None or built.pattern is None:
         raise ValueError("recon prune needs a criterion and a pattern, got null")
     options = {

@@ -36,8 +36,7 @@ def main(args: list[str]) -> int:
     parser.add_class_arguments(TokenData, "data", skip={"seed"})
     for argument in args:
         parser.set_defaults(_data_of_run(Path(argument)))
-    config = parse(parser, args)
-    built = parser.instantiate_classes(config)
+    config, built = parse(parser, args)
     path = Path(config.path)
     name = str(path / "model") if (path / "model").is_dir() else config.path
     source = ModelSource(name=name, **config.model.as_dict())
