@@ -112,7 +112,10 @@ def test_prune_then_fit_with_its_masks_then_test(tmp_path, capsys):
 
 WRONG = {
     "sparsity": (["--pattern.sparsity=1.5"], r"needs 0 <= sparsity < 1, got 1.5"),
-    "model path": (["--model.shape=null", "--model.name=/nowhere/model"], r"model.name needs .*got /nowhere/model"),
+    "model path": (
+        ["--model.shape=null", "--model.name=/nowhere/model"],
+        r"model.name needs .*, got '/nowhere/model', which does not exist",
+    ),
     "too few tokens": (["--data.num_sequences=9999999"], r"needs? \d+ tokens, .* holds \d+"),
     "pattern": (["--pattern=NM", "--pattern.of=5"], r"2:5 needs in_features divisible by 5, got 32 for `model"),
     "masks file": (["--masks=nowhere.safetensors"], r"--masks needs a file that `recon prune` wrote, got nowhere"),

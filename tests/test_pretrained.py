@@ -272,9 +272,7 @@ def test_missing_tokenizer_says_what_to_give(directory, saved):
 
 def test_revision_belongs_to_the_hub(directory, saved):
     for use in ("model", "load_tokenizer"):
-        with pytest.raises(
-            ValueError, match=r"revision belongs to names on the hub, got .v1. with the directory"
-        ):
+        with pytest.raises(ValueError, match=r"revision belongs to names on the hub, got .v1. with the directory"):
             getattr(ModelSource(str(directory), revision="v1"), use)()
     ModelSource("owner/model", revision="v1", tokenizer=str(saved)).load_tokenizer()  # the revision of the model only
 
