@@ -13,7 +13,7 @@ from recon.evaluation import evaluate
 from recon.masks import Masks
 from recon.memory import PeakMeter, resident_bytes
 from recon.patterns import Pattern
-from recon.pretrained import ModelSource
+from recon.pretrained import ModelSource, require_vocabulary
 from recon.pruning import Pruning, prune
 from recon.report import Report
 from recon.run import RunDirectory, save_model
@@ -36,6 +36,7 @@ def measure(source: ModelSource, data: TokenData, device: torch.device, masks: M
     meter.start()
     data.tokenizer = source.load_tokenizer()
     model = source.model(device)
+    require_vocabulary(model, data.tokenizer)
     if masks is not None:
         masks.validate_for(model)
         masks.apply(model)
@@ -101,6 +102,7 @@ def measure_pruned(
     say(f"load {source.name}")
     data.tokenizer = source.load_tokenizer()
     model = source.model(device)
+    require_vocabulary(model, data.tokenizer)
     tokens = data.tokens("train")
     started = time.monotonic()
     masks = prune(model, tokens, criterion, pattern, pruning, say)

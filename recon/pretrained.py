@@ -153,6 +153,20 @@ def _said(error: Exception) -> str:
     return shorten(f"{error}", 500) or type(error).__name__
 
 
+def require_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that every id of `tokenizer` has an embedding in `model`.
+
+    Raises:
+        ValueError: If it has not; the model would fail with an index error in its first forward pass.
+    """
+    embeddings = model.get_input_embeddings().get_parameter("weight").shape[0]
+    if len(tokenizer) > embeddings:
+        raise ValueError(
+            f"the tokenizer's ids need {len(tokenizer)} embeddings, the model has {embeddings}; "
+            f"give the model's own tokenizer as model.tokenizer"
+        )
+
+
 def _directory(option: str, name: str) -> Path | None:
     """The directory that `name` is, or None if it can only be a name on the hub."""
     path = BUNDLED if name == "bundled" else Path(name).expanduser()

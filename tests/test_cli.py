@@ -122,6 +122,7 @@ WRONG = {
     "exclusion": (['--pruning.exclude=["*.nope"]'], r"'\*.nope' matches none"),
     "epochs": (["--model.epochs=0"], r"model.epochs must be at least 1, got 0"),
     "criterion alone": (["--criterion=null"], r"needs both criterion and pattern"),
+    "tokenizer": (["--model.shape.vocab_size=100"], r"need 2048 embeddings, the model has 100"),
     "unknown option": (["--model.num_block=2"], r"Option 'num_block' is not accepted"),
     "unknown scope": (["--model=Nope"], r"Nope"),
     "empty file": (["--data.source=TextFiles", '--data.source.paths=["/dev/null"]'], r"/dev/null"),
