@@ -20,7 +20,13 @@ from recon.run import RunDirectory, save_model
 from recon.shapes import is_matrix, weight_out_in
 
 
-def measure(source: ModelSource, data: TokenData, device: torch.device, masks: Masks | None = None) -> Report:
+def measure(
+    source: ModelSource,
+    data: TokenData,
+    device: torch.device,
+    masks: Masks | None = None,
+    promised: Masks | None = None,
+) -> Report:
     """Perplexity of a model as it is, or under masks, and the peak memory of measuring it.
 
     Args:
@@ -28,6 +34,7 @@ def measure(source: ModelSource, data: TokenData, device: torch.device, masks: M
         data: Test tokens.
         device: Where to compute.
         masks: Applied first, if given; the report then calls the model pruned, otherwise dense.
+        promised: Masks that the model should keep as it is; the report counts what violates them.
 
     Raises:
         ValueError: If the masks belong to another model.
@@ -42,6 +49,7 @@ def measure(source: ModelSource, data: TokenData, device: torch.device, masks: M
         masks.apply(model)
     evaluation = evaluate(model, data.test_dataloader())
     peaks = meter.stop()
+    kept = masks if masks is not None else promised
     return Report(
         scope="dense" if masks is None else "pruned",
         model=source.name,
@@ -50,7 +58,7 @@ def measure(source: ModelSource, data: TokenData, device: torch.device, masks: M
         seed=data.seed,
         perplexity=evaluation.perplexity,
         sparsity=share_of_zeros(model) if masks is None else masks.sparsity,
-        mask_violations=0,
+        mask_violations=0 if kept is None else kept.violations(model),
         peak_host_bytes=peaks.host_bytes,
         peak_device_bytes=peaks.device_allocated_bytes,
         baseline_host_bytes=baseline,

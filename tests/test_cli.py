@@ -108,6 +108,13 @@ def test_prune_then_fit_with_its_masks_then_test(tmp_path, capsys):
     assert tested["protocol"] == report["protocol"]
     assert tested["mask_violations"] == 0
     assert tested["sparsity"] == pytest.approx(report["sparsity"])
+    model = AutoModelForCausalLM.from_pretrained(run / "model")
+    with torch.no_grad():
+        model.get_parameter(next(iter(masks)))[~masks[next(iter(masks))]] = 1.0
+    model.save_pretrained(run / "model")
+    assert main(["test", str(run), "--run_dir", str(tmp_path / "broken")]) == 0
+    broken = json.loads((tmp_path / "broken" / "report.json").read_text())
+    assert broken["mask_violations"] == int((~masks[next(iter(masks))]).sum())
 
 
 WRONG = {
@@ -155,6 +162,8 @@ def test_run_dir_of_another_run_is_refused(tmp_path, capsys):
     assert fit("matrix", tmp_path / "run", *RANDOM, "--seed_everything=1") == 1
     error = capsys.readouterr().err
     assert "seed" in error
+    assert fit("matrix", tmp_path / "run", *RANDOM, "--trainer.gradient_clip_val=1.0") == 1
+    assert "options.trainer.gradient_clip_val" in capsys.readouterr().err
     assert "name another run_dir" in error
 
 

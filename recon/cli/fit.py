@@ -22,6 +22,15 @@ from recon.scopes import FullRetraining, Scope
 NOT_FINGERPRINTED = ("config", "run_dir", "masks", "baselines", "summary", "trainer")
 """Parts of the configuration that do not decide what a run computes, or whose content is taken instead."""
 
+DECISIVE = (
+    "precision",
+    "accumulate_grad_batches",
+    "gradient_clip_val",
+    "gradient_clip_algorithm",
+    "limit_train_batches",
+)
+"""Options of the trainer that decide what a run computes."""
+
 
 class FitCLI(LightningCLI):
     """LightningCLI with the options of pruning and of the run directory."""
@@ -51,7 +60,7 @@ class FitCLI(LightningCLI):
         """Settle the run directory, which trainer, logger and checkpoints go by."""
         masks = self.config.masks
         options = {key: value for key, value in self.config.as_dict().items() if key not in NOT_FINGERPRINTED}
-        options["precision"] = self.config.trainer.precision
+        options["trainer"] = {name: self.config.trainer[name] for name in DECISIVE}
         self.fingerprint: dict[str, Any] = {"options": options, "versions": versions()}
         if masks is not None and Path(masks).is_file():
             self.fingerprint["masks"] = digest(Path(masks).read_bytes().hex())
@@ -106,7 +115,7 @@ def main(args: list[str]) -> int:
     identity = {"model": scope.source.identity(), "data": data.source.identity()}
     run = RunDirectory(cli.run_dir, {**cli.fingerprint, **identity})
     _save_config(cli)
-    if trainer.logger is None or not trainer.loggers:
+    if not trainer.loggers:
         trainer.loggers = [TensorBoardLogger(str(run.path), name="logs", version="")]
     if isinstance(scope, FullRetraining):
         trainer.callbacks.append(ModelCheckpoint(run.path / "checkpoints", filename="{epoch}", save_top_k=1))  # pyright: ignore[reportAttributeAccessIssue]

@@ -11,6 +11,7 @@ from rich.console import Console
 from recon.baselines import measure
 from recon.cli.arguments import choose_device, parse
 from recon.cli.quiet import quiet
+from recon.configs import resolve_config_names
 from recon.data import TokenData
 from recon.environment import versions
 from recon.masks import Masks
@@ -34,8 +35,7 @@ def main(args: list[str]) -> int:
     parser.add_class_arguments(ModelSource, "model", skip={"name"}, instantiate=False)
     parser.add_argument("--summary", type=bool, default=True, help="Print the report as a table.")
     parser.add_class_arguments(TokenData, "data", skip={"seed"})
-    for argument in args:
-        parser.set_defaults(_data_of_run(Path(argument)))
+    parser.set_defaults(_data_of_run(Path(parser.parse_args(resolve_config_names(args)).path)))
     config, built = parse(parser, args)
     path = Path(config.path)
     name = str(path / "model") if (path / "model").is_dir() else config.path
@@ -46,7 +46,9 @@ def main(args: list[str]) -> int:
         identity = {"model": source.identity(), "text": built.data.source.identity()}
         run = RunDirectory(Path(config.run_dir), {**options, **identity, "versions": versions()})
     masks = None if config.masks is None else Masks.load(config.masks)
-    report = measure(source, built.data, choose_device(config.device), masks)
+    of_run = path / "masks.safetensors"
+    promised = Masks.load(of_run) if of_run.is_file() and (path / "model").is_dir() else None
+    report = measure(source, built.data, choose_device(config.device), masks, promised)
     if (path / "report.json").is_file():
         report = _of_run(report, path)
     if run is not None:
