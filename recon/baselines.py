@@ -13,7 +13,7 @@ from recon.evaluation import evaluate
 from recon.masks import Masks
 from recon.memory import PeakMeter, resident_bytes
 from recon.patterns import Pattern
-from recon.pretrained import ModelSource, require_vocabulary
+from recon.pretrained import ModelSource
 from recon.pruning import Pruning, prune
 from recon.report import Report
 from recon.run import RunDirectory, save_model
@@ -41,9 +41,7 @@ def measure(
     """
     baseline, meter = resident_bytes(), PeakMeter()
     meter.start()
-    data.tokenizer = source.load_tokenizer()
-    model = source.model(device)
-    require_vocabulary(model, data.tokenizer)
+    model, data.tokenizer = source.load(device)
     if masks is not None:
         masks.validate_for(model)
         masks.apply(model)
@@ -108,9 +106,7 @@ def measure_pruned(
     baseline, meter = resident_bytes(), PeakMeter()
     meter.start()
     say(f"load {source.name}")
-    data.tokenizer = source.load_tokenizer()
-    model = source.model(device)
-    require_vocabulary(model, data.tokenizer)
+    model, data.tokenizer = source.load(device)
     tokens = data.tokens("train")
     started = time.monotonic()
     masks = prune(model, tokens, criterion, pattern, pruning, say)

@@ -95,6 +95,16 @@ class ModelSource:
             nn.Module.to(model, device)
         return model.eval()
 
+    def load(self, device: torch.device | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Load model and tokenizer, which fit together.
+
+        Raises:
+            ValueError: If one of them cannot be loaded, or the tokenizer has ids without an embedding.
+        """
+        model, tokenizer = self.model(device), self.load_tokenizer()
+        _require_vocabulary(model, tokenizer)
+        return model, tokenizer
+
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer.
 
@@ -153,7 +163,7 @@ def _said(error: Exception) -> str:
     return shorten(f"{error}", 500) or type(error).__name__
 
 
-def require_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def _require_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Check that every id of `tokenizer` has an embedding in `model`.
 
     Raises:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from recon.data import TokenData
 from recon.masks import Masks
 from recon.phases import Phases
-from recon.pretrained import ModelSource, require_vocabulary
+from recon.pretrained import ModelSource
 
 
 class Scope(L.LightningModule, ABC):
@@ -84,9 +84,7 @@ class Scope(L.LightningModule, ABC):
 
     def load(self, data: TokenData) -> None:
         """Load the dense model, and give `data` its tokenizer."""
-        self.model = self.source.model()
-        data.tokenizer = self.source.load_tokenizer()
-        require_vocabulary(self.model, data.tokenizer)
+        self.model, data.tokenizer = self.source.load()
 
     def prepare(self, data: TokenData, masks: Masks, directory: Path | None = None) -> None:
         """Say what to train on and which weights survive.
