@@ -1,14 +1,17 @@
-"""Pruned weights stay exactly zero while the others learn."""
+"""Pruned weights stay exactly zero while the others learn, whichever strategy shards them."""
 
 from collections.abc import Callable
+from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from recon.masks import Masks, unpack
 from recon.scopes.base import Scope
 
 ZERO_KEEPING = (
@@ -26,11 +29,15 @@ class MaskEnforcer(Callback):
     """Masks the gradients of pruned weights, which start at zero; no step then moves them.
 
     With weight, gradient and optimizer state zero from the first step, SGD, Adam(W), NAdam, RMSprop and
-    Adafactor keep exact zeros, and a sharded optimizer's fp32 copy stays as exact as the working copy.
-    Zeroing the weights after each step would leave that copy to drift.
+    Adafactor keep exact zeros, and so does the fp32 master copy that DeepSpeed trains. Zeroing the weights after
+    each step would leave that copy to drift.
 
-    Checks the masks that hold when training starts and when it ends, and names the first weight that
-    violates one.
+    A hook on the gradient masks it before it is reduced: on one device, under DDP and under ZeRO, where it is
+    whole at that moment even if the weights are partitioned. FSDP2 never calls such hooks; there the accumulated
+    gradient is masked, shard by shard.
+
+    Checks the masks that hold when training starts and when it ends, in working and master copies, on all ranks,
+    and names the first weight that violates one.
     """
 
     def __init__(self) -> None:
@@ -39,19 +46,15 @@ class MaskEnforcer(Callback):
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         scope = _scope(pl_module)
-        for optimizer in trainer.optimizers if scope.automatic_optimization else ():
-            if not isinstance(optimizer, ZERO_KEEPING):
-                raise ValueError(
-                    f"MaskEnforcer needs an optimizer that keeps zeros at zero "
-                    f"({', '.join(one.__name__ for one in ZERO_KEEPING)}), got {type(optimizer).__name__}"
-                )
-        self._detach()
+        if scope.automatic_optimization:
+            _require_zero_keeping(trainer.optimizers)
+        self._detach()  # callback state is restored after this hook under DeepSpeed and FSDP2: attach once only
         parameters = dict(scope.model.named_parameters(remove_duplicate=False))
-        for name, keep in scope.masks.items():
+        for name in scope.masks:
             parameter = parameters[name]
             frozen = not parameter.requires_grad
             parameter.requires_grad_(True)  # a hook is accepted only then; local scopes unfreeze later
-            self._handles.append(parameter.register_hook(_masking(keep)))
+            self._handles.append(_attach(parameter, scope.masks, name))
             parameter.requires_grad_(not frozen)
 
     @override
@@ -79,13 +82,41 @@ def _scope(module: L.LightningModule) -> Scope:
     return module
 
 
-def _masking(keep: Tensor) -> Callable[[Tensor], Tensor]:
+def _require_zero_keeping(optimizers: list[Any]) -> None:
+    for optimizer in optimizers:
+        while hasattr(optimizer, "optimizer"):  # DeepSpeed's, around the one that steps
+            optimizer = optimizer.optimizer
+        if not isinstance(optimizer, ZERO_KEEPING):
+            raise ValueError(
+                f"MaskEnforcer needs an optimizer that keeps zeros at zero "
+                f"({', '.join(one.__name__ for one in ZERO_KEEPING)}), got {type(optimizer).__name__}"
+            )
+
+
+def _attach(parameter: Tensor, masks: Masks, name: str) -> RemovableHandle:
+    """The hook that masks the gradient of `parameter`, as its strategy needs it."""
+    if isinstance(parameter, DTensor):
+        keep = distribute_tensor(masks[name].to(parameter.device), parameter.device_mesh, parameter.placements)
+        pruned = ~keep.to_local()
+
+        def mask_shard(parameter: Tensor) -> None:
+            assert isinstance(parameter.grad, DTensor)
+            parameter.grad.to_local().masked_fill_(pruned, 0)
+
+        return parameter.register_post_accumulate_grad_hook(mask_shard)
+    if hasattr(parameter, "ds_id"):  # partitioned weights: whole masks of eight times the size would outweigh them
+        packed, shape = masks.packed(name), tuple(masks[name].shape)
+        return parameter.register_hook(_masking(packed, lambda bits: unpack(bits, shape)))
+    return parameter.register_hook(_masking(masks[name], lambda keep: keep))
+
+
+def _masking(mask: Tensor, to_bool: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """A gradient hook; the mask goes to the gradient's device at its first call, which on the host copies nothing."""
     on_device: dict[torch.device, Tensor] = {}
 
     def hook(gradient: Tensor) -> Tensor:
         if gradient.device not in on_device:
-            on_device[gradient.device] = keep.to(gradient.device)
-        return torch.where(on_device[gradient.device], gradient, 0)  # not a product: inf * 0 is nan
+            on_device[gradient.device] = mask.to(gradient.device)
+        return torch.where(to_bool(on_device[gradient.device]), gradient, 0)  # not a product: inf * 0 is nan
 
     return hook

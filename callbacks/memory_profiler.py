@@ -13,12 +13,14 @@ from typing_extensions import override
 from recon.atomic import write_json
 from recon.memory import PeakMeter, resident_bytes
 from recon.phases import PhaseListener
+from recon.ranks import rank
+from recon.run import memory_file
 
 MIB = 2**20
 
 
 class MemoryProfiler(Callback, PhaseListener):
-    """Measures the peak of every phase of a run and writes `memory.json` as phases end.
+    """Measures the peak of every phase of a run and writes `memory.json` as phases end, one file per rank.
 
     On the host that is the resident memory of the process, on a CUDA device what its allocator had
     allocated and reserved. `baseline_host_bytes` is the process with its libraries loaded, before the model.
@@ -57,7 +59,7 @@ class MemoryProfiler(Callback, PhaseListener):
     @override
     def on_run_end(self, failed: bool) -> None:
         gc.unfreeze()
-        if self.print_table and not failed:
+        if self.print_table and not failed and rank() == 0:
             Console(highlight=False).print(self._table())
 
     def _write(self) -> None:
@@ -67,7 +69,7 @@ class MemoryProfiler(Callback, PhaseListener):
                 "baseline_host_bytes": self._baseline,
                 "phases": self.phases,
             }
-            write_json(self._directory / "memory.json", content)
+            write_json(self._directory / memory_file(rank()), content)
 
     def _table(self) -> Table:
         on_device = any(phase["device_allocated_bytes"] is not None for phase in self.phases)

@@ -54,19 +54,22 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: PreTrainedModel, batches: DataLoader, split: str = "test") -> Evaluation:
+def evaluate(
+    model: PreTrainedModel, batches: DataLoader, split: str = "test", device: torch.device | None = None
+) -> Evaluation:
     """Perplexity of `model` on batches of equally long token sequences.
 
     Args:
         model: In evaluation mode, on the device to compute on.
         batches: Dicts with `input_ids`, int64[batch, seq_len].
         split: What to call the data in the protocol.
+        device: Where to compute, if not where the first parameter is.
 
     Raises:
         FloatingPointError: If a batch gives logits that are no numbers.
     """
-    device = next(model.parameters()).device
-    metric = StablePerplexity().to(device)
+    device = device or next(model.parameters()).device
+    metric = StablePerplexity(sync_on_compute=False).to(device)  # one rank may evaluate while others wait
     num_sequences = seq_len = scored = 0
     for index, batch in enumerate(batches):
         ids = batch["input_ids"].to(device)

@@ -1,7 +1,7 @@
 """Masks: which weights survive, as one bool tensor per pruned parameter, True = kept.
 
-A mask has its parameter's own layout and shape. On disk eight weights share a byte, so the masks of a model
-of 7 billion weights take 0.9 GB.
+A mask has its parameter's own layout and shape. In memory as on disk eight weights share a byte, so the masks of
+a model of 7 billion weights take 0.9 GB; a mask is unpacked when it is asked for.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from recon.atomic import atomic_write
+from recon.sharding import copies, whole, whole_shape
 
 FORMAT = "recon-masks-1"
 NUM_NAMES_SHOWN = 3
@@ -32,22 +33,24 @@ class Masks(Mapping[str, Tensor]):
         for name, keep in masks.items():
             if keep.dtype != torch.bool:
                 raise ValueError(f"a mask needs dtype bool, True = kept, got {keep.dtype} for `{name}`")
-        self._masks = dict(masks)
+        self._packed = {name: _pack(keep) for name, keep in masks.items()}
+        self._shapes = {name: tuple(keep.shape) for name, keep in masks.items()}
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._masks[name]
+        return unpack(self._packed[name], self._shapes[name])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._masks)
+        return iter(self._packed)
 
     def __len__(self) -> int:
-        return len(self._masks)
+        return len(self._packed)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Masks):
             return NotImplemented
         return self.keys() == other.keys() and all(
-            torch.equal(keep.cpu(), other[name].cpu()) for name, keep in self.items()
+            self._shapes[name] == other._shapes[name] and torch.equal(self._packed[name], other._packed[name])
+            for name in self
         )
 
     def __repr__(self) -> str:
@@ -68,26 +71,64 @@ class Masks(Mapping[str, Tensor]):
         names = list(names)
         if unknown := [name for name in names if name not in self]:
             raise ValueError(f"a subset needs names that have a mask, got {_few(unknown)} without one")
-        return Masks({name: self[name] for name in names})
+        return Masks._of({name: self._packed[name] for name in names}, self._shapes)
+
+    def packed(self, name: str) -> UInt8[Tensor, "num_bytes"]:
+        """The mask of `name` as it is held, for `unpack`."""
+        return self._packed[name]
+
+    @staticmethod
+    def _of(packed: dict[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> "Masks":
+        masks = Masks({})
+        masks._packed, masks._shapes = packed, {name: shapes[name] for name in packed}
+        return masks
 
     @torch.no_grad()
     def apply(self, model: nn.Module) -> None:
-        """Zero the pruned weights of `model` in place."""
+        """Zero the pruned weights of `model` in place, before FSDP2 shards it or DeepSpeed copies it."""
         for _, parameter, keep in self._matched(model):
-            parameter.masked_fill_(~keep, 0)  # not `* keep`: inf * 0 is NaN
+            with whole(parameter, write=True) as weight:
+                weight.masked_fill_(~keep.to(weight.device), 0)  # not `* keep`: inf * 0 is NaN
 
     def violations(self, model: nn.Module) -> int:
-        """Number of weights that are pruned but not zero; NaN counts."""
-        return sum(_num_violations(parameter, keep) for _, parameter, keep in self._matched(model))
+        """Number of weights that are pruned but not zero in one of their copies; NaN counts."""
+        return sum(
+            max(_num_violations(copy, keep) for _, copy in copies(parameter))
+            for _, parameter, keep in self._matched(model)
+        )
+
+    def violations_in(self, directory: Path) -> int:
+        """As `violations`, of the weights in the safetensors files of `directory`, one parameter at a time.
+
+        Raises:
+            ValueError: If a masked parameter is in none of them.
+        """
+        count, missing = 0, set(self)
+        for path in sorted(directory.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                for name in missing & set(file.keys()):
+                    count += _num_violations(file.get_tensor(name), self[name])
+                    missing.discard(name)
+        if missing:
+            raise ValueError(
+                f"a written model needs all masked parameters, {directory} lacks {_few(sorted(missing))}; its "
+                f"architecture saves them under other names: load it and use `violations`"
+            )
+        return count
 
     def check(self, model: nn.Module) -> None:
-        """Raise a `ValueError` that names the first parameter with a pruned weight that is not zero."""
+        """Raise a `ValueError` that names the first parameter with a pruned weight that is not zero.
+
+        Under a strategy that shards, every rank has to call it; it looks at the working and the fp32 master copy.
+        """
         for name, parameter, keep in self._matched(model):
-            if count := _num_violations(parameter, keep):
-                raise ValueError(
-                    f"pruned weights need to be zero, got {count} of {int((~keep).sum())} in `{name}` that "
-                    f"are not; apply the masks before training and keep the MaskEnforcer callback"
-                )
+            for which, copy in copies(parameter):
+                if count := _num_violations(copy, keep):
+                    where = f"`{name}`" if which == "working copy" else f"the {which} of `{name}`"
+                    raise ValueError(
+                        f"pruned weights need to be zero, got {count} of {int((~keep).sum())} in {where} that "
+                        f"are not; apply the masks before training and keep the MaskEnforcer callback"
+                    )
 
     def validate_for(self, model: nn.Module) -> None:
         """Raise a `ValueError` if the masks are not those of `model`: unknown names or other shapes."""
@@ -98,9 +139,9 @@ class Masks(Mapping[str, Tensor]):
                 f"does not have ({_few(unknown)}; it has {_few(list(parameters))}); use the masks made from "
                 "this model, or prune it again"
             )
-        if other := [name for name in self if self[name].shape != parameters[name].shape]:
+        if other := [name for name in self if self._shapes[name] != whole_shape(parameters[name])]:
             shown = ", ".join(
-                f"`{name}`: mask {tuple(self[name].shape)}, parameter {tuple(parameters[name].shape)}"
+                f"`{name}`: mask {self._shapes[name]}, parameter {tuple(whole_shape(parameters[name]))}"
                 for name in other[:NUM_NAMES_SHOWN]
             )
             raise ValueError(
@@ -112,8 +153,8 @@ class Masks(Mapping[str, Tensor]):
         """The SHA-256, in hex, of names, shapes and bits; the order of the names does not count."""
         digest = hashlib.sha256()
         for name in sorted(self):
-            digest.update(json.dumps([name, list(self[name].shape)]).encode())
-            digest.update(bytes(_pack(self[name]).numpy().data))
+            digest.update(json.dumps([name, list(self._shapes[name])]).encode())
+            digest.update(bytes(self._packed[name].numpy().data))
         return digest.hexdigest()
 
     def save(self, path: str | Path, metadata: dict[str, str] | None = None) -> None:
@@ -128,11 +169,11 @@ class Masks(Mapping[str, Tensor]):
         """
         header = {
             "format": FORMAT,
-            "shapes": json.dumps({name: list(keep.shape) for name, keep in self.items()}),
+            "shapes": json.dumps(self._shapes),
             "metadata": json.dumps(metadata or {}),
         }
         with atomic_write(path) as temporary:
-            save_file({name: _pack(keep) for name, keep in self.items()}, temporary, header)
+            save_file(self._packed, temporary, header)
 
     @staticmethod
     def load(path: str | Path) -> "Masks":
@@ -143,7 +184,9 @@ class Masks(Mapping[str, Tensor]):
         """
         shapes = json.loads(_read_header(path)["shapes"])
         with safe_open(path, framework="pt") as file:
-            return Masks({name: _unpack(file.get_tensor(name), tuple(shape)) for name, shape in shapes.items()})
+            return Masks._of(
+                {name: file.get_tensor(name) for name in shapes}, {name: tuple(shape) for name, shape in shapes.items()}
+            )
 
     @staticmethod
     def read_metadata(path: str | Path) -> dict[str, str]:
@@ -151,11 +194,11 @@ class Masks(Mapping[str, Tensor]):
         return json.loads(_read_header(path)["metadata"])
 
     def _matched(self, model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Pair each masked parameter with its mask, moved to the parameter's device."""
+        """Pair each masked parameter with its mask."""
         self.validate_for(model)
         parameters = _parameters(model)
         for name, keep in self.items():
-            yield name, parameters[name].detach(), keep.to(parameters[name].device)
+            yield name, parameters[name], keep
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -163,8 +206,8 @@ def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return dict(model.named_parameters(remove_duplicate=False))
 
 
-def _num_violations(parameter: Tensor, keep: Tensor) -> int:
-    return int(((parameter != 0) & ~keep).sum())
+def _num_violations(weight: Tensor, keep: Tensor) -> int:
+    return int(((weight != 0) & ~keep.to(weight.device)).sum())
 
 
 def _few(names: list[str]) -> str:
@@ -179,8 +222,9 @@ def _pack(keep: Bool[Tensor, "..."]) -> UInt8[Tensor, "num_bytes"]:
     return (bits << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
 
 
-def _unpack(packed: UInt8[Tensor, "num_bytes"], shape: tuple[int, ...]) -> Bool[Tensor, "..."]:
-    bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
+def unpack(packed: UInt8[Tensor, "num_bytes"], shape: tuple[int, ...]) -> Bool[Tensor, "..."]:
+    """The mask that `packed` holds, on its device."""
+    bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
     return bits.bool().flatten()[: torch.Size(shape).numel()].view(shape)
 
 

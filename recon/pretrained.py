@@ -16,6 +16,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -95,6 +96,19 @@ class ModelSource:
             nn.Module.to(model, device)
         return model.eval()
 
+    def skeleton(self) -> PreTrainedModel:
+        """The model without its weights, on the meta device.
+
+        Raises:
+            ValueError: If there is no such model, with what was tried.
+        """
+        if self.shape is not None:
+            config = self._config(self.shape)
+        else:
+            config = self._load(AutoConfig, "model.name", self.name, self.revision)
+        dtype: Any = getattr(torch, self.dtype) if self.dtype != "auto" else config.dtype or torch.float32
+        return empty(AutoModelForCausalLM, config, dtype, self.trust_remote_code)
+
     def load(self, device: torch.device | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Load model and tokenizer, which fit together.
 
@@ -128,14 +142,18 @@ class ModelSource:
 
     def _random(self, shape: dict[str, Any]) -> PreTrainedModel:
         dtype = torch.float32 if self.dtype == "auto" else getattr(torch, self.dtype)
+        config = self._config(shape)
         try:
-            config = AutoConfig.for_model(**shape)
             with isolated_seed(self.seed):
                 return AutoModelForCausalLM.from_config(config, dtype=dtype)
         except UNREADABLE as error:
-            raise ValueError(
-                f"model.shape needs the configuration of a causal language model: {_said(error)}"
-            ) from error
+            raise _no_shape(error) from error
+
+    def _config(self, shape: dict[str, Any]) -> PreTrainedConfig:
+        try:
+            return AutoConfig.for_model(**shape)
+        except UNREADABLE as error:
+            raise _no_shape(error) from error
 
     def _load(self, auto: Any, option: str, name: str, revision: str | None, **options: Any) -> Any:
         path = _directory(option, name)
@@ -157,6 +175,18 @@ class ModelSource:
                 f"{option} needs `bundled`, a directory in Hugging Face format or a hub name; "
                 f"{where} could not be read as {auto.__name__}: {_said(error)}{cure}"
             ) from error
+
+
+def _no_shape(error: Exception) -> ValueError:
+    return ValueError(f"model.shape needs the configuration of a causal language model: {_said(error)}")
+
+
+def empty(kind: Any, config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model of `config` without weights, on the meta device; `kind` is its class or one of the Auto classes."""
+    with torch.device("meta"):
+        if hasattr(kind, "from_config"):
+            return kind.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code).eval()
+        return kind(config).to(dtype).eval()
 
 
 def _said(error: Exception) -> str:

@@ -4,6 +4,7 @@ Every step leaves a file in the run directory, so a run that was killed goes on 
 finished one is not repeated.
 """
 
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import lightning as L
 import torch
 
+from recon import checkpoints, ranks
 from recon.criteria import Criterion
 from recon.data import TokenData
 from recon.environment import environment
@@ -19,6 +21,7 @@ from recon.evaluation import Evaluation, evaluate
 from recon.masks import Masks
 from recon.patterns import Pattern
 from recon.phases import Phases
+from recon.pretrained import ModelSource
 from recon.pruning import Pruning, prune
 from recon.report import Report
 from recon.run import RunDirectory, save_model
@@ -39,8 +42,11 @@ def recover(
     masks_file: Path | None = None,
     baselines: bool = True,
     say: Callable[[str], None] = print,
-) -> Report:
+) -> Report | None:
     """Prune a model, recover it at one scope, save and evaluate it.
+
+    With several processes, every one of them calls this. Rank 0 alone prunes, saves and evaluates; `run` is
+    a directory that all of them see.
 
     Args:
         scope: The recovery scope; names the model.
@@ -55,7 +61,7 @@ def recover(
         say: Is told what is going on, in lines.
 
     Returns:
-        The report, also written to the run directory.
+        The report, also written to the run directory; None on ranks other than 0.
 
     Raises:
         ValueError: If options, masks and model do not fit together, or a pruned weight is not zero in the end;
@@ -65,36 +71,53 @@ def recover(
     if run.report.exists():
         say(f"{run.path} holds this run, finished: nothing to do")
         return Report.load(run.report)
+    scope.require_strategy(trainer)
+    if not scope.loads_whole and (baselines or not (run.masks.exists() or masks_file)):
+        raise ValueError(
+            "model.partitioned needs masks made before, since pruning takes the whole model, and no baselines; give "
+            "--masks <masks.safetensors of recon prune> and --baselines false"
+        )
+    ranks.start(trainer, scope)
+    if ranks.rank() != 0:
+        say = lambda line: None  # noqa: E731
     phases = scope.phases = Phases(trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
     device = trainer.strategy.root_device
+    dense, pruned = None, None
     with phases.run(run.path):
         phases.enter("load")
         say(f"load {scope.source.name}")
-        scope.load(data)
-        masks = Masks({})
-        if criterion is not None and pattern is not None:
-            phases.enter("prune")
-            masks = _masks(scope, data, run, criterion, pattern, pruning, masks_file, device, say)
-        chosen = {"criterion": "none", "pattern": "none"} | (Masks.read_metadata(run.masks) if masks else {})
-        dense, pruned = None, None
-        if baselines and masks:
-            phases.enter("evaluate dense and pruned")
-            dense, pruned = _baselines(scope, data, masks, device)
-            say(f"test perplexity  dense {dense.perplexity:.3f}  pruned {pruned.perplexity:.3f}")
+        with ranks.rank_zero_first():
+            scope.load(data)
+            masks = Masks({})
+            if criterion is not None and pattern is not None:
+                phases.enter("prune")
+                masks = _masks(scope, data, run, criterion, pattern, pruning, masks_file, device, say)
+            chosen = {"criterion": "none", "pattern": "none"} | (Masks.read_metadata(run.masks) if masks else {})
+            if baselines and masks and ranks.rank() == 0:
+                phases.enter("evaluate dense and pruned")
+                dense, pruned = _baselines(scope, data, masks, device)
+                say(f"test perplexity  dense {dense.perplexity:.3f}  pruned {pruned.perplexity:.3f}")
         phases.enter("prepare")
         scope.prepare(data, masks, run.path)
+        checkpoint = checkpoints.last(run.checkpoints)
+        if checkpoint is not None:
+            checkpoints.require_same(checkpoint, checkpoints.identity(trainer, masks))
+            say(f"go on from {checkpoint}")
         phases.enter("train")
         started = time.monotonic()
-        trainer.fit(scope, ckpt_path=run.last_checkpoint, weights_only=True)
+        trainer.fit(scope, ckpt_path=checkpoint, weights_only=True)
         seconds = time.monotonic() - started
+        phases.leave()
+        peaks = ranks.gathered(_peaks(run.memory(ranks.rank())))
+        if ranks.rank() != 0:
+            return None
         phases.enter("save")
-        if scope.save_dtype is not None:
-            scope.model.to(getattr(torch, scope.save_dtype))
-        masks.check(scope.model)
         assert data.tokenizer is not None
-        save_model(scope.model, data.tokenizer, run.model)
+        model, state = scope.result()
+        save_model(model, data.tokenizer, run.model, state)
+        del model, state, scope.model
         phases.enter("evaluate")
-        recovered = evaluate(scope.to(device).model, data.test_dataloader())
+        recovered, violations = _measure_written(scope, data, masks, run, device)
     report = Report(
         scope=scope.scope,
         label=scope.label,
@@ -106,15 +129,20 @@ def recover(
         dense_perplexity=dense and dense.perplexity,
         pruned_perplexity=pruned and pruned.perplexity,
         sparsity=masks.sparsity if masks else 0.0,
-        mask_violations=masks.violations(scope.model),
+        mask_violations=violations,
         seconds=seconds,
         train_tokens=scope.train_tokens,
         protocol=recovered.protocol,
         run_dir=str(run.path),
-        environment=environment(device) | {"resumed": resumed},  # its seconds are then those of the last start
-        **_peaks(run.memory),
+        # The seconds of a resumed run are those of its last start.
+        environment=environment(device) | {"resumed": resumed} | ranks.layout(trainer),
+        ranks=peaks,
+        peak_host_bytes=_largest(peaks, "peak_host_bytes"),
+        peak_device_bytes=_largest(peaks, "peak_device_bytes"),
+        baseline_host_bytes=_largest(peaks, "baseline_host_bytes"),
     )
     report.save(run.report)
+    shutil.rmtree(run.checkpoints, ignore_errors=True)  # a finished run is not trained on
     return report
 
 
@@ -153,14 +181,29 @@ def _baselines(scope: Scope, data: TokenData, masks: Masks, device: torch.device
     return dense, evaluate(model, data.test_dataloader())
 
 
-def _peaks(memory: dict[str, Any] | None) -> dict[str, Any]:
+def _measure_written(
+    scope: Scope, data: TokenData, masks: Masks, run: RunDirectory, device: torch.device
+) -> tuple[Evaluation, int]:
+    """Perplexity and mask violations of the model as it was written."""
+    if scope.evaluation is not None:  # too large to be loaded by one process: measured before it was gathered
+        return scope.evaluation, masks.violations_in(run.model)
+    source = ModelSource(str(run.model), dtype="auto", trust_remote_code=scope.source.trust_remote_code)
+    model = source.model(device)
+    return evaluate(model, data.test_dataloader()), masks.violations(model)
+
+
+def _peaks(memory: dict[str, Any] | None) -> dict[str, int | None]:
     """The largest peaks over the phases of `memory.json` that are recovery, as a report names them."""
     if memory is None:
         return {"peak_host_bytes": None, "peak_device_bytes": None, "baseline_host_bytes": None}
     phases = [phase for phase in memory["phases"] if phase["phase"] not in NOT_RECOVERY]
-    device = [phase["device_allocated_bytes"] for phase in phases]
     return {
-        "peak_host_bytes": max(phase["host_bytes"] for phase in phases),
-        "peak_device_bytes": None if None in device else max(device),
+        "peak_host_bytes": _largest(phases, "host_bytes"),
+        "peak_device_bytes": _largest(phases, "device_allocated_bytes"),
         "baseline_host_bytes": memory["baseline_host_bytes"],
     }
+
+
+def _largest(rows: list[dict[str, Any]], name: str) -> int | None:
+    values = [row[name] for row in rows if row[name] is not None]
+    return max(values) if values else None

@@ -6,12 +6,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recon.atomic import write_json
 
 PRODUCTS = ("masks.safetensors", "windows", "checkpoints", "report.json")
 """What a run leaves that another run must not take for its own; one that failed before is no obstacle."""
+
+
+def memory_file(rank: int) -> str:
+    """What the file is called in which MemoryProfiler writes the peaks of `rank`."""
+    return "memory.json" if rank == 0 else f"memory-rank{rank}.json"
 
 
 def digest(content: Any) -> str:
@@ -24,14 +30,17 @@ class RunDirectory:
 
     Args:
         path: The directory; made if it is missing.
-        fingerprint: Model, data, masks, options, versions and seed: what makes two runs comparable.
+        fingerprint: Model, data, masks, options, versions and seed: what makes two runs comparable. None on
+            ranks other than 0, which leave this check to it.
 
     Raises:
         ValueError: If the directory holds a run with another fingerprint.
     """
 
-    def __init__(self, path: Path, fingerprint: dict[str, Any]) -> None:
+    def __init__(self, path: Path, fingerprint: dict[str, Any] | None) -> None:
         self.path = path
+        if fingerprint is None:
+            return
         self.fingerprint = json.loads(json.dumps(fingerprint, default=str))
         file = path / "fingerprint.json"
         if file.exists() and any((path / product).exists() for product in PRODUCTS):
@@ -52,7 +61,7 @@ class RunDirectory:
     @property
     def has_begun(self) -> bool:
         """Whether an earlier start left parts of a recovery."""
-        return (self.path / "windows").exists() or self.last_checkpoint is not None
+        return (self.path / "windows").exists() or self.checkpoints.exists()
 
     @property
     def model(self) -> Path:
@@ -64,17 +73,15 @@ class RunDirectory:
         """The report of the finished run."""
         return self.path / "report.json"
 
-    @property
-    def memory(self) -> dict[str, Any] | None:
-        """What MemoryProfiler measured; None if it did not."""
-        file = self.path / "memory.json"
+    def memory(self, rank: int = 0) -> dict[str, Any] | None:
+        """What MemoryProfiler measured on a rank; None if it did not."""
+        file = self.path / memory_file(rank)
         return json.loads(file.read_text()) if file.exists() else None
 
     @property
-    def last_checkpoint(self) -> Path | None:
-        """The latest of Lightning's checkpoints; None if there is none."""
-        found = sorted((self.path / "checkpoints").glob("*.ckpt"), key=lambda file: file.stat().st_mtime)
-        return found[-1] if found else None
+    def checkpoints(self) -> Path:
+        """Where full retraining saves what it needs to go on."""
+        return self.path / "checkpoints"
 
 
 def _differences(ours: Any, theirs: Any, prefix: str = "") -> list[str]:
@@ -85,8 +92,19 @@ def _differences(ours: Any, theirs: Any, prefix: str = "") -> list[str]:
     return [name for key in keys for name in _differences(ours.get(key), theirs.get(key), f"{prefix}{key}.")]
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    path: Path,
+    state: dict[str, Tensor] | None = None,
+) -> None:
     """Write model and tokenizer as a plain Hugging Face directory that is whole or absent.
+
+    Args:
+        model: What to write.
+        tokenizer: Written beside it.
+        path: The directory.
+        state: The weights, if `model` is without.
 
     Raises:
         OSError: If it cannot be written, naming `path`; nothing of it is kept then.
@@ -94,7 +112,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path:
     temporary = path.with_name(f".{path.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        model.save_pretrained(temporary)
+        model.save_pretrained(temporary, state_dict=state)
         tokenizer.save_pretrained(temporary)
         shutil.rmtree(path, ignore_errors=True)
         temporary.rename(path)

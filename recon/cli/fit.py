@@ -3,23 +3,24 @@
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
 from recon.atomic import atomic_write
+from recon.checkpoints import Checkpoints
 from recon.cli.arguments import add_pruning_arguments
 from recon.cli.quiet import quiet
 from recon.configs import config_directory, resolve_config_names
 from recon.data import TokenData
 from recon.environment import versions
+from recon.ranks import rank
 from recon.recovery import recover
 from recon.report import Results, print_table
 from recon.run import RunDirectory, digest
 from recon.scopes import FullRetraining, Scope
 
-NOT_FINGERPRINTED = ("config", "run_dir", "masks", "baselines", "summary", "trainer")
+NOT_FINGERPRINTED = ("config", "run_dir", "masks", "baselines", "summary", "trainer", "checkpoint_every_n_steps")
 """Parts of the configuration that do not decide what a run computes, or whose content is taken instead."""
 
 DECISIVE = (
@@ -51,6 +52,12 @@ class FitCLI(LightningCLI):
             type=bool,
             default=True,
             help="Measure the dense and the pruned model's perplexity too.",
+        )
+        parser.add_argument(
+            "--checkpoint_every_n_steps",
+            type=int,
+            default=100,
+            help="Optimizer steps between two checkpoints of full retraining.",
         )
         parser.add_argument("--summary", type=bool, default=True, help="Print the report as a table in the end.")
         add_pruning_arguments(parser)
@@ -112,13 +119,15 @@ def main(args: list[str]) -> int:
     scope, data, trainer = cli.model, cli.datamodule, cli.trainer
     if (built.criterion is None) != (built.pattern is None):
         raise ValueError("pruning needs both criterion and pattern; give both, or null for both to train unpruned")
-    identity = {"model": scope.source.identity(), "data": data.source.identity()}
-    run = RunDirectory(cli.run_dir, {**cli.fingerprint, **identity})
-    _save_config(cli)
+    first = rank() == 0
+    identity = {"model": scope.source.identity(), "data": data.source.identity()} if first else {}
+    run = RunDirectory(cli.run_dir, {**cli.fingerprint, **identity} if first else None)
+    if first:
+        _save_config(cli)
     if not trainer.loggers:
         trainer.loggers = [TensorBoardLogger(str(run.path), name="logs", version="")]
     if isinstance(scope, FullRetraining):
-        trainer.callbacks.append(ModelCheckpoint(run.path / "checkpoints", filename="{epoch}", save_top_k=1))  # pyright: ignore[reportAttributeAccessIssue]
+        trainer.callbacks.append(Checkpoints(run.checkpoints, cli.config.checkpoint_every_n_steps))  # pyright: ignore[reportAttributeAccessIssue]
     console = Console(highlight=False, soft_wrap=True)
     report = recover(
         scope,
@@ -132,6 +141,8 @@ def main(args: list[str]) -> int:
         cli.config.baselines,
         console.print,
     )
+    if report is None:
+        return 0
     if cli.config.summary:
         print_table(Results([report]), console)
     console.print(f"run directory {run.path}: model/, report.json, memory.json; tensorboard --logdir {run.path}/logs")

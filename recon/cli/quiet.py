@@ -14,9 +14,12 @@ def quiet() -> None:
     for name in (
         "lightning.pytorch.utilities.rank_zero",
         "lightning.pytorch.accelerators",
+        "lightning.pytorch.strategies",
         "lightning.fabric",
     ):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # DeepSpeed sets the level of its logger itself, when it is imported.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     for message in (
         "LightningCLI's args parameter is intended.*",
         ".*does not have many workers.*",  # data are tensors in memory
@@ -26,5 +29,6 @@ def quiet() -> None:
         ".*isinstance.treespec, LeafSpec.*",  # Lightning 2.6 with torch 2.13
         ".*configure_optimizers` returned `None`.*",  # on purpose: the matrix scope has none
         ".*smaller than the logging interval.*",
+        ".*all_gather_into_tensor. is deprecated.*",  # DeepSpeed 0.19 with torch 2.13
     ):
         warnings.filterwarnings("ignore", message)

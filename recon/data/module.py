@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from transformers import PreTrainedTokenizerBase
 
+from recon.data.loader import ResumableLoader
 from recon.data.sources import HELD_OUT_PERCENT, Split, StandardLibrary, TextSource
 from recon.data.tokens import sequences
 
@@ -95,7 +96,7 @@ class TokenData(L.LightningDataModule):
         distributed = dist.is_available() and dist.is_initialized()
         processes, rank = (dist.get_world_size(), dist.get_rank()) if distributed else (1, 0)
         sampler = DistributedSampler(sequences, num_replicas=processes, rank=rank, seed=self.seed)
-        return DataLoader(sequences, batch_size=self.batch_size, sampler=sampler)
+        return ResumableLoader(sequences, batch_size=self.batch_size, sampler=sampler)
 
     def val_dataloader(self) -> DataLoader:
         """Batches of the validation split, in order."""

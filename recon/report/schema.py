@@ -47,7 +47,8 @@ class Report:
         error: Why a failed run failed.
         run_dir: Where the run was kept.
         protocol: How perplexity was measured: split, num_sequences, seq_len, tokens_scored, ...
-        environment: Where: device name, torch version, date, ...
+        environment: Where: device name, torch version, date, processes, strategy, ...
+        ranks: Per process the three memory figures above; the report's own are the largest of them.
 
     Raises:
         ValueError: If `scope` or `status` is unknown, a failed report does not say why, or `seconds` is not
@@ -75,6 +76,7 @@ class Report:
     run_dir: str = ""
     protocol: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
+    ranks: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.scope not in SCOPES:

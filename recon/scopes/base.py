@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from recon.data import TokenData
+from recon.evaluation import Evaluation
 from recon.masks import Masks
 from recon.phases import Phases
 from recon.pretrained import ModelSource
@@ -53,10 +54,12 @@ class Scope(L.LightningModule, ABC):
         self.save_dtype = save_dtype
         self.epochs = epochs
         self.model: PreTrainedModel
+        self.dtype_to_save: torch.dtype
         self.data: TokenData
         self.masks = Masks({})
         self.directory: Path | None = None
         self.phases = Phases()
+        self.evaluation: Evaluation | None = None  # of the recovered model, where only the fit holds it in parts
 
     @property
     def label(self) -> str:
@@ -74,6 +77,11 @@ class Scope(L.LightningModule, ABC):
         """How many Lightning epochs the fit takes."""
 
     @property
+    def loads_whole(self) -> bool:
+        """Whether `load` gives the whole model, so that it can be pruned and measured."""
+        return True
+
+    @property
     def progress(self) -> str:
         """Where the fit is, in a few words."""
         return f"epoch {self.trainer.current_epoch + 1}/{self.max_epochs}"
@@ -82,9 +90,29 @@ class Scope(L.LightningModule, ABC):
     def enforced(self) -> Masks:
         """The masks that hold at this moment; all of them when the fit has ended."""
 
+    def require_strategy(self, trainer: L.Trainer) -> None:
+        """Refuse a strategy that this scope cannot use.
+
+        Raises:
+            ValueError: Here if the strategy has several processes: windows are trained by one.
+        """
+        if trainer.world_size > 1:
+            raise ValueError(
+                f"the {self.scope} scope runs in one process, got trainer.devices and trainer.num_nodes that make "
+                f"{trainer.world_size}; set both to 1, or retrain the whole model with scopes/full"
+            )
+
     def load(self, data: TokenData) -> None:
         """Load the dense model, and give `data` its tokenizer."""
         self.model, data.tokenizer = self.source.load()
+        self.dtype_to_save = self._dtype_to_save(self.model)
+
+    def _dtype_to_save(self, model: PreTrainedModel) -> torch.dtype:
+        return model.dtype if self.save_dtype is None else getattr(torch, self.save_dtype)
+
+    def result(self) -> tuple[PreTrainedModel, dict[str, torch.Tensor] | None]:
+        """The recovered model in the precision to save, after the fit, and its weights if it is without them."""
+        return self.model if self.save_dtype is None else self.model.to(self.dtype_to_save), None  # pyright: ignore
 
     def prepare(self, data: TokenData, masks: Masks, directory: Path | None = None) -> None:
         """Say what to train on and which weights survive.

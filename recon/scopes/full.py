@@ -1,34 +1,46 @@
 """Full retraining: the pruned model as a whole, on next-token prediction or the dense model's logits."""
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from recon.anatomy import Anatomy
 from recon.data import TokenData
+from recon.evaluation import evaluate
 from recon.masks import Masks
+from recon.pretrained import empty
+from recon.ranks import layout, rank
 from recon.scopes.base import Scope, check_finite, warmup_and_linear_decay
+from recon.sharding import gather, whole
+from recon.strategies import FullyShardedStrategy, ZeroStrategy
 
 
 class FullRetraining(Scope):
-    """Retrain the whole pruned model under its masks.
+    """Retrain the whole pruned model under its masks, on one device or sharded over many.
 
     The module stays in evaluation mode: dropout is off, as it is in the local scopes.
 
     Args:
         epochs: Passes over the calibration sequences.
         loss: `cross_entropy` on the next token, or `distillation`: KL divergence from the dense model's
-            next-token distribution, which keeps a second copy of the model in memory.
+            next-token distribution, which keeps a second copy of the model in memory, sharded as the first.
         temperature: Softens both distributions in distillation.
         train: What learns: `blocks` leaves embeddings and head as they are, `all` trains them too.
         lr: Peak learning rate of AdamW.
         weight_decay: AdamW's weight decay.
         betas: AdamW's averaging coefficients.
         warmup: Share of the steps with a rising learning rate; it falls linearly to zero afterwards.
+        gradient_checkpointing: Keep only what enters each block for the backward pass and compute the rest again.
+        partitioned: For models larger than a process's memory: load them partitioned, by ZeRO-3. Needs masks made
+            before (`--masks`) and `--baselines false`, since both take a whole model.
         **options: Which model: see `Scope`.
     """
 
@@ -44,12 +56,18 @@ class FullRetraining(Scope):
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
         warmup: float = 0.1,
+        gradient_checkpointing: bool = False,
+        partitioned: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(epochs=epochs, **options)
         self.loss, self.temperature, self.train_what = loss, temperature, train
         self.lr, self.weight_decay, self.betas, self.warmup = lr, weight_decay, betas, warmup
-        self._teacher: list[nn.Module] = []  # a list, so that Lightning does not see its parameters
+        self.gradient_checkpointing, self.partitioned = gradient_checkpointing, partitioned
+        self._teacher: list[Any] = []  # a list, so that Lightning does not see its parameters
+        self._frozen: dict[str, Tensor] = {}
+        self._kind: type[PreTrainedModel]
+        self._gathered: dict[str, Tensor] | None = None
 
     @property
     def label(self) -> str:
@@ -66,30 +84,106 @@ class FullRetraining(Scope):
         """Calibration tokens times epochs."""
         return self.data.tokens("train").numel() * self.epochs
 
+    @property
+    def loads_whole(self) -> bool:
+        """Unless it is to be loaded in parts."""
+        return not self.partitioned
+
     def enforced(self) -> Masks:
         """All masks, from before the first step."""
         return self.masks
 
+    def require_strategy(self, trainer: L.Trainer) -> None:
+        """Any strategy will do, unless the model is to be loaded partitioned.
+
+        Raises:
+            ValueError: If it is, and the strategy does not partition weights.
+        """
+        strategy = trainer.strategy
+        if self.partitioned and not (isinstance(strategy, ZeroStrategy) and strategy.stage == 3):
+            raise ValueError(
+                f"model.partitioned needs a strategy that loads weights in parts, strategies/zero3 or "
+                f"strategies/zero3_offload, got {layout(trainer)['strategy']}"
+            )
+
+    def load(self, data: TokenData) -> None:
+        """Load the dense model, or only its shape if it is to be partitioned, and give `data` its tokenizer."""
+        if not self.partitioned:
+            return super().load(data)
+        self.model, data.tokenizer = self.source.skeleton(), self.source.load_tokenizer()
+        self.dtype_to_save = self._dtype_to_save(self.model)
+
     def prepare(self, data: TokenData, masks: Masks, directory: Path | None = None) -> None:
-        """As `Scope.prepare`; the masks are applied here, before an optimizer copies the weights."""
+        """As `Scope.prepare`; the masks are applied here, before an optimizer or a strategy copies the weights."""
         super().prepare(data, masks, directory)
-        if self.loss == "distillation":
-            self._teacher = [copy.deepcopy(self.model).requires_grad_(False)]
-        masks.apply(self.model)
+        if not self.partitioned:
+            if self.loss == "distillation":
+                self._teacher = [copy.deepcopy(self.model).requires_grad_(False)]
+            self._make_ready()
+
+    def configure_model(self) -> None:
+        """Load a partitioned model, or shard a loaded one, as the strategy has it."""
+        strategy = self.trainer.strategy
+        if self.partitioned:
+            assert isinstance(strategy, ZeroStrategy)
+            self.model = strategy.load(self.source.model)
+            if self.loss == "distillation":
+                self._teacher = [strategy.load(self.source.model).requires_grad_(False)]
+            self._make_ready()
+        self._kind = type(self.model)
+        if isinstance(strategy, ZeroStrategy):
+            self._keep_frozen()
+        if isinstance(strategy, FullyShardedStrategy):
+            strategy.shard(self.model)
+            for teacher in self._teacher:
+                strategy.shard(teacher)
+
+    def _make_ready(self) -> None:
+        self.masks.apply(self.model)
+        blocks = Anatomy.of(self.model).blocks
         if self.train_what == "blocks":
             self.model.requires_grad_(False)
-            for block in Anatomy.of(self.model).blocks:
+            for block in blocks:
                 block.module.requires_grad_(True)
+        if self.gradient_checkpointing:
+            for block in blocks:  # not the model's own way, which needs the training mode and with it dropout
+                block.module.forward = partial(checkpoint, block.module.forward, use_reentrant=False)
+
+    def _keep_frozen(self) -> None:
+        """In 16-bit training DeepSpeed rounds what it does not train, and has no master copy of it."""
+        if self.dtype_to_save.itemsize > 2 and not str(self.trainer.precision).startswith("32"):
+            for name, parameter in self.model.named_parameters():
+                if not parameter.requires_grad:
+                    with whole(parameter) as weight:
+                        self._frozen[name] = weight.to("cpu", self.dtype_to_save, copy=True)
 
     def on_fit_start(self) -> None:
         """Put the teacher where the model is."""
-        for teacher in self._teacher:
-            teacher.to(self.device)
+        strategy = self.trainer.strategy
+        frozen = strategy.frozen if isinstance(strategy, ZeroStrategy) else lambda teacher: teacher.to(self.device)
+        self._teacher = [frozen(teacher) for teacher in self._teacher]
 
     def on_fit_end(self) -> None:
-        """Check the masks, and let go of the teacher: what follows needs one model."""
+        """Check the masks, let go of the teacher, and gather what the strategy has sharded."""
         super().on_fit_end()
         self._teacher.clear()
+        if not isinstance(self.trainer.strategy, ZeroStrategy | FullyShardedStrategy):
+            return
+        if self.partitioned:
+            self.evaluation = evaluate(self.model, self.data.test_dataloader(), device=self.device)
+        directory = self.directory or Path(self.trainer.default_root_dir)
+        spill = directory / ".weights.partial"
+        spill.unlink(missing_ok=True)
+        self._gathered = gather(self.model, self.dtype_to_save, spill, keep=rank() == 0)
+        spill.unlink(missing_ok=True)  # what is mapped lives until it is dropped
+        for name in self._gathered.keys() & self._frozen.keys():
+            self._gathered[name].copy_(self._frozen[name])  # in place: tied ones stay tied
+
+    def result(self) -> tuple[PreTrainedModel, dict[str, Tensor] | None]:
+        """The recovered model; gathered, if a strategy had sharded it."""
+        if self._gathered is None:
+            return super().result()
+        return empty(self._kind, self.model.config, self.dtype_to_save), self._gathered
 
     def train_dataloader(self):
         """Calibration batches."""

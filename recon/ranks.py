@@ -1,0 +1,74 @@
+"""The processes of a run: started and connected before anything heavy happens, one of them ahead where needed."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import lightning as L
+import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_only
+
+PATIENCE = timedelta(days=7)
+"""How long ranks wait while rank 0 prunes or evaluates; if it dies they notice at once."""
+
+
+def rank() -> int:
+    """This process's rank, known from its environment before the processes are connected; 0 of one."""
+    return rank_zero_only.rank or 0
+
+
+def size() -> int:
+    """How many processes are connected."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def start(trainer: L.Trainer, module: L.LightningModule) -> None:
+    """Start the run's other processes, unless torchrun or SLURM did, and connect them.
+
+    Lightning would do this in `fit`; a run prunes and measures before, on one rank while the others wait.
+    """
+    if trainer.world_size == 1:
+        return
+    strategy = trainer.strategy
+    strategy.connect(module)
+    if strategy.launcher is not None:
+        strategy.launcher.launch(lambda: None, trainer=trainer)
+    strategy.setup_environment()
+
+
+def layout(trainer: L.Trainer) -> dict[str, Any]:
+    """How many processes train, how the strategy shares the model out among them, and in which precision."""
+    return {
+        "processes": size(),
+        "strategy": str(getattr(trainer.strategy, "strategy_name", type(trainer.strategy).__name__)),
+        "precision": str(trainer.precision),
+    }
+
+
+@contextmanager
+def rank_zero_first() -> Iterator[None]:
+    """Rank 0 goes through the block while the others wait at its start; then they go through it."""
+    if size() == 1:
+        yield
+        return
+    group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    assert isinstance(group, dist.ProcessGroup)
+    if rank() != 0:
+        try:
+            dist.barrier(group)
+        except RuntimeError:
+            sys.exit(1)  # rank 0 is gone and has said why
+    yield
+    if rank() == 0:
+        dist.barrier(group)
+
+
+def gathered(value: object) -> list:
+    """`value` of every rank, in the order of ranks, on every rank."""
+    if size() == 1:
+        return [value]
+    values: list = [None] * size()
+    dist.all_gather_object(values, value)
+    return values

@@ -1,0 +1,100 @@
+"""Parameters wherever a strategy keeps them: whole, partitioned by ZeRO-3, or sharded by FSDP2.
+
+DeepSpeed trains an fp32 *master copy* beside the *working copy* that the forward pass reads, so a weight that
+is to be zero has to be zero in both. What sees the whole of a parameter here is collective: every rank calls
+it, for the same parameters in the same order, or all of them wait for ever.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+def whole_shape(parameter: Tensor) -> torch.Size:
+    """The shape of the whole parameter; under ZeRO-3 the parameter itself shows [0]."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+@contextmanager
+def whole(parameter: Tensor, write: bool = False) -> Iterator[Tensor]:
+    """The working copy of the whole parameter, detached.
+
+    Args:
+        parameter: As `named_parameters` gives it.
+        write: Keep what is written into it; under FSDP2 it cannot be written.
+    """
+    if hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if write else None):
+            yield parameter.detach()
+    elif isinstance(parameter, DTensor):
+        assert not write, "weights are written before FSDP2 shards them"
+        yield parameter.detach().full_tensor()  # pyright: ignore[reportAttributeAccessIssue]
+    else:
+        yield parameter.detach()
+
+
+def master(parameter: Tensor) -> Tensor | None:
+    """The whole fp32 master copy that DeepSpeed trains; None where the parameter itself is what is trained."""
+    if not (hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping")):
+        return None
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return safe_get_full_fp32_param(parameter)
+
+
+def copies(parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The whole of each copy of a parameter, by name."""
+    with whole(parameter) as weight:
+        yield "working copy", weight
+    if (trained := master(parameter)) is not None:
+        yield "fp32 master copy", trained
+
+
+def gather(model: nn.Module, dtype: torch.dtype, spill: Path, keep: bool) -> dict[str, Tensor]:
+    """The state dict of a sharded model: master copies where there are some, cast to `dtype`.
+
+    Only one parameter is ever whole in memory; what is kept is mapped to the file `spill`, so that the host
+    needs room for pages in use and not for the model.
+
+    Args:
+        model: As the strategy keeps it. Buffers and parameters count that its state dict has.
+        dtype: Of floating-point entries.
+        spill: A file to make; it may be deleted when the result is no longer used.
+        keep: Whether this rank keeps the result; the others return nothing.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    state: dict[str, Tensor] = {}
+    by_parameter: dict[int, Tensor] = {}  # tied parameters stay tied
+    for name, value in model.state_dict().items():
+        parameter = parameters.get(name)
+        if parameter is None:
+            kept = value.detach().cpu()
+        elif id(parameter) in by_parameter:
+            kept = by_parameter[id(parameter)]
+        else:
+            last = list(copies(parameter))[-1][1]
+            kept = _spilled(last, dtype if last.is_floating_point() else last.dtype, spill) if keep else last[:0]
+            by_parameter[id(parameter)] = kept
+        if keep:
+            state[name] = kept
+    return state
+
+
+def _spilled(value: Tensor, dtype: torch.dtype, file: Path) -> Tensor:
+    """A copy of `value` that lives at the end of `file`."""
+    with file.open("ab") as stream:
+        start = -(-stream.tell() // 64) * 64
+        stream.truncate(start + value.numel() * dtype.itemsize)
+    storage = torch.UntypedStorage.from_file(str(file), shared=True, nbytes=start + value.numel() * dtype.itemsize)
+    mapped = torch.empty(0, dtype=dtype).set_(
+        storage,
+        start // dtype.itemsize,
+        value.shape,  # pyright: ignore[reportArgumentType, reportCallIssue]
+    )
+    return mapped.copy_(value)

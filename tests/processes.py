@@ -1,0 +1,90 @@
+"""Run a function in several connected processes, with the heavy imports paid once per pytest session."""
+
+import io
+import multiprocessing
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from queue import Empty
+from typing import Any
+
+import torch
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["preloaded"])
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def environment_of(rank: int, world: int, port: int) -> dict[str, str]:
+    """What torchrun would set; LOCAL_RANK tells Lightning that the processes are there already."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "NODE_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+
+
+def _work(rank: int, world: int, port: int, function: Callable[..., Any], args: tuple, queue: Any) -> None:
+    os.environ.update(environment_of(rank, world, port))
+    torch.set_num_threads(1)
+    try:
+        buffer = io.BytesIO()
+        torch.save(function(*args), buffer)
+        queue.put((rank, buffer.getvalue(), None))
+    except BaseException:
+        queue.put((rank, None, traceback.format_exc()))
+
+
+class Failed(Exception):
+    """Processes raised; the message has their tracebacks."""
+
+
+def in_processes(function: Callable[..., Any], *args: Any, world: int = 2, timeout: float = 120.0) -> list[Any]:
+    """Call an importable function in `world` processes; their results by rank.
+
+    Raises:
+        Failed: If one of them raised; the others have five seconds to fail too, and are killed.
+    """
+    port, queue = free_port(), CONTEXT.Queue()
+    processes = [
+        CONTEXT.Process(target=_work, args=(rank, world, port, function, args, queue), daemon=True)
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    results: dict[int, Any] = {}
+    errors: dict[int, str] = {}
+    end = time.monotonic() + timeout
+    try:
+        while len(results) + len(errors) < world:
+            try:
+                rank, value, error = queue.get(timeout=max(0.1, end - time.monotonic()))
+            except Empty:
+                if not errors:
+                    raise
+                break
+            if error is None:
+                results[rank] = torch.load(io.BytesIO(value))
+            else:
+                errors[rank] = error
+                end = min(end, time.monotonic() + 5)
+        if errors:
+            raise Failed("\n".join(f"rank {rank}:\n{errors[rank]}" for rank in sorted(errors)))
+        for process in processes:
+            process.join(30)
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+    return [results[rank] for rank in range(world)]
