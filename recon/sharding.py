@@ -7,7 +7,11 @@ it, for the same parameters in the same order, or all of them wait for ever.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from mmap import ALLOCATIONGRANULARITY, mmap
+from os import SEEK_END
 from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO
 
 import torch
 from torch import Tensor, nn
@@ -56,45 +60,42 @@ def copies(parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield "fp32 master copy", trained
 
 
-def gather(model: nn.Module, dtype: torch.dtype, spill: Path, keep: bool) -> dict[str, Tensor]:
+def gather(model: nn.Module, dtype: torch.dtype, directory: Path, keep: bool) -> dict[str, Tensor]:
     """The state dict of a sharded model: master copies where there are some, cast to `dtype`.
 
-    Only one parameter is ever whole in memory; what is kept is mapped to the file `spill`, so that the host
-    needs room for pages in use and not for the model.
+    Only one parameter is ever whole in memory: what is kept is mapped to a file without a name, which goes with
+    the result, so that the host needs room for pages in use and not for the model.
 
     Args:
         model: As the strategy keeps it. Buffers and parameters count that its state dict has.
         dtype: Of floating-point entries.
-        spill: A file to make; it may be deleted when the result is no longer used.
+        directory: Where that file lies, on a disk with room for the model.
         keep: Whether this rank keeps the result; the others return nothing.
     """
+    entries = model.state_dict()  # first: under FSDP2 this shards again what the last forward pass left whole
     parameters = dict(model.named_parameters(remove_duplicate=False))
     state: dict[str, Tensor] = {}
     by_parameter: dict[int, Tensor] = {}  # tied parameters stay tied
-    for name, value in model.state_dict().items():
-        parameter = parameters.get(name)
-        if parameter is None:
-            kept = value.detach().cpu()
-        elif id(parameter) in by_parameter:
-            kept = by_parameter[id(parameter)]
-        else:
-            last = list(copies(parameter))[-1][1]
-            kept = _spilled(last, dtype if last.is_floating_point() else last.dtype, spill) if keep else last[:0]
-            by_parameter[id(parameter)] = kept
-        if keep:
-            state[name] = kept
+    with TemporaryFile(dir=directory) as spill:  # the mappings keep its content
+        for name, value in entries.items():
+            parameter = parameters.get(name)
+            if parameter is None:
+                kept = value.detach().cpu()
+            elif id(parameter) in by_parameter:
+                kept = by_parameter[id(parameter)]
+            else:
+                last = list(copies(parameter))[-1][1]
+                kept = _spilled(last, dtype if last.is_floating_point() else last.dtype, spill) if keep else last[:0]
+                by_parameter[id(parameter)] = kept
+            if keep:
+                state[name] = kept
     return state
 
 
-def _spilled(value: Tensor, dtype: torch.dtype, file: Path) -> Tensor:
+def _spilled(value: Tensor, dtype: torch.dtype, file: IO[bytes]) -> Tensor:
     """A copy of `value` that lives at the end of `file`."""
-    with file.open("ab") as stream:
-        start = -(-stream.tell() // 64) * 64
-        stream.truncate(start + value.numel() * dtype.itemsize)
-    storage = torch.UntypedStorage.from_file(str(file), shared=True, nbytes=start + value.numel() * dtype.itemsize)
-    mapped = torch.empty(0, dtype=dtype).set_(
-        storage,
-        start // dtype.itemsize,
-        value.shape,  # pyright: ignore[reportArgumentType, reportCallIssue]
-    )
-    return mapped.copy_(value)
+    start = -(-file.seek(0, SEEK_END) // ALLOCATIONGRANULARITY) * ALLOCATIONGRANULARITY
+    length = value.numel() * dtype.itemsize
+    file.truncate(start + length)
+    mapped = torch.frombuffer(mmap(file.fileno(), length, offset=start), dtype=dtype)
+    return mapped.view(value.shape).copy_(value)

@@ -7,13 +7,23 @@ import socket
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
+from pathlib import Path
 from queue import Empty
 from typing import Any
+from unittest import mock
 
 import torch
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["preloaded"])
+
+
+def _start_server() -> None:
+    """Start the process that workers are forked from, if it does not run; Python 3.11 does not tell it sys.path."""
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    with mock.patch.dict(os.environ, PYTHONPATH=path):
+        forkserver.ensure_running()
 
 
 def free_port() -> int:
@@ -56,6 +66,7 @@ def in_processes(function: Callable[..., Any], *args: Any, world: int = 2, timeo
     Raises:
         Failed: If one of them raised; the others have five seconds to fail too, and are killed.
     """
+    _start_server()
     port, queue = free_port(), CONTEXT.Queue()
     processes = [
         CONTEXT.Process(target=_work, args=(rank, world, port, function, args, queue), daemon=True)

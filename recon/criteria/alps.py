@@ -16,10 +16,16 @@ from recon.solvers import conjugate_gradients
 from recon.statistics import InputStatistics, Need, full_fp32
 
 CHECK_EVERY = 3
-"""Iterations between two looks at the support, after which rho changes (the paper's schedule)."""
+"""Iterations between two looks at the support, each of which changes rho."""
+
+RHO_FACTORS = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
+"""If the share of the support that has changed is above the first number, rho is raised by the second."""
+
+RHO_CUT = 1 / 5
+"""What rho is multiplied by when it turns out that it was too large to start with (published code)."""
 
 MIN_RHO = 1e-6
-"""Below it the penalty is lost in the rounding of G and the support is what it would be without one."""
+"""Where cutting ends: if the first support is kept with next to no penalty, as with nothing to prune, it is final."""
 
 _log = logging.getLogger(__name__)
 
@@ -94,48 +100,47 @@ class ALPS(Criterion):
         return solution.weight, keep
 
 
-def _seek_support(
-    alps: ALPS, gram: Tensor, dense: Tensor, pattern: Pattern, name: str
-) -> tuple[Tensor, Tensor, int]:
-    """The weight with zeros, its support and the iterations made.
+def _seek_support(alps: ALPS, gram: Tensor, dense: Tensor, pattern: Pattern, name: str) -> tuple[Tensor, Tensor, int]:
+    """The weight with zeros, its support and the number of iterations made.
 
-    W is dense and D has the zeros (section 3.1). U = V / rho is the scaled dual, which stays representable as rho
-    falls and is rescaled when rho changes.
+    W is dense, D has the zeros (Section 3.1). U = V / rho is the dual in the units of W, rescaled when rho changes.
     """
     problem = normalize(gram, dense)
     n, G, W0 = problem.norms, problem.gram, problem.weight
     G.diagonal().add_(alps.damping * G.diagonal().mean())
     L, Q = torch.linalg.eigh(G.double())
-    # Rounding of G may leave eigenvalues below zero; with a rho of their size the inverse would not be one.
-    L = L.clamp(min=0)
+    L.clamp_(min=0)  # G has no negative eigenvalues but for rounding
     Y = W0 @ G
     first = pattern.select(W0.abs(), name)
-    num_kept = max(1, int(first.sum()))
-
-    rho, raised, previous = alps.rho, False, first
-    D, U, inverse = W0 * first, torch.zeros_like(W0), _inverse(L, Q, rho)
-    for iteration in range(1, alps.max_iterations + 1):
+    D, U, keep, previous = W0 * first, torch.zeros_like(W0), first, first
+    rho, left_first, iteration = alps.rho, False, 0
+    inverse = _inverse(L, Q, rho)
+    while iteration < alps.max_iterations:
+        iteration += 1
         W = (Y + rho * (D - U)) @ inverse
-        U += W
-        keep = pattern.select(U.abs(), name)
-        D = U * keep
-        U -= D
+        keep = pattern.select((W + U).abs(), name)
+        D = (W + U) * keep
+        U += W - D
         if iteration % CHECK_EVERY:
             continue
-        change = int((keep != previous).sum())
-        factor = _raise_of_rho(change / num_kept)
-        # The first support has to be left once: a rho that holds on to it is too large and starts again lower.
-        raised = raised or factor > FINE_RAISE
-        if change == 0 and raised:
+        change = int((keep != previous).sum()) / max(1, int(keep.sum()))
+        left_first = left_first or change > RHO_FACTORS[1][0]
+        if left_first and change == 0:
             break
-        if not raised:
-            factor = 1 / 5
-            D, U = W0 * first, torch.zeros_like(W0)
-            keep = first
-        if rho * factor < MIN_RHO:
-            break
+        if left_first:
+            factor = next(factor for above, factor in RHO_FACTORS if change > above)
+        else:
+            # A penalty that holds on to the first support from the start is too large.
+            factor, D, U, keep = RHO_CUT, W0 * first, torch.zeros_like(W0), first
+            if rho * factor < MIN_RHO:
+                break
         rho, U, previous = rho * factor, U / factor, keep
         inverse = _inverse(L, Q, rho)
     moved = D / n
     require_finite_result(name, **{"the moved weight": moved})
     return moved, keep, iteration
+
+
+def _inverse(L: Tensor, Q: Tensor, rho: float) -> Tensor:
+    """(G + rho I)^-1 in fp32, from the eigenvalues L and eigenvectors Q of G in fp64."""
+    return ((Q / (L + rho)) @ Q.T).float()

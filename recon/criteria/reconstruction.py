@@ -16,7 +16,11 @@ from recon.statistics import InputStatistics
 
 
 def require_problem(
-    criterion: Criterion, weight: Float[Tensor, "out in_"], statistics: InputStatistics | None, pattern: Pattern, name: str
+    criterion: Criterion,
+    weight: Float[Tensor, "out in_"],
+    statistics: InputStatistics | None,
+    pattern: Pattern,
+    name: str,
 ) -> Float[Tensor, "in_ in_"]:
     """The Gram matrix in fp32, once the pattern allows to choose within this matrix and all numbers are finite.
 

@@ -172,10 +172,7 @@ class FullRetraining(Scope):
         if self.partitioned:
             self.evaluation = evaluate(self.model, self.data.test_dataloader(), device=self.device)
         directory = self.directory or Path(self.trainer.default_root_dir)
-        spill = directory / ".weights.partial"
-        spill.unlink(missing_ok=True)
-        self._gathered = gather(self.model, self.dtype_to_save, spill, keep=rank() == 0)
-        spill.unlink(missing_ok=True)  # what is mapped lives until it is dropped
+        self._gathered = gather(self.model, self.dtype_to_save, directory, keep=rank() == 0)
         for name in self._gathered.keys() & self._frozen.keys():
             self._gathered[name].copy_(self._frozen[name])  # in place: tied ones stay tied
 
