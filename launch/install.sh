@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: makes .venv in the clone if it is missing, installs recon into it with the
 # tested versions (launch/constraints.txt), and activates it. An argument names an extra of pyproject.toml.
 #

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
 from recon.atomic import write_json
+from recon.data.loader import ResumableLoader
 from recon.masks import Masks
 from recon.ranks import layout
 
@@ -36,10 +37,23 @@ class Checkpoints(Checkpoint):
         self.directory, self.every_n_steps = directory, every_n_steps
         self._saved_step = 0
         self._stepping = False
+        self._position: dict[str, int] | None = None
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self._position}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._position = state_dict["position"]
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._saved_step = trainer.global_step
+        if self._position is not None:
+            # Lightning restores loaders itself, but not if the learning rate's schedule has asked for their length.
+            assert isinstance(trainer.train_dataloader, ResumableLoader)
+            trainer.train_dataloader.load_state_dict(self._position)
 
     @override
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
@@ -64,9 +78,8 @@ class Checkpoints(Checkpoint):
             self._save(trainer, pl_module)
 
     def _save(self, trainer: L.Trainer, module: Any) -> None:
-        loader, progress = trainer.train_dataloader, trainer.fit_loop.epoch_loop.batch_progress
-        if loader is not None and hasattr(loader, "given"):
-            loader.given = 0 if progress.is_last_batch else progress.current.ready  # pyright: ignore
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        self._position = {"given": 0 if progress.is_last_batch else progress.current.ready}
         path = self.directory / f"step-{trainer.global_step:06}.ckpt"
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:

@@ -1,6 +1,7 @@
 """Perplexity, measured one way everywhere, with the protocol named beside the number."""
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +70,8 @@ def evaluate(
         FloatingPointError: If a batch gives logits that are no numbers.
     """
     device = device or next(model.parameters()).device
-    metric = StablePerplexity(sync_on_compute=False).to(device)  # one rank may evaluate while others wait
+    options: Any = {"sync_on_compute": False}  # one rank may evaluate while others wait
+    metric = StablePerplexity(**options).to(device)
     num_sequences = seq_len = scored = 0
     for index, batch in enumerate(batches):
         ids = batch["input_ids"].to(device)

@@ -40,9 +40,10 @@ def start(trainer: L.Trainer, module: L.LightningModule) -> None:
 
 def layout(trainer: L.Trainer) -> dict[str, Any]:
     """How many processes train, how the strategy shares the model out among them, and in which precision."""
+    kind = type(trainer.strategy).__name__.removesuffix("Strategy").lower()
     return {
         "processes": size(),
-        "strategy": str(getattr(trainer.strategy, "strategy_name", type(trainer.strategy).__name__)),
+        "strategy": getattr(trainer.strategy, "strategy_name", kind),
         "precision": str(trainer.precision),
     }
 

@@ -1,6 +1,7 @@
 """What the worker processes of the distributed tests run: `recon fit` on the bundled model."""
 
-import logging
+import os
+import signal
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from recon import recovery
 from recon.cli.fit import main
+from recon.cli.prune import main as prune
 from recon.masks import Masks
 from recon.sharding import copies
 
@@ -21,17 +23,17 @@ STEPS = 8
 
 
 class Watch(Callback):
-    """The largest size of a pruned weight, over all steps and copies."""
+    """The largest size of a pruned weight in each copy, every fourth batch."""
 
     def __init__(self) -> None:
         self.largest: dict[str, float] = {}
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-        parameters = dict(pl_module.model.named_parameters())
-        for name, keep in pl_module.masks.items():
-            for which, copy in copies(parameters[name]):
-                largest = float(copy[~keep].abs().max())
-                self.largest[which] = max(self.largest.get(which, 0.0), largest)
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx % 4 == 3:
+            parameters = dict(pl_module.model.named_parameters())
+            for name, keep in pl_module.masks.items():
+                for which, copy in copies(parameters[name]):
+                    self.largest[which] = max(self.largest.get(which, 0.0), float(copy[~keep].abs().max()))
 
 
 class OnlyWorkingCopy(Callback):
@@ -40,6 +42,18 @@ class OnlyWorkingCopy(Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         for name, keep in pl_module.masks.items():
             pl_module.model.get_parameter(name).data.masked_fill_(~keep, 0)
+
+
+class Stop(Callback):
+    """Sends `number` to this process, or only to rank 1, when a batch begins; the batches count over epochs."""
+
+    def __init__(self, number: signal.Signals, batch: int, only_rank_1: bool = False) -> None:
+        self.number, self.batch, self.only_rank_1 = number, batch, only_rank_1
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        done = trainer.fit_loop.epoch_loop.total_batch_idx
+        if done == self.batch and (trainer.global_rank == 1 or not self.only_rank_1):
+            os.kill(os.getpid(), self.number)
 
 
 def options(strategy: str, precision: str, world: int, run_dir: Path) -> list[str]:
@@ -53,6 +67,7 @@ def options(strategy: str, precision: str, world: int, run_dir: Path) -> list[st
         *("--data.batch_size", str(8 // world), "--model.epochs", "2", "--model.lr", "1e-3"),
         *("--model.weight_decay", "0.1", "--trainer.accumulate_grad_batches", "2"),
         *("--trainer.gradient_clip_val", "0.5", "--trainer.precision", precision),
+        *("--masks", str(run_dir.parent.parent / "masks" / "masks.safetensors"), "--baselines", "false"),
         *("--trainer.accelerator", "cpu", "--trainer.devices", str(world)),
         *("--run_dir", str(run_dir), "--summary", "false"),
     ]
@@ -60,10 +75,24 @@ def options(strategy: str, precision: str, world: int, run_dir: Path) -> list[st
 
 def fit(strategy: str, precision: str, world: int, run_dir: Path, *more: str) -> dict[str, float]:
     """Run `recon fit`; returns the largest sizes of pruned weights by copy."""
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     watch = Watch()
     main_with(watch, [*options(strategy, precision, world, run_dir), *more])
     return watch.largest
+
+
+def fit_and_stop(stop: Callback, strategy: str, precision: str, world: int, run_dir: Path, *more: str) -> None:
+    """Run `recon fit` until `stop` stops it."""
+    main_with(stop, [*options(strategy, precision, world, run_dir), *more])
+
+
+def prune_model(directory: Path) -> None:
+    """Make the masks that all runs share, as masks.safetensors in `directory`."""
+    prune(["--run_dir", str(directory), "--data.num_sequences", "8", "--data.seq_len", "32", "--summary", "false"])
+
+
+def train_without_enforcer(strategy: str, run_dir: Path, *more: str) -> None:
+    """Train under the usual advice instead of MaskEnforcer."""
+    main_with(OnlyWorkingCopy(), [*options(strategy, "32-true", 2, run_dir), "--trainer.callbacks", "[]", *more])
 
 
 def main_with(callback: Callback, args: list[str]) -> None:

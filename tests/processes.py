@@ -64,7 +64,7 @@ def in_processes(function: Callable[..., Any], *args: Any, world: int = 2, timeo
     """Call an importable function in `world` processes; their results by rank.
 
     Raises:
-        Failed: If one of them raised; the others have five seconds to fail too, and are killed.
+        Failed: If one of them raised or died; the others have ten seconds to fail too, and are killed.
     """
     _start_server()
     port, queue = free_port(), CONTEXT.Queue()
@@ -80,16 +80,21 @@ def in_processes(function: Callable[..., Any], *args: Any, world: int = 2, timeo
     try:
         while len(results) + len(errors) < world:
             try:
-                rank, value, error = queue.get(timeout=max(0.1, end - time.monotonic()))
+                rank, value, error = queue.get(timeout=0.2)
             except Empty:
-                if not errors:
-                    raise
-                break
+                if time.monotonic() > end:
+                    errors.setdefault(-1, f"no answer in {timeout} s")
+                    break
+                for one, process in enumerate(processes):
+                    if process.exitcode and one not in errors:
+                        errors[one] = f"died with exit code {process.exitcode}"
+                        end = min(end, time.monotonic() + 10)
+                continue
             if error is None:
                 results[rank] = torch.load(io.BytesIO(value))
             else:
                 errors[rank] = error
-                end = min(end, time.monotonic() + 5)
+                end = min(end, time.monotonic() + 10)
         if errors:
             raise Failed("\n".join(f"rank {rank}:\n{errors[rank]}" for rank in sorted(errors)))
         for process in processes:

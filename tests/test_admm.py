@@ -17,7 +17,7 @@ from reconstruction_fixtures import (
 
 from recon.criteria.admm import ADMM, fixed_mask, grown_mask
 from recon.criteria.wanda import Wanda
-from recon.patterns import NM, Pattern, Unstructured
+from recon.patterns import NM, Pattern, Per, Unstructured
 from recon.solvers import conjugate_gradients
 from recon.statistics import InputStatistics
 
@@ -103,7 +103,7 @@ def test_per_matrix_is_what_the_paper_says() -> None:
 
 
 @pytest.mark.parametrize("per", ["row", "matrix"])
-def test_a_mask_grows_to_that_of_the_pattern(per: str) -> None:
+def test_a_mask_grows_to_that_of_the_pattern(per: Per) -> None:
     scores = torch.rand(10, 24, generator=torch.Generator().manual_seed(0))
     pattern = Unstructured(0.7, per)
     competing = 24 if per == "row" else 240
@@ -118,7 +118,7 @@ def test_a_mask_grows_to_that_of_the_pattern(per: str) -> None:
     assert torch.equal(grown_mask(scores, NM(), 0.1, "m"), NM().select(scores))
 
 
-def test_no_more_zeros_than_the_pattern_has() -> None:
+def test_only_the_last_count_is_rounded_to_the_nearest() -> None:
     """60 % of 4 weights are 2.4 zeros, of which the pattern makes 2; 65 % are 2.6, of which it makes 3 at last."""
     scores = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
     zeros = {

@@ -12,6 +12,7 @@ COMMANDS = {
     "fit": "prune a model and recover it at one scope: recon fit -c scopes/submodule",
     "prune": "choose which weights survive and write their masks: recon prune -c criteria/wanda",
     "test": "measure the perplexity of a model or run directory: recon test runs/x",
+    "consolidate": "write the model in a checkpoint of full retraining: recon consolidate runs/x",
     "compare": "compare scopes, criteria, patterns and seeds: recon compare -c comparisons/demo",
     "report": "print the results of a run or comparison again: recon report runs/demo",
 }
@@ -20,7 +21,7 @@ USAGE = f"""recon {__version__}: after pruning a language model, how much should
 
 usage: recon COMMAND [options]      recon COMMAND --help tells its options
 
-{chr(10).join(f"  {name:<9}{text}" for name, text in COMMANDS.items())}
+{chr(10).join(f"  {name:<12}{text}" for name, text in COMMANDS.items())}
 
 -c NAME takes a YAML file or the name of a shipped configuration; several are merged, options override them.
 RECON_TRACEBACK=1 shows where in the code an error arose.

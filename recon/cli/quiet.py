@@ -15,6 +15,7 @@ def quiet() -> None:
         "lightning.pytorch.utilities.rank_zero",
         "lightning.pytorch.accelerators",
         "lightning.pytorch.strategies",
+        "lightning.pytorch.trainer.connectors",
         "lightning.fabric",
     ):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -29,6 +30,7 @@ def quiet() -> None:
         ".*isinstance.treespec, LeafSpec.*",  # Lightning 2.6 with torch 2.13
         ".*configure_optimizers` returned `None`.*",  # on purpose: the matrix scope has none
         ".*smaller than the logging interval.*",
-        ".*all_gather_into_tensor. is deprecated.*",  # DeepSpeed 0.19 with torch 2.13
+        ".*(all_gather_into_tensor|reduce_scatter_tensor). is deprecated.*",  # DeepSpeed 0.19, FSDP2 with torch 2.13
+        ".*When saving the DeepSpeed Stage 3 checkpoint.*",  # recon writes the model in one piece itself
     ):
         warnings.filterwarnings("ignore", message)

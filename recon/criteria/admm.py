@@ -137,15 +137,12 @@ def grown_mask(
 
     The count of zeros per row or matrix is rounded down, unless progress is 1: then it is the pattern's.
     """
-    keep = pattern.select(scores, name)
     if progress >= 1 or not isinstance(pattern, Unstructured):
-        return keep
-    ranked = scores.masked_fill(keep, torch.inf)
-    ranked = ranked if pattern.per == "row" else ranked.reshape(1, -1)
-    lowest = ranked.argsort(dim=1, stable=True)[:, : math.floor(ranked.shape[1] * pattern.sparsity * progress)]
-    grown = torch.ones_like(ranked, dtype=torch.bool).scatter_(1, lowest, False)
-    # With the pattern's own count as the upper limit, for that may be rounded down as well.
-    return grown.view_as(keep) | keep
+        return pattern.select(scores, name)
+    ranked = scores if pattern.per == "row" else scores.reshape(1, -1)
+    num_kept = ranked.shape[1] - math.floor(ranked.shape[1] * pattern.sparsity * progress)
+    order = ranked.argsort(dim=1, descending=True, stable=True)
+    return torch.zeros_like(ranked, dtype=torch.bool).scatter_(1, order[:, :num_kept], True).view_as(scores)
 
 
 def _admm(

@@ -81,7 +81,6 @@ def normalize(gram: Float[Tensor, "in_ in_"], weight: Float[Tensor, "out in_"]) 
     """Scale the columns of W0 and the rows and columns of G, in fp32."""
     G = gram.float()
     n = torch.where(dead_columns(G), 1.0, G.diagonal().sqrt())
-    # One division after the other: the product n n^T overflows or vanishes first.
     return Normalized(norms=n, gram=G / n / n[:, None], weight=weight.float() * n)
 
 

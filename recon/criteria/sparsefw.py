@@ -88,7 +88,7 @@ class SparseFW(Criterion):
         """
         G = require_problem(self, weight, statistics, pattern, name)
         with torch.no_grad(), full_fp32(weight.device):
-            W = weight.float().contiguous()  # GPT-2 stores W^T
+            W = weight.float()
             saliency = self.scores(W, statistics, name)
             keep = pattern.select(saliency, name)
             num_competing = _num_competing(pattern, W, name)
@@ -171,8 +171,8 @@ def relax(
         M, E, R = (torch.lerp(old, new, eta) for old, new in ((M, V), (E, E_V), (R, R_V)))
         objectives.append((E * R).sum())
 
-    # The fixed ones first, whatever rounding made of their 1; the most salient of those with the same M.
-    ranked = M.masked_fill(fixed_one, 2).view_as(order).gather(1, order)
+    # Of those with the same M the most salient first; M of the fixed ones is 1 to the last bit.
+    ranked = M.view_as(order).gather(1, order)
     highest = order.gather(1, ranked.argsort(dim=1, descending=True, stable=True)[:, :k])
     rounded = torch.zeros_like(keep).view_as(order).scatter_(1, highest, True).view_as(keep)
     return Relaxed(mask=M, keep=rounded, objectives=torch.stack(objectives).tolist())
@@ -190,7 +190,7 @@ def vertex(
 
     Those are the most negative gradients. Where fewer are negative the budget is not used up.
     """
-    free = gradient.masked_fill(fixed_one, 0).view(-1, num_competing)
+    free = gradient.masked_fill(fixed_one, 0).reshape(-1, num_competing)
     # Equal gradients below zero do not occur unless weights are copies of each other: no need of a stable sort.
     lowest = free.topk(budget, dim=1, largest=False, sorted=False)
     chosen = torch.zeros_like(free).scatter_(1, lowest.indices, (lowest.values < 0).to(free))

@@ -1,34 +1,24 @@
 """Results as a table: the terminal's and markdown's are two renderings of the same strings."""
 
-from dataclasses import dataclass
-
 from rich import box
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from recon.report.groups import Estimate, Group, Row, group_cells
+from recon.report.groups import Group, Row, group_cells
+from recon.report.memory import memory_section
 from recon.report.schema import Results
+from recon.report.sections import Section, format_number, show
 
-MISSING = "-"
+__all__ = ["format_number", "markdown_table", "print_table", "table_sections"]
 
 WIDEST = 1000
 """Characters: no table needs more."""
 
 
-@dataclass(frozen=True)
-class Section:
-    """The table of one model, criterion and pattern, as strings; the first column is text, others numbers."""
-
-    title: str
-    header: list[str]
-    rows: list[list[str]]
-    notes: list[str]
-
-
 def table_sections(results: Results) -> list[Section]:
-    """One section per model, criterion and pattern; all have the same columns.
+    """One section per model, criterion and pattern, all with the same columns, each before that of its memory.
 
     Peak device memory has a column only if some cell has it. Over several seeds, perplexity and recovery
     are mean ± sample standard deviation, all other numbers means. The last column counts the seeds if
@@ -50,15 +40,15 @@ def table_sections(results: Results) -> list[Section]:
     def strings(row: Row) -> list[str]:
         cells = [
             row.label,
-            _show(row.estimate("perplexity"), spread=True, decimals=2),
-            _show(row.estimate("recovered"), scale=100.0, spread=True),
-            _show(row.estimate("sparsity"), scale=100.0),
-            _show(row.estimate("peak_host_bytes"), scale=2**-20, decimals=0),
+            show(row.estimate("perplexity"), spread=True, decimals=2),
+            show(row.estimate("recovered"), scale=100.0, spread=True),
+            show(row.estimate("sparsity"), scale=100.0),
+            show(row.estimate("peak_host_bytes"), scale=2**-20, decimals=0),
         ]
-        cells += [_show(row.estimate("peak_device_bytes"), scale=2**-20, decimals=0)] if has_device else []
+        cells += [show(row.estimate("peak_device_bytes"), scale=2**-20, decimals=0)] if has_device else []
         cells += [
-            _show(row.estimate("seconds")),
-            _show(row.estimate("train_tokens"), scale=1 / divisor, decimals=1 if divisor == 10**6 else 0),
+            show(row.estimate("seconds")),
+            show(row.estimate("train_tokens"), scale=1 / divisor, decimals=1 if divisor == 10**6 else 0),
         ]
         num, num_ok = len(row.cells), len(row.measured)
         if has_seeds:
@@ -67,15 +57,14 @@ def table_sections(results: Results) -> list[Section]:
             cells.append("ok" if num_ok else "failed")
         return cells
 
-    return [
-        Section(
-            title=f"{group.model}, {group.criterion}, {group.pattern}",
-            header=header(group),
-            rows=[strings(row) for row in group.rows],
-            notes=group.failures + group.remarks,
-        )
-        for group in groups
-    ]
+    sections = []
+    for group in groups:
+        title = f"{group.model}, {group.criterion}, {group.pattern}"
+        rows = [strings(row) for row in group.rows]
+        sections.append(Section(title, header(group), rows, notes=group.failures + group.remarks))
+        if (memory := memory_section(group)) is not None:
+            sections.append(memory)
+    return sections
 
 
 def print_table(results: Results, console: Console) -> None:
@@ -129,19 +118,3 @@ def _token_unit(most: int) -> tuple[str, int]:
     if most < 10**5:
         return "", 1
     return (" (k)", 10**3) if most < 10**8 else (" (M)", 10**6)
-
-
-def _show(value: Estimate | None, *, scale: float = 1.0, decimals: int = 1, spread: bool = False) -> str:
-    if value is None:
-        return MISSING
-    text = format_number(value.mean * scale, decimals)
-    if spread and value.std is not None:
-        text += f" ± {format_number(value.std * scale, decimals)}"
-    return text
-
-
-def format_number(value: float, decimals: int) -> str:
-    """`value` with so many decimals; from 1,000 on without, from ten million on as a power of ten."""
-    if abs(value) >= 1e7:
-        return f"{value:.1e}"
-    return f"{value:,.{0 if abs(value) >= 1000 else decimals}f}"

@@ -22,6 +22,9 @@ from recon.scopes.base import Scope, check_finite, warmup_and_linear_decay
 from recon.sharding import gather, whole
 from recon.strategies import FullyShardedStrategy, ZeroStrategy
 
+FROZEN = "frozen"
+"""Key in a checkpoint: the weights that were not trained, if the strategy holds them rounded."""
+
 
 class FullRetraining(Scope):
     """Retrain the whole pruned model under its masks, on one device or sharded over many.
@@ -156,6 +159,10 @@ class FullRetraining(Scope):
                 if not parameter.requires_grad:
                     with whole(parameter) as weight:
                         self._frozen[name] = weight.to("cpu", self.dtype_to_save, copy=True)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save what DeepSpeed has only rounded."""
+        checkpoint[FROZEN] = self._frozen
 
     def on_fit_start(self) -> None:
         """Put the teacher where the model is."""

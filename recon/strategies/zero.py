@@ -1,7 +1,10 @@
 """ZeRO-1, -2 and -3 by DeepSpeed, as Lightning's strategy with what it lacks."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import lightning as L
 import torch
@@ -81,6 +84,11 @@ class ZeroStrategy(DeepSpeedStrategy):
         super().setup(trainer)
 
     @override
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        with unpickling_weights_only():
+            return super().load_checkpoint(checkpoint_path, weights_only)
+
+    @override
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         assert self.lightning_module is not None
         if self.lightning_module.automatic_optimization:  # Lightning has divided by accumulate_grad_batches already
@@ -112,6 +120,20 @@ class ZeroStrategy(DeepSpeedStrategy):
         config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": partitions}
         config |= {key: self.config[key] for key in ("bf16", "fp16") if key in self.config}
         return deepspeed.initialize(model=model, config=config, dist_init_required=False)[0]
+
+
+@contextmanager
+def unpickling_weights_only() -> Iterator[None]:
+    """DeepSpeed unpickles its checkpoints without restriction; here only tensors and three types of its own pass."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    with (
+        patch.dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"),
+        torch.serialization.safe_globals([ZeroStageEnum, fragment_address, LossScaler]),
+    ):
+        yield
 
 
 def _allow_cpu() -> None:

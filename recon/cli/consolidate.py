@@ -1,0 +1,54 @@
+"""`recon consolidate`: the model in the last checkpoint of a full retraining, as a Hugging Face directory."""
+
+from pathlib import Path
+
+import torch
+import yaml
+from jsonargparse import ArgumentParser
+from rich.console import Console
+
+from recon import checkpoints
+from recon.cli.quiet import quiet
+from recon.consolidation import consolidate
+from recon.masks import Masks
+from recon.pretrained import ModelSource
+from recon.run import save_model
+
+SOURCE = ("name", "shape", "dtype", "revision", "tokenizer", "trust_remote_code")
+
+
+def main(args: list[str]) -> int:
+    """Parse, read, check the masks, write."""
+    quiet()
+    parser = ArgumentParser(
+        prog="recon consolidate",
+        exit_on_error=False,
+        description="Write the model in the last checkpoint of a full retraining in Hugging Face format; a run that "
+        "ended has done this itself. Takes no GPU and the memory of one copy of the model.",
+    )
+    parser.add_argument("run_dir", type=str, help="The directory of the run.")
+    parser.add_argument("--to", type=str | None, default=None, help="Where to write; <run_dir>/model-step-<n> if null.")
+    config = parser.parse_args(args)
+    run = Path(config.run_dir)
+    checkpoint = checkpoints.last(run / "checkpoints")
+    if checkpoint is None:
+        raise ValueError(
+            f"consolidate needs a run of scopes/full that has a checkpoint, got {run}, which has none; a run that "
+            f"ended has its model in {run / 'model'}"
+        )
+    options = yaml.safe_load((run / "config.yaml").read_text())["model"]
+    if not options["class_path"].endswith(".FullRetraining"):
+        raise ValueError(f"consolidate needs a run of FullRetraining, got {options['class_path']}; let the run end")
+    source = ModelSource(**{name: options["init_args"][name] for name in SOURCE})
+    model = source.skeleton()
+    if (dtype := options["init_args"]["save_dtype"]) is not None:
+        model = model.to(getattr(torch, dtype))  # pyright: ignore[reportArgumentType]
+    weights = {name: weight.to(model.dtype) for name, weight in consolidate(checkpoint).items()}
+    model.load_state_dict(weights, assign=True)
+    model.tie_weights()
+    if (run / "masks.safetensors").exists():
+        Masks.load(run / "masks.safetensors").check(model)
+    to = Path(config.to or run / f"model-{checkpoint.stem}")
+    save_model(model, source.load_tokenizer(), to)
+    Console(highlight=False, soft_wrap=True).print(f"{checkpoint} written to {to}, masks exact")
+    return 0

@@ -1,0 +1,92 @@
+"""The memory of a process split into what ZeRO partitions and the rest, as a table beside that of the results."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from recon.report.groups import Group, Row, estimate
+from recon.report.schema import Report
+from recon.report.sections import Section, show
+
+SPLIT = ("weights_bytes", "gradients_bytes", "optimizer_bytes")
+"""What `MemoryProfiler` measures before a step; `on_host_bytes` of all three lie in the host's memory."""
+
+MIB = 2**20
+
+Rank = Mapping[str, Any]
+"""One of a report's `ranks`: peaks and split of one process."""
+
+
+def everything_else(split: Rank, above_libraries: int, device_peak: int | None) -> int:
+    """Bytes of a peak that are not weights, gradients or optimizer state, on the device if there is one.
+
+    Args:
+        split: The four figures of `SPLIT` and `on_host_bytes`.
+        above_libraries: Peak of the host without the libraries.
+        device_peak: Allocated on the device; None or 0 without one.
+    """
+    if device_peak:
+        return device_peak - (sum(split[name] for name in SPLIT) - split["on_host_bytes"])
+    return above_libraries - split["on_host_bytes"]
+
+
+def memory_section(group: Group) -> Section | None:
+    """The table of a group: per cell the largest figures over its processes, means over seeds; None if unmeasured.
+
+    Peaks are those of the device if a cell of the group used one, else those of the host without the libraries.
+    """
+    rows = [row for row in group.rows if any(_peak(rank) is not None for cell in row.measured for rank in cell.ranks)]
+    cells = [cell for row in rows for cell in row.measured]
+    if not any(_is_split(rank) for cell in cells for rank in cell.ranks):
+        return None
+    has_device = any(rank.get("peak_device_bytes") for cell in cells for rank in cell.ranks)
+    is_offloaded = has_device and any((rank.get("on_host_bytes") or 0) > MIB for cell in cells for rank in cell.ranks)
+    columns: dict[str, Callable[[Rank], int | None]] = {
+        "weights": lambda rank: rank.get("weights_bytes"),
+        "gradients": lambda rank: rank.get("gradients_bytes"),
+        "optimizer": lambda rank: rank.get("optimizer_bytes"),
+        "everything else": _everything_else,
+        "peak device" if has_device else "peak above libraries": _peak,
+    }
+    notes = ["everything else: what the peak holds besides; each figure is the largest over the processes"]
+    if is_offloaded:
+        columns["offloaded to host"] = lambda rank: rank.get("on_host_bytes")
+        notes.append("what is offloaded to the host is part of the first three and not of the peak")
+
+    def strings(row: Row) -> list[str]:
+        layouts = [str(len(cell.ranks)) for cell in row.measured], [_strategy(cell) for cell in row.measured]
+        return [
+            row.label,
+            *("/".join(dict.fromkeys(values)) for values in layouts),
+            *(
+                show(estimate(_largest(cell, quantity) for cell in row.measured), scale=1 / MIB)
+                for quantity in columns.values()
+            ),
+        ]
+
+    header = ["scope", "processes", "strategy", *columns]
+    return Section("memory per process (MiB)", header, [strings(row) for row in rows], notes)
+
+
+def _largest(cell: Report, quantity: Callable[[Rank], int | None]) -> int | None:
+    values = [value for rank in cell.ranks if (value := quantity(rank)) is not None]
+    return max(values) if values else None
+
+
+def _is_split(rank: Rank) -> bool:
+    return rank.get("weights_bytes") is not None
+
+
+def _peak(rank: Rank) -> int | None:
+    if rank.get("peak_device_bytes"):
+        return rank["peak_device_bytes"]
+    host, baseline = rank.get("peak_host_bytes"), rank.get("baseline_host_bytes")
+    return None if host is None or baseline is None else host - baseline
+
+
+def _everything_else(rank: Rank) -> int | None:
+    peak = _peak(rank)
+    return everything_else(rank, peak, rank.get("peak_device_bytes")) if peak is not None and _is_split(rank) else None
+
+
+def _strategy(cell: Report) -> str:
+    return str(cell.environment.get("strategy", "-"))

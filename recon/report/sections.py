@@ -1,0 +1,34 @@
+"""Tables as strings, before a terminal or a markdown page renders them, and how numbers look in them."""
+
+from dataclasses import dataclass
+
+from recon.report.groups import Estimate
+
+MISSING = "-"
+
+
+@dataclass(frozen=True)
+class Section:
+    """One table as strings; the first column is text, others numbers."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    notes: list[str]
+
+
+def show(value: Estimate | None, *, scale: float = 1.0, decimals: int = 1, spread: bool = False) -> str:
+    """The mean of `value` times `scale`, with its deviation if `spread` and there is one."""
+    if value is None:
+        return MISSING
+    text = format_number(value.mean * scale, decimals)
+    if spread and value.std is not None:
+        text += f" ± {format_number(value.std * scale, decimals)}"
+    return text
+
+
+def format_number(value: float, decimals: int) -> str:
+    """`value` with so many decimals; from 1,000 on without, from ten million on as a power of ten."""
+    if abs(value) >= 1e7:
+        return f"{value:.1e}"
+    return f"{value:,.{0 if abs(value) >= 1000 else decimals}f}"
