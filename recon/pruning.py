@@ -62,6 +62,11 @@ def prune(
             f"pruning.inputs: pruned needs masks block by block, got a pattern that chooses across the model "
             f"({pattern}); choose pruning.inputs: dense or a pattern per row or per matrix"
         )
+    if pattern.across_model and type(criterion).prune is not Criterion.prune:
+        raise ValueError(
+            f"{criterion} chooses within one matrix, where it also sees what the other weights can make up for, and "
+            f"{pattern} across the model; choose a pattern per row or per matrix, or a criterion that only scores"
+        )
     anatomy = Anatomy.of(model)
     prunable = anatomy.prunable(options.exclude)
     replay = Replay(model, anatomy)

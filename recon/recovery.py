@@ -137,6 +137,7 @@ def recover(
         # The seconds of a resumed run are those of its last start.
         environment=environment(device) | {"resumed": resumed} | ranks.layout(trainer),
         ranks=peaks,
+        throughput=_throughput(trainer),
         peak_host_bytes=_largest(peaks, "peak_host_bytes"),
         peak_device_bytes=_largest(peaks, "peak_device_bytes"),
         baseline_host_bytes=_largest(peaks, "baseline_host_bytes"),
@@ -193,15 +194,22 @@ def _measure_written(
 
 
 def _peaks(memory: dict[str, Any] | None) -> dict[str, int | None]:
-    """The largest peaks over the phases of `memory.json` that are recovery, as a report names them."""
-    if memory is None:
-        return {"peak_host_bytes": None, "peak_device_bytes": None, "baseline_host_bytes": None}
+    """The largest figures over the phases of `memory.json` that are recovery, as a report names them."""
+    memory = memory or {"phases": [], "baseline_host_bytes": None}
     phases = [phase for phase in memory["phases"] if phase["phase"] not in NOT_RECOVERY]
+    splits = [phase["split"] for phase in phases if phase.get("split")]
     return {
         "peak_host_bytes": _largest(phases, "host_bytes"),
         "peak_device_bytes": _largest(phases, "device_allocated_bytes"),
         "baseline_host_bytes": memory["baseline_host_bytes"],
+        **{name: _largest(splits, name) for name in ("weights_bytes", "gradients_bytes", "optimizer_bytes")},
     }
+
+
+def _throughput(trainer: L.Trainer) -> dict[str, float | None]:
+    """What a callback with a `summary` measured of the speed of training."""
+    summaries = [one.summary() for one in trainer.callbacks if hasattr(one, "summary")]  # pyright: ignore
+    return summaries[0] if summaries else {}
 
 
 def _largest(rows: list[dict[str, Any]], name: str) -> int | None:

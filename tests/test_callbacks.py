@@ -1,7 +1,9 @@
 import gc
+import io
 import json
 import re
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -11,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from rich.console import Console
 from scope_fixtures import IGNORED, prepared, save_tiny, trainer_of, weights_of
 
-from callbacks import MaskEnforcer, MemoryProfiler, Progress
+from callbacks import MaskEnforcer, MemoryProfiler, Progress, memory_profiler
 from callbacks.mask_enforcer import ZERO_KEEPING
 from callbacks.progress import _clock
 from recon import memory
@@ -264,7 +267,8 @@ def test_memory_is_written_phase_by_phase(exact: bool, tmp_path: Path, monkeypat
         assert isinstance(phase["host_bytes"], int)
         assert phase["host_bytes"] > 0
         assert phase["seconds"] >= 0
-        assert phase.keys() == {"phase", "seconds", "host_bytes", "device_allocated_bytes", "device_reserved_bytes"}
+        device = {"device_allocated_bytes", "device_reserved_bytes"}
+        assert phase.keys() == {"phase", "seconds", "host_bytes", *device, "split"}
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -303,18 +307,89 @@ def test_a_second_run_begins_a_new_file(tmp_path: Path) -> None:
         assert gc.get_freeze_count() == 0
 
 
-def test_the_table_folds_windows_and_is_printed_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def splits_of(scope: Any, tmp_path: Path, **options: Any) -> dict[str, dict[str, int] | None]:
+    """Phase -> split of a fit."""
+    profiler = MemoryProfiler(print_table=False)
+    trainer = trainer_of(MaskEnforcer(), profiler, **options)
+    phases = scope.phases = Phases(trainer.callbacks)  # type: ignore[attr-defined]
+    with phases.run(tmp_path / "run"):
+        phases.enter("train")
+        trainer.fit(prepared(scope))
+    return {phase["phase"]: phase["split"] for phase in profiler.phases}
+
+
+def sizes(parameters: Iterable[torch.Tensor]) -> tuple[int, int]:
+    """How many elements, in how many tensors."""
+    numels = [parameter.numel() for parameter in parameters]
+    return sum(numels), len(numels)
+
+
+def test_each_window_is_split_into_all_weights_and_its_own_gradients_and_state(tmp_path: Path) -> None:
+    scope = BlockDistillation(name=save_tiny("llama", tmp_path), epochs=1, batch_size=4)
+    splits = splits_of(scope, tmp_path)
+    assert splits.pop("train") is splits.pop("embed") is None  # no steps
+    num_all, _ = sizes(scope.model.parameters())
+    assert list(splits) == ["window 000", "window 001", "window 002"]
+    for window, split in zip(scope.windows, splits.values(), strict=True):
+        num, tensors = sizes(scope.model.get_parameter(name) for name in window.owned)
+        expected = {"weights_bytes": 4 * num_all, "gradients_bytes": 4 * num, "optimizer_bytes": 8 * num + 4 * tensors}
+        assert split == {**expected, "on_host_bytes": sum(expected.values())}
+
+
+def test_full_retraining_is_split_at_its_second_step(tmp_path: Path) -> None:
+    scope = FullRetraining(name=save_tiny("llama", tmp_path), epochs=1)
+    split = splits_of(scope, tmp_path, accumulate_grad_batches=2)["train"]  # three batches, two steps
+    num, tensors = sizes(parameter for parameter in scope.model.parameters() if parameter.requires_grad)
+    assert split is not None
+    assert (split["gradients_bytes"], split["optimizer_bytes"]) == (4 * num, 8 * num + 4 * tensors)
+
+
+def test_without_a_second_step_or_an_optimizer_nothing_is_split(tmp_path: Path) -> None:
+    name = save_tiny("llama", tmp_path)
+    assert splits_of(FullRetraining(name=name), tmp_path, max_steps=1) == {"train": None}
+    matrices = splits_of(MatrixReconstruction(name=name, batch_size=4), tmp_path)
+    assert len(matrices) == 5
+    assert set(matrices.values()) == {None}
+
+
+def test_a_footprint_is_taken_once_a_phase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    measure = memory_profiler.footprint
+    monkeypatch.setattr(memory_profiler, "footprint", lambda *args: taken.append(1) or measure(*args))
+    splits_of(FullRetraining(name=save_tiny("llama", tmp_path), epochs=4), tmp_path)
+    assert len(taken) == 1
+
+
+def test_the_table_folds_windows_and_is_printed_on_request(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
     profiler = MemoryProfiler()
     content = profiled_run(tmp_path, profiler)
     table = capsys.readouterr().out
-    assert f"Peak memory by phase (host: {content['method']})" in table
+    assert f"Peak memory by phase in MiB (host: {content['method']})" in table
     windows = [phase for phase in content["phases"] if phase["phase"].startswith("window")]
     largest = max(windows, key=lambda phase: phase["host_bytes"])
-    row = next(line for line in table.splitlines() if "windows" in line)
-    cells = [cell.strip() for cell in row.strip("│").split("│")]
-    assert cells[0] == f"6 windows, largest {largest['phase'].removeprefix('window ')}"
-    assert cells[2] == f"{largest['host_bytes'] / MIB:.0f}"
+    name, above = largest["phase"].removeprefix("window "), largest["host_bytes"] - content["baseline_host_bytes"]
+    (row,) = (line.split() for line in table.splitlines() if "windows" in line)
+    assert row[:4] == ["6", "windows,", "largest", name]
+    split = [largest["split"][f"{part}_bytes"] for part in ("weights", "gradients", "optimizer")]
+    sizes = (largest["host_bytes"], above, *split, above - sum(split))
+    assert row[5:] == [f"{size / MIB:.0f}" for size in sizes]
     order = [table.index(name) for name in ("load", "train", "embed", "6 windows", "save")]
     assert order == sorted(order)
     profiled_run(tmp_path, MemoryProfiler(print_table=False))
     assert "Peak memory" not in capsys.readouterr().out
+
+
+def test_the_table_tells_device_memory_from_the_hosts() -> None:
+    profiler = MemoryProfiler()
+    peaks = {"host_bytes": 900 * MIB, "device_allocated_bytes": 150 * MIB, "device_reserved_bytes": 200 * MIB}
+    sizes = {"weights_bytes": 40, "gradients_bytes": 30, "optimizer_bytes": 80, "on_host_bytes": 90}
+    split = {name: size * MIB for name, size in sizes.items()}
+    profiler.phases = [{"phase": "train", "seconds": 1.0, **peaks, "split": split}]
+    profiler._baseline = 500 * MIB
+    file = io.StringIO()
+    Console(file=file, width=100).print(profiler._table())
+    row = file.getvalue().splitlines()[-1].split()
+    assert row == ["train", "1.0", "900", "400", "150", "200", "40", "30", "80", "90"]  # 150 less 60 on the device

@@ -55,7 +55,7 @@ def test_weights_of_one_process_with_exact_masks(strategy: str, precision: str, 
 def test_zeroing_weights_after_each_step_leaves_the_master_copy_to_drift(directory: Path) -> None:
     run = directory / "zero2-advice" / "run"
     with pytest.raises(
-        Failed, match="pruned weights need to be zero, got .* in the fp32 master copy of `model.layers.0"
+        Failed, match=r"pruned weights need to be zero, got .* in the fp32 master copy of `model\.layers\.0"
     ):
         in_processes(runs.train_without_enforcer, "zero2", run)
     assert not (run / "model").exists()

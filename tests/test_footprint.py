@@ -1,7 +1,6 @@
 """Weights, gradients and optimizer state in bytes, against counts by hand: N parameters, of which T are trained."""
 
 import logging
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -136,8 +135,8 @@ def train(strategy: str, precision: str, accumulate: int, model: str) -> tuple[d
     ("strategy", "precision", "accumulate", "weights", "gradients", "optimizer"),
     [
         ("ddp", "32-true", 1, 4 * N, 4 * T, 8 * T),
-        # The state of half the weights; beside fp32 weights, too, DeepSpeed trains an fp32 copy of them. ZeRO-1 reduces
-        # in the last backward pass of a step, which leaves half of the gradients as ZeRO-2 does: before, it has all.
+        # The state of half the weights, and an fp32 copy of them, even beside fp32 weights. ZeRO-1 reduces in the last
+        # backward pass of a step, which leaves half of the gradients, as ZeRO-2 does; before, it has all of them.
         ("zero1", "32-true", 1, 4 * N, 4 * T / 2, 12 * T / 2),
         ("zero1", "32-true", 2, 4 * N, 4 * T, 12 * T / 2),
         ("zero1", "bf16-mixed", 2, 2 * N, 2 * T, 12 * T / 2),
@@ -145,8 +144,7 @@ def train(strategy: str, precision: str, accumulate: int, model: str) -> tuple[d
         ("zero2", "bf16-mixed", 2, 2 * N, 2 * T / 2, 12 * T / 2),
         # Gradients are summed up in the precision of training and then copied to fp32.
         ("zero2_offload", "bf16-mixed", 2, 2 * N, (2 + 4) * T / 2, 12 * T / 2),
-        # fp32 partitions are trained in place.
-        ("zero3", "32-true", 2, 4 * N / 2, 4 * T / 2, 8 * T / 2),
+        ("zero3", "32-true", 2, 4 * N / 2, 4 * T / 2, 12 * T / 2),
         ("zero3", "bf16-mixed", 2, 2 * N / 2, 2 * T / 2, 12 * T / 2),
         ("zero3_offload", "bf16-mixed", 2, 2 * N / 2, (2 + 4) * T / 2, 12 * T / 2),
         ("fsdp2", "32-true", 1, 4 * N / 2, 4 * T / 2, 8 * T / 2),
@@ -166,7 +164,7 @@ def test_what_a_strategy_partitions_is_halved(
         assert missing == []
         assert split["weights_bytes"] == weights
         # ZeRO-1 and -2 keep the gradient whole that lies across the border between two ranks' parts.
-        across = 4 * LARGEST if strategy in ("zero1", "zero2", "zero2_offload") and gradients < 2 * N else 0
+        across = 4 * LARGEST if strategy.startswith(("zero1", "zero2")) else 0
         assert gradients <= split["gradients_bytes"] <= gradients + across
         assert optimizer < split["optimizer_bytes"] <= optimizer + STEPS
         assert split["on_host_bytes"] == sum(split[f"{part}_bytes"] for part in ("weights", "gradients", "optimizer"))

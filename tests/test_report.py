@@ -294,3 +294,67 @@ def test_importing_the_package_is_light() -> None:
     code = f"import sys, recon.report; print([name for name in {heavy} if name in sys.modules])"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.strip() == "[]"
+
+
+# --- memory per process
+
+
+def process(*split: int, host: int = 0, device: int | None = None, on_host: int | None = None) -> dict[str, Any]:
+    """One of a report's `ranks`, in MiB: weights, gradients and optimizer state if measured; 400 of libraries."""
+    device_bytes = None if device is None else device * 2**20
+    sizes = {"peak_host_bytes": (400 + host) * 2**20, "peak_device_bytes": device_bytes}
+    names = ("weights_bytes", "gradients_bytes", "optimizer_bytes", "on_host_bytes")
+    parts = (*split, sum(split) if on_host is None else on_host) if split else (None,) * 4
+    measured = {name: part and part * 2**20 for name, part in zip(names, parts, strict=True)}
+    return {**sizes, "baseline_host_bytes": 400 * 2**20, **measured}
+
+
+def sharded(strategy: str, *ranks: dict[str, Any], seed: int = 0, **changes: Any) -> Report:
+    label = f"full, {strategy}"
+    return report("full", label=label, seed=seed, environment={"strategy": strategy}, ranks=list(ranks), **changes)
+
+
+def memory_rows(results: Results, width: int = 80) -> list[str]:
+    """The second table's lines, each with its runs of spaces folded."""
+    lines = printed(results, width).split("memory per process (MiB)\n")[1].splitlines()
+    return [" ".join(line.split()) for line in lines]
+
+
+def test_memory_per_process_is_the_largest_over_ranks_and_the_mean_over_seeds() -> None:
+    first = sharded("zero1", process(12, 6, 18, host=80), process(12, 7, 18, host=90))
+    second = sharded("zero1", process(12, 6, 20, host=80), process(12, 7, 20, host=100), seed=1)
+    local = report("block", environment={"strategy": "single_device"}, ranks=[process(12, 2, 4, host=1300)])
+    exact = report("matrix", environment={"strategy": "single_device"}, ranks=[process(host=60)])
+    results = Results([first, second, local, exact, report("dense")])
+    rows = memory_rows(results)
+    assert "full, zero1 2 zero1 12.0 7.0 19.0 57.0 95.0" in rows
+    assert "block 1 single_device 12.0 2.0 4.0 1,282 1,300" in rows
+    assert "matrix 1 single_device - - - - 60.0" in rows
+    assert not any(row.startswith("dense") for row in rows)
+    assert max(len(line) for line in printed(results).splitlines()) <= 80
+
+
+def test_on_a_device_the_offloaded_part_is_not_in_its_peak() -> None:
+    resident = sharded("zero2", process(10, 5, 30, host=900, device=100, on_host=0))
+    assert "full, zero2 1 zero2 10.0 5.0 30.0 55.0 100.0" in memory_rows(Results([resident]))
+    offloaded = sharded("zero2_offload", process(10, 5, 30, host=900, device=40, on_host=35))
+    rows = memory_rows(Results([resident, offloaded]))
+    assert "full, zero2 1 zero2 10.0 5.0 30.0 55.0 100.0 0.0" in rows
+    assert "full, zero2_offload 1 zero2_offload 10.0 5.0 30.0 30.0 40.0 35.0" in memory_rows(Results([offloaded]), 100)
+    assert "what is offloaded to the host is part of the first three and not of the peak" in rows
+
+
+def test_memory_per_process_is_a_table_of_markdown_too() -> None:
+    text = markdown_table(Results([sharded("fsdp2", process(6, 6, 12, host=50), process(6, 6, 12, host=40))]))
+    title, table = text.split("\n\n")[-3:-1]
+    assert title == "**memory per process (MiB)**"
+    header, _, row = table.splitlines()
+    assert header == (
+        "| scope | processes | strategy | weights | gradients | optimizer | everything else | peak above libraries |"
+    )
+    assert row == "| full, fsdp2 | 2 | fsdp2 | 6.0 | 6.0 | 12.0 | 26.0 | 50.0 |"
+
+
+@pytest.mark.parametrize("ranks", [[], [{}], [process(host=60)], [{"peak_host_bytes": 7, "baseline_host_bytes": None}]])
+def test_without_a_split_there_is_no_second_table(ranks: list[dict[str, Any]]) -> None:
+    assert "memory per process" not in printed(Results([report(ranks=ranks)]))

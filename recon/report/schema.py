@@ -48,7 +48,10 @@ class Report:
         run_dir: Where the run was kept.
         protocol: How perplexity was measured: split, num_sequences, seq_len, tokens_scored, ...
         environment: Where: device name, torch version, date, processes, strategy, ...
-        ranks: Per process the three memory figures above; the report's own are the largest of them.
+        ranks: Per process the three memory figures above, which are the largest of them, and the bytes of
+            weights, gradients and optimizer state within the peak where they were measured.
+        throughput: Tokens per second of all processes, model FLOP utilisation, and over how many tokens and
+            seconds they were measured; empty if they were not.
 
     Raises:
         ValueError: If `scope` or `status` is unknown, a failed report does not say why, or `seconds` is not
@@ -77,6 +80,7 @@ class Report:
     protocol: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     ranks: list[dict[str, Any]] = field(default_factory=list)
+    throughput: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.scope not in SCOPES:
