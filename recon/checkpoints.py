@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from typing_extensions import override
 from recon.atomic import write_json
 from recon.data.loader import ResumableLoader
 from recon.masks import Masks
-from recon.ranks import layout
+from recon.ranks import any_rank, layout
 
 
 class Checkpoints(Checkpoint):
@@ -22,9 +24,9 @@ class Checkpoints(Checkpoint):
     A checkpoint counts once its marker, a JSON file beside it, is written, and the one before is deleted only
     then: a run killed at any moment has a checkpoint to go on from, and goes on bit-identically.
 
-    On an exception the state of the last optimizer step is saved, if every rank stops at the same batch: that is
-    so with one process, and on SIGTERM, which Lightning passes on to all ranks. A rank that fails alone
-    cannot save what the others hold; the last regular checkpoint is then the one to go on from.
+    On SIGTERM to any rank, all of them end the step they are in, save and stop. On an exception the state of the
+    last step is saved if there is one process; a rank that fails alone cannot save what the others hold, and the
+    last regular checkpoint is then the one to go on from.
 
     Args:
         directory: Where to write.
@@ -35,8 +37,9 @@ class Checkpoints(Checkpoint):
         if every_n_steps < 1:
             raise ValueError(f"checkpoint_every_n_steps must be at least 1, got {every_n_steps}")
         self.directory, self.every_n_steps = directory, every_n_steps
-        self._saved_step = 0
+        self._saved_step = self._last_step = 0
         self._stepping = False
+        self._told_to_stop = False
         self._position: dict[str, int] | None = None
 
     @override
@@ -49,11 +52,21 @@ class Checkpoints(Checkpoint):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._saved_step = trainer.global_step
+        self._saved_step = self._last_step = trainer.global_step
         if self._position is not None:
             # Lightning restores loaders itself, but not if the learning rate's schedule has asked for their length.
             assert isinstance(trainer.train_dataloader, ResumableLoader)
             trainer.train_dataloader.load_state_dict(self._position)
+
+        # Not Lightning's handler: it calls a collective at once, which meets those of the step under way and hangs.
+        # Lightning puts back what was there before it when the fit ends.
+        def stop(number: int, frame: Any) -> None:
+            if not self._told_to_stop and trainer.strategy.launcher is not None:
+                trainer.strategy.launcher.kill(signal.SIGTERM)  # the processes that this one has started
+            self._told_to_stop = True
+
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, stop)
 
     @override
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
@@ -65,16 +78,21 @@ class Checkpoints(Checkpoint):
     ) -> None:
         self._stepping = False
         step = trainer.global_step
-        if step % self.every_n_steps == 0 and step != self._saved_step:
+        if step == self._last_step:
+            return
+        self._last_step = step
+        stop = any_rank(self._told_to_stop, trainer.strategy.root_device)
+        if stop or step % self.every_n_steps == 0:
             self._save(trainer, pl_module)
+        if stop:
+            raise SIGTERMException
 
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        alone = trainer.world_size == 1
         # Within a step the weights may be half updated; at an epoch's end Lightning's counters are between two epochs.
         if trainer.global_step == self._saved_step or self._stepping or not trainer.training:
             return
-        if (alone or isinstance(exception, SIGTERMException)) and _back_to_last_step(trainer):
+        if trainer.world_size == 1 and _back_to_last_step(trainer):
             self._save(trainer, pl_module)
 
     def _save(self, trainer: L.Trainer, module: Any) -> None:

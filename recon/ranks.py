@@ -7,6 +7,7 @@ from datetime import timedelta
 from typing import Any
 
 import lightning as L
+import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -64,6 +65,15 @@ def rank_zero_first() -> Iterator[None]:
     yield
     if rank() == 0:
         dist.barrier(group)
+
+
+def any_rank(value: bool, device: torch.device) -> bool:
+    """Whether `value` is true on any rank."""
+    if size() == 1:
+        return value
+    tensor = torch.tensor(int(value), device=device)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return bool(tensor.item())
 
 
 def gathered(value: object) -> list:

@@ -56,6 +56,17 @@ class Stop(Callback):
             os.kill(os.getpid(), self.number)
 
 
+class Fail(Callback):
+    """Raises when a batch begins; the batches count over epochs."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        if trainer.fit_loop.epoch_loop.total_batch_idx == self.batch:
+            raise RuntimeError("the test says stop")
+
+
 def options(strategy: str, precision: str, world: int, run_dir: Path) -> list[str]:
     """Arguments of `recon fit` for two epochs with accumulation, clipping and one global batch size."""
     named = ["-c", f"strategies/{strategy}"] if strategy != "auto" else []
@@ -78,6 +89,12 @@ def fit(strategy: str, precision: str, world: int, run_dir: Path, *more: str) ->
     watch = Watch()
     main_with(watch, [*options(strategy, precision, world, run_dir), *more])
     return watch.largest
+
+
+def fit_keeping_checkpoint(strategy: str, precision: str, world: int, run_dir: Path, *more: str) -> dict[str, float]:
+    """As `fit`, with a checkpoint after the last step that the end of the run leaves there."""
+    with mock.patch("recon.recovery.shutil"):
+        return fit(strategy, precision, world, run_dir, "--checkpoint_every_n_steps", str(STEPS), *more)
 
 
 def fit_and_stop(stop: Callback, strategy: str, precision: str, world: int, run_dir: Path, *more: str) -> None:

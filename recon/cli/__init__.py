@@ -53,8 +53,18 @@ def main(args: list[str] | None = None) -> int:
     except ERRORS as error:
         if os.environ.get("RECON_TRACEBACK"):
             raise
-        print(f"recon {args[0]}: error: {plain(str(error))}", file=sys.stderr)
+        if (who := _speaker()) is not None:
+            print(f"recon {args[0]}: error{who}: {plain(str(error))}", file=sys.stderr)
         return 1
+
+
+def _speaker() -> str | None:
+    """Who reports an error of this process: before the processes of a run are connected, all have the same one."""
+    from recon import ranks
+
+    if ranks.size() > 1:
+        return f" on rank {ranks.rank()}"
+    return "" if ranks.rank() == 0 else None
 
 
 def plain(message: str) -> str:

@@ -44,8 +44,10 @@ def main(args: list[str]) -> int:
     if (dtype := options["init_args"]["save_dtype"]) is not None:
         model = model.to(getattr(torch, dtype))  # pyright: ignore[reportArgumentType]
     weights = {name: weight.to(model.dtype) for name, weight in consolidate(checkpoint).items()}
-    model.load_state_dict(weights, assign=True)
+    model.load_state_dict(weights, assign=True, strict=False)  # tied weights may be there under one name only
     model.tie_weights()
+    if missing := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+        raise ValueError(f"{checkpoint} needs all of the model's weights, it lacks {len(missing)}, first {missing[0]}")
     if (run / "masks.safetensors").exists():
         Masks.load(run / "masks.safetensors").check(model)
     to = Path(config.to or run / f"model-{checkpoint.stem}")
