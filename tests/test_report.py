@@ -338,10 +338,20 @@ def test_on_a_device_the_offloaded_part_is_not_in_its_peak() -> None:
     resident = sharded("zero2", process(10, 5, 30, host=900, device=100, on_host=0))
     assert "full, zero2 1 zero2 10.0 5.0 30.0 55.0 100.0" in memory_rows(Results([resident]))
     offloaded = sharded("zero2_offload", process(10, 5, 30, host=900, device=40, on_host=35))
-    rows = memory_rows(Results([resident, offloaded]))
+    rows = memory_rows(Results([resident, offloaded]), 100)
     assert "full, zero2 1 zero2 10.0 5.0 30.0 55.0 100.0 0.0" in rows
-    assert "full, zero2_offload 1 zero2_offload 10.0 5.0 30.0 30.0 40.0 35.0" in memory_rows(Results([offloaded]), 100)
-    assert "what is offloaded to the host is part of the first three and not of the peak" in rows
+    assert "full, zero2_offload 1 zero2_offload 10.0 5.0 30.0 30.0 40.0 35.0" in rows
+    on_host = sharded("ddp", process(10, 5, 30, host=900, device=0))
+    assert "full, ddp 1 ddp 10.0 5.0 30.0 855.0 - -" in memory_rows(Results([offloaded, on_host]))
+    assert "what is offloaded to the host is part of the first three, and not of the peak" in rows
+
+
+def test_what_is_not_known_of_a_split_is_not_made_up() -> None:
+    ranks = process(10, 5, 30, host=900), process(10, 5, 30, host=900, device=100, on_host=0)
+    for rank in ranks:
+        del rank["on_host_bytes"]
+    assert "full, ddp 1 ddp 10.0 5.0 30.0 855.0 900.0" in memory_rows(Results([sharded("ddp", ranks[0])]))
+    assert "full, ddp 1 ddp 10.0 5.0 30.0 - 100.0" in memory_rows(Results([sharded("ddp", ranks[1])]))
 
 
 def test_memory_per_process_is_a_table_of_markdown_too() -> None:
@@ -350,7 +360,7 @@ def test_memory_per_process_is_a_table_of_markdown_too() -> None:
     assert title == "**memory per process (MiB)**"
     header, _, row = table.splitlines()
     assert header == (
-        "| scope | processes | strategy | weights | gradients | optimizer | everything else | peak above libraries |"
+        "| scope | processes | strategy | weights | gradients | optimizer | other | peak above libraries |"
     )
     assert row == "| full, fsdp2 | 2 | fsdp2 | 6.0 | 6.0 | 12.0 | 26.0 | 50.0 |"
 

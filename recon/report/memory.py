@@ -20,13 +20,13 @@ def everything_else(split: Rank, above_libraries: int, device_peak: int | None) 
     """Bytes of a peak that are not weights, gradients or optimizer state, on the device if there is one.
 
     Args:
-        split: The four figures of `SPLIT` and `on_host_bytes`.
+        split: The three figures of `SPLIT` and, with a device, `on_host_bytes`.
         above_libraries: Peak of the host without the libraries.
         device_peak: Allocated on the device; None or 0 without one.
     """
     if device_peak:
         return device_peak - (sum(split[name] for name in SPLIT) - split["on_host_bytes"])
-    return above_libraries - split["on_host_bytes"]
+    return above_libraries - sum(split[name] for name in SPLIT)
 
 
 def memory_section(group: Group) -> Section | None:
@@ -38,19 +38,19 @@ def memory_section(group: Group) -> Section | None:
     cells = [cell for row in rows for cell in row.measured]
     if not any(_is_split(rank) for cell in cells for rank in cell.ranks):
         return None
-    has_device = any(rank.get("peak_device_bytes") for cell in cells for rank in cell.ranks)
-    is_offloaded = has_device and any((rank.get("on_host_bytes") or 0) > MIB for cell in cells for rank in cell.ranks)
+    has_device = any(_device_peak(rank) for cell in cells for rank in cell.ranks)
+    is_offloaded = any((_offloaded(rank) or 0) > MIB for cell in cells for rank in cell.ranks)
     columns: dict[str, Callable[[Rank], int | None]] = {
         "weights": lambda rank: rank.get("weights_bytes"),
         "gradients": lambda rank: rank.get("gradients_bytes"),
         "optimizer": lambda rank: rank.get("optimizer_bytes"),
-        "everything else": _everything_else,
-        "peak device" if has_device else "peak above libraries": _peak,
+        "other": _everything_else,
+        **({"peak device": _device_peak} if has_device else {"peak above libraries": _peak}),
     }
-    notes = ["everything else: what the peak holds besides; each figure is the largest over the processes"]
+    notes = ["other: what the peak holds besides; each figure is the largest over processes"]
     if is_offloaded:
-        columns["offloaded to host"] = lambda rank: rank.get("on_host_bytes")
-        notes.append("what is offloaded to the host is part of the first three and not of the peak")
+        columns["offloaded to host"] = _offloaded
+        notes.append("what is offloaded to the host is part of the first three, and not of the peak")
 
     def strings(row: Row) -> list[str]:
         layouts = [str(len(cell.ranks)) for cell in row.measured], [_strategy(cell) for cell in row.measured]
@@ -76,16 +76,26 @@ def _is_split(rank: Rank) -> bool:
     return rank.get("weights_bytes") is not None
 
 
+def _device_peak(rank: Rank) -> int | None:
+    return rank.get("peak_device_bytes") or None  # 0 where a run left the machine's device alone
+
+
 def _peak(rank: Rank) -> int | None:
-    if rank.get("peak_device_bytes"):
-        return rank["peak_device_bytes"]
+    if (on_device := _device_peak(rank)) is not None:
+        return on_device
     host, baseline = rank.get("peak_host_bytes"), rank.get("baseline_host_bytes")
     return None if host is None or baseline is None else host - baseline
 
 
 def _everything_else(rank: Rank) -> int | None:
-    peak = _peak(rank)
-    return everything_else(rank, peak, rank.get("peak_device_bytes")) if peak is not None and _is_split(rank) else None
+    peak, on_device = _peak(rank), _device_peak(rank)
+    if peak is None or not _is_split(rank) or (on_device is not None and rank.get("on_host_bytes") is None):
+        return None
+    return everything_else(rank, peak, on_device)
+
+
+def _offloaded(rank: Rank) -> int | None:
+    return rank.get("on_host_bytes") if _device_peak(rank) is not None else None
 
 
 def _strategy(cell: Report) -> str:

@@ -19,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from recon.report.groups import Estimate, Group
 from recon.report.labels import LabelPlacer
 from recon.report.pareto import PNG_DPI, pareto_front
-from recon.report.table import format_number
+from recon.report.sections import format_number
 
 WIDTH = 9.6
 HEIGHTS = (4.8, 6.4, 8.5, 12.0)

@@ -49,7 +49,8 @@ class Report:
         protocol: How perplexity was measured: split, num_sequences, seq_len, tokens_scored, ...
         environment: Where: device name, torch version, date, processes, strategy, ...
         ranks: Per process the three memory figures above, which are the largest of them, and the bytes of
-            weights, gradients and optimizer state within the peak where they were measured.
+            weights, gradients and optimizer state within the peak where they were measured, with how many
+            of them all lie on the host.
         throughput: Tokens per second of all processes, model FLOP utilisation, and over how many tokens and
             seconds they were measured; empty if they were not.
 

@@ -11,8 +11,6 @@ from recon.report.memory import memory_section
 from recon.report.schema import Results
 from recon.report.sections import Section, format_number, show
 
-__all__ = ["format_number", "markdown_table", "print_table", "table_sections"]
-
 WIDEST = 1000
 """Characters: no table needs more."""
 
