@@ -70,7 +70,7 @@ class Unstructured(Pattern):
         per: Where weights compete: within each output "row", within each "matrix", or across the "model".
     """
 
-    sparsity: float = 0.5
+    sparsity: float = 0.6
     per: Per = "row"
 
     def __post_init__(self) -> None:

@@ -110,7 +110,7 @@ def test_plan_shares_dense_and_masks_across_recoveries():
     masks = str(first.pruned.directory / "masks.safetensors")
     assert all(masks in cell.command for _, cell in first.recoveries)
     assert list(plan(comparison, describe)) == [first, second]
-    assert first.pattern == "50% per row"
+    assert first.pattern == "60% per row"
 
 
 def test_an_option_changes_the_directory():

@@ -146,4 +146,4 @@ def test_names_and_densities() -> None:
     assert names == ["60% per row", "50% per matrix", "55% per model", "2:4"]
     assert [Unstructured(0.75).density, NM(1, 4).density] == [0.25, 0.25]
     assert NM() == NM(2, 4) != NM(4, 8)
-    assert repr(Unstructured()) == "Unstructured(sparsity=0.5, per='row')"
+    assert repr(Unstructured()) == "Unstructured(sparsity=0.6, per='row')"

@@ -207,7 +207,7 @@ def test_the_relaxation_bounds_the_best_mask_from_below() -> None:
         w, s = weight[i : i + 1], saliency[i : i + 1]
         masks = [torch.tensor([[float(j in kept) for j in range(8)]]) for kept in combinations(range(8), 4)]
         best = min(objective(w, mask, inputs) for mask in masks)
-        found = relax(w, gram, s, Unstructured().select(s), 8, 2000, 0.0, True)
+        found = relax(w, gram, s, Unstructured(0.5).select(s), 8, 2000, 0.0, True)
         assert found.objectives[-1] <= best * (1 + 1e-5)
         # A stationary point: no vertex is downhill, so the gap to the optimum of the relaxation is small.
         slopes = gradient(w, (w * (1 - found.mask)) @ gram)
@@ -220,7 +220,7 @@ def test_what_the_relaxation_leaves_equal_is_ranked_by_saliency() -> None:
     weight, _ = random_layer()
     gram = torch.diag(torch.arange(24) < 4).float()
     saliency = torch.rand(weight.shape, generator=torch.Generator().manual_seed(5))
-    none_live = Unstructured().select(saliency - gram.diagonal())
+    none_live = Unstructured(0.5).select(saliency - gram.diagonal())
     found = relax(weight, gram, saliency, none_live, 24, 1, 0.0, False)
     assert (found.mask == gram.diagonal()).all()
     assert torch.equal(found.keep, references.keep_per_row(saliency + gram.diagonal(), 12))
@@ -229,8 +229,8 @@ def test_what_the_relaxation_leaves_equal_is_ranked_by_saliency() -> None:
 def test_the_objective_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     weight, X, _ = golden_layer("a")
     with caplog.at_level(logging.INFO, "recon.criteria.sparsefw"):
-        _, keep = SparseFW(iterations=50).prune(weight, statistics_of(X), Unstructured(), "q_proj")
-    first = Unstructured().select(Wanda().scores(weight, statistics_of(X), "m"))
+        _, keep = SparseFW(iterations=50).prune(weight, statistics_of(X), Unstructured(0.5), "q_proj")
+    first = Unstructured(0.5).select(Wanda().scores(weight, statistics_of(X), "m"))
     start, end = (f"{objective(weight, mask, X):.3g}" for mask in (first, keep))
     [record] = caplog.records
     assert "SparseFW on `q_proj`, 50 iterations" in record.message
@@ -266,19 +266,19 @@ def test_what_cannot_be_pruned_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="per row, matrix or group, got 50% per model for `q_proj`"):
         SparseFW().prune(weight, statistics, Unstructured(0.5, "model"), "q_proj")
     with pytest.raises(ValueError, match="sparsefw needs the Gram matrix of the inputs of `q_proj`, got none"):
-        SparseFW().prune(weight, InputStatistics(1, sum_squares=torch.ones(24)), Unstructured(), "q_proj")
+        SparseFW().prune(weight, InputStatistics(1, sum_squares=torch.ones(24)), Unstructured(0.5), "q_proj")
     with pytest.raises(ValueError, match="divisible by 5, got 24 for `q_proj`"):
         SparseFW().prune(weight, statistics, NM(2, 5), "q_proj")
     bad = weight.clone()
     bad[0, 0] = float("nan")
     with pytest.raises(ValueError, match="1 NaN or infinite of 240 for `q_proj`"):
-        SparseFW().prune(bad, statistics, Unstructured(), "q_proj")
+        SparseFW().prune(bad, statistics, Unstructured(0.5), "q_proj")
     with pytest.raises(FloatingPointError, match="NaN or Inf in the objective of `q_proj`"):
-        SparseFW().prune(weight * 1e20, statistics, Unstructured(), "q_proj")
+        SparseFW().prune(weight * 1e20, statistics, Unstructured(0.5), "q_proj")
     assert statistics.gram is not None
     statistics.gram[0, 1] = float("nan")
     with pytest.raises(FloatingPointError, match="NaN or Inf in the Gram matrix of `q_proj`"):
-        SparseFW().prune(weight, statistics, Unstructured(), "q_proj")
+        SparseFW().prune(weight, statistics, Unstructured(0.5), "q_proj")
 
 
 @pytest.mark.parametrize("options", [{"iterations": -1}, {"fixed": 1.5}, {"fixed": -0.1}], ids=str)

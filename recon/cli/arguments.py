@@ -11,7 +11,7 @@ from recon.patterns import Pattern
 from recon.pruning import Pruning
 
 DEFAULT_CRITERION = {"class_path": "recon.criteria.Wanda"}
-DEFAULT_PATTERN = {"class_path": "recon.patterns.Unstructured", "init_args": {"sparsity": 0.6}}
+DEFAULT_PATTERN = {"class_path": "recon.patterns.Unstructured"}
 
 
 def add_pruning_arguments(parser: ArgumentParser) -> None:
