@@ -18,6 +18,10 @@ from recon.masks import Masks
 from recon.ranks import any_rank, layout
 
 
+STOPPED = 128 + signal.SIGTERM
+"""Exit status of a run that was told to stop; Lightning's own would be 0, as if it had ended."""
+
+
 class Checkpoints(Checkpoint):
     """Saves every `every_n_steps` optimizer steps and when the run is stopped; keeps the last one.
 
@@ -85,7 +89,7 @@ class Checkpoints(Checkpoint):
         if stop or step % self.every_n_steps == 0:
             self._save(trainer, pl_module)
         if stop:
-            raise SIGTERMException
+            raise SIGTERMException(STOPPED)
 
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
 from recon.atomic import atomic_write
@@ -129,18 +130,23 @@ def main(args: list[str]) -> int:
     if isinstance(scope, FullRetraining):
         trainer.callbacks.append(Checkpoints(run.checkpoints, cli.config.checkpoint_every_n_steps))  # pyright: ignore[reportAttributeAccessIssue]
     console = Console(highlight=False, soft_wrap=True)
-    report = recover(
-        scope,
-        data,
-        trainer,
-        run,
-        built.criterion,
-        built.pattern,
-        built.pruning,
-        None if cli.config.masks is None else Path(cli.config.masks),
-        cli.config.baselines,
-        console.print,
-    )
+    try:
+        report = recover(
+            scope,
+            data,
+            trainer,
+            run,
+            built.criterion,
+            built.pattern,
+            built.pruning,
+            None if cli.config.masks is None else Path(cli.config.masks),
+            cli.config.baselines,
+            console.print,
+        )
+    except SIGTERMException:
+        if first:
+            console.print(f"stopped by SIGTERM; what was done is in {run.path}, the same command goes on from there")
+        raise
     if report is None:
         return 0
     if cli.config.summary:
