@@ -17,7 +17,6 @@ from recon.data.loader import ResumableLoader
 from recon.masks import Masks
 from recon.ranks import any_rank, layout
 
-
 STOPPED = 128 + signal.SIGTERM
 """Exit status of a run that was told to stop; Lightning's own would be 0, as if it had ended."""
 

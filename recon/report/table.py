@@ -9,7 +9,7 @@ from rich.text import Text
 from recon.report.groups import Group, Row, group_cells
 from recon.report.memory import memory_section
 from recon.report.schema import Results
-from recon.report.sections import Section, format_number, show
+from recon.report.sections import Section, show
 
 WIDEST = 1000
 """Characters: no table needs more."""
