@@ -1,4 +1,4 @@
-"""What the worker processes of the distributed tests run: `recon fit` on the bundled model."""
+"""What the worker processes of the distributed tests run: `recon fit` on two blocks of the bundled model."""
 
 import os
 import signal
@@ -16,6 +16,7 @@ from recon import recovery
 from recon.cli.fit import main
 from recon.cli.prune import main as prune
 from recon.masks import Masks
+from recon.pretrained import ModelSource
 from recon.sharding import copies
 
 STEPS = 8
@@ -69,6 +70,7 @@ class Fail(Callback):
 
 def options(strategy: str, precision: str, world: int, run_dir: Path) -> list[str]:
     """Arguments of `recon fit` for two epochs with accumulation, clipping and one global batch size."""
+    masks = run_dir.parent.parent / "masks"
     named = ["-c", f"strategies/{strategy}"] if strategy != "auto" else []
     if strategy.startswith("zero3"):  # this model's parameters would otherwise all stay whole
         named += ["--trainer.strategy.init_args.min_partitioned", "0"]
@@ -78,7 +80,7 @@ def options(strategy: str, precision: str, world: int, run_dir: Path) -> list[st
         *("--data.batch_size", str(8 // world), "--model.epochs", "2", "--model.lr", "1e-3"),
         *("--model.weight_decay", "0.1", "--trainer.accumulate_grad_batches", "2"),
         *("--trainer.gradient_clip_val", "0.5", "--trainer.precision", precision),
-        *("--masks", str(run_dir.parent.parent / "masks" / "masks.safetensors"), "--baselines", "false"),
+        *("--model.name", str(masks / "dense"), "--masks", str(masks / "masks.safetensors"), "--baselines", "false"),
         *("--trainer.accelerator", "cpu", "--trainer.devices", str(world)),
         *("--run_dir", str(run_dir), "--summary", "false"),
     ]
@@ -103,8 +105,14 @@ def fit_and_stop(stop: Callback, strategy: str, precision: str, world: int, run_
 
 
 def prune_model(directory: Path) -> None:
-    """Make the masks that all runs share, as masks.safetensors in `directory`."""
-    prune(["--run_dir", str(directory), "--data.num_sequences", "8", "--data.seq_len", "32", "--summary", "false"])
+    """Make the model that all runs share, the first two blocks of the bundled one, and its masks."""
+    model, tokenizer = ModelSource().load()
+    model.config.num_hidden_layers = 2
+    del model.model.layers[2:]
+    for part in (model, tokenizer):
+        part.save_pretrained(directory / "dense")
+    data = ["--data.num_sequences", "8", "--data.seq_len", "32", "--data.num_test", "4"]
+    prune(["--model.name", str(directory / "dense"), "--run_dir", str(directory), *data, "--summary", "false"])
 
 
 def train_without_enforcer(strategy: str, run_dir: Path, *more: str) -> None:

@@ -1,6 +1,6 @@
 """Full retraining in two processes: the weights of one process, with exact masks, and after any interruption the same.
 
-Every run writes to <directory of the module>/<kind>/<name>; the masks, which all share, are in <directory>/masks.
+Every run writes to <directory of the module>/<kind>/<name>; the model and the masks of all are in <directory>/masks.
 """
 
 import json
