@@ -14,10 +14,11 @@ from recon.masks import Masks
 from recon.memory import PeakMeter, resident_bytes
 from recon.patterns import Pattern
 from recon.pretrained import ModelSource
-from recon.pruning import Pruning, prune
+from recon.pruning import Pruning, moved_with, prune_to
 from recon.report import Report
 from recon.run import RunDirectory, save_model
 from recon.shapes import is_matrix, weight_out_in
+from recon.start import apply
 
 
 def measure(
@@ -86,6 +87,8 @@ def measure_pruned(
 ) -> Report:
     """Prune a model, write its masks, and measure the pruned model; a finished run is only read.
 
+    The pruned model of a criterion that moves weights has the moved ones, which are written beside the masks.
+
     Args:
         source: The model.
         data: Calibration and test tokens.
@@ -109,11 +112,10 @@ def measure_pruned(
     model, data.tokenizer = source.load(device)
     tokens = data.tokens("train")
     started = time.monotonic()
-    masks = prune(model, tokens, criterion, pattern, pruning, say)
+    masks = prune_to(run.masks, model, tokens, criterion, pattern, pruning, say)
     seconds = time.monotonic() - started
     peaks = meter.stop()
-    masks.save(run.masks, {"criterion": str(criterion), "pattern": str(pattern)})
-    masks.apply(model)
+    apply(model, masks, moved_with(run.masks, masks))
     if keep_model:
         save_model(model, data.tokenizer, run.model)
     evaluation = evaluate(model, data.test_dataloader())

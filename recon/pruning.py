@@ -1,7 +1,8 @@
 """Pruning a model: which weights survive, found by walking its blocks from the first to the last."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -9,13 +10,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from recon.activations import Activations
-from recon.anatomy import Anatomy, Block
+from recon.anatomy import Anatomy
 from recon.criteria import Criterion
 from recon.masks import Masks
 from recon.patterns import Pattern
 from recon.replay import Replay
 from recon.shapes import as_out_in, weight_out_in
+from recon.start import MOVED, Sink, Start, apply, written
 from recon.statistics import collect
+
+CAME_WITH_MOVED = "moved"
+"""Key in the metadata of masks: where the moved weights are that were written with them, seen from their directory."""
 
 
 @dataclass
@@ -41,6 +46,7 @@ def prune(
     pattern: Pattern,
     options: Pruning | None = None,
     progress: Callable[[str], None] = lambda line: None,
+    moved: Sink | None = None,
 ) -> Masks:
     """Choose the weights of `model` that survive. The model itself is left as it was.
 
@@ -51,6 +57,8 @@ def prune(
         pattern: Which zeros are allowed.
         options: See `Pruning`.
         progress: Is told each block, in a line.
+        moved: Is given every weight as a criterion that moves weights leaves it: in the parameter's layout and
+            dtype, on its device, zero where pruned.
 
     Raises:
         ValueError: If the pattern does not fit a matrix or an exclusion matches nothing.
@@ -77,14 +85,20 @@ def prune(
         matrices = {name: module for name, module in prunable.items() if name.removesuffix(".weight") in block.matrices}
         with collect(matrices, need=criterion.needs) as statistics:
             walk.enter([block.index])
+        start: dict[str, Tensor] = {}
         for name, module in matrices.items():
             weight = weight_out_in(module)
             if pattern.across_model:
                 scores[name] = criterion.scores(weight, statistics[name], name)
-            else:
-                keep[name] = as_out_in(module, criterion.prune(weight, statistics[name], pattern, name)[1])
+                continue
+            after, chosen = criterion.prune(weight, statistics[name], pattern, name)
+            keep[name] = as_out_in(module, chosen)
+            if criterion.moves_weights:
+                start[name] = as_out_in(module, after.to(weight.dtype).masked_fill(~chosen, 0))
+                if moved is not None:
+                    moved(name, start[name])
         if options.inputs == "pruned":
-            _pass_pruned(walk, block, Masks({name: keep[name] for name in matrices}), model)
+            _pass_pruned(walk, Masks({name: keep[name] for name in matrices}), start or None, model)
         progress(
             f"prune  block {block.index + 1}/{len(anatomy.blocks)}  {len(matrices)} matrices  {criterion}  {pattern}"
         )
@@ -93,11 +107,52 @@ def prune(
     return Masks({name: chosen.cpu().contiguous() for name, chosen in keep.items()})
 
 
-def _pass_pruned(walk: Activations, block: Block, masks: Masks, model: nn.Module) -> None:
-    """Replace the walk's output of `block` by that of the pruned block, whose weights are then restored."""
+def prune_to(
+    masks_file: Path,
+    model: PreTrainedModel,
+    tokens: Tensor,
+    criterion: Criterion,
+    pattern: Pattern,
+    options: Pruning | None = None,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Masks:
+    """As `prune`, and write the masks; before them, and beside, what a criterion that moves weights makes of these."""
+    made_by = {"criterion": str(criterion), "pattern": str(pattern)}
+    if criterion.moves_weights:
+        prunable = Anatomy.of(model).prunable((options or Pruning()).exclude)
+        weights = {name: module.get_parameter("weight") for name, module in prunable.items()}
+        with written(masks_file.with_name(MOVED), like=weights) as moved:
+            masks = prune(model, tokens, criterion, pattern, options, progress, moved)
+        made_by[CAME_WITH_MOVED] = MOVED
+    else:
+        masks = prune(model, tokens, criterion, pattern, options, progress)
+    masks.save(masks_file, made_by)
+    return masks
+
+
+def moved_with(masks_file: Path, masks: Masks) -> Start | None:
+    """The moved weights that were written with the masks in `masks_file`; None if their criterion moves none.
+
+    Raises:
+        ValueError: If they are no longer there, or are those of other masks.
+    """
+    made_by = Masks.read_metadata(masks_file)
+    if CAME_WITH_MOVED not in made_by:
+        return None
+    path = masks_file.parent / made_by[CAME_WITH_MOVED]
+    if not path.exists():
+        raise ValueError(
+            f"the masks in {masks_file} are those of {made_by['criterion']}, which moves weights, and need {path}, "
+            f"which does not exist; copy it there, or prune again"
+        )
+    return Start(path, masks)
+
+
+def _pass_pruned(walk: Activations, masks: Masks, start: Mapping[str, Tensor] | None, model: nn.Module) -> None:
+    """Replace the walk's output of its current block by that of the pruned block, then restore the block's weights."""
     dense = {name: model.get_parameter(name).detach().clone() for name in masks}
     try:
-        masks.apply(model)
+        apply(model, masks, start)
         walk.compute()
     finally:
         with torch.no_grad():

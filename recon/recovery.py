@@ -22,10 +22,11 @@ from recon.masks import Masks
 from recon.patterns import Pattern
 from recon.phases import Phases
 from recon.pretrained import ModelSource
-from recon.pruning import Pruning, prune
+from recon.pruning import CAME_WITH_MOVED, Pruning, moved_with, prune_to
 from recon.report import Report
 from recon.run import RunDirectory, save_model
-from recon.scopes.base import Scope
+from recon.scopes.base import NO_MOVED, Scope
+from recon.start import EXACT, Start, apply
 
 NOT_RECOVERY = ("prune", "evaluate dense and pruned", "evaluate")
 """Phases that cost the same whatever the scope; a report's peaks leave them out."""
@@ -77,6 +78,8 @@ def recover(
             "model.partitioned needs masks made before, since pruning takes the whole model, and no baselines; give "
             "--masks <masks.safetensors of recon prune> and --baselines false"
         )
+    if scope.start == "moved" and masks_file is None and not (criterion is not None and criterion.moves_weights):
+        raise ValueError(NO_MOVED.format(f"and {criterion or 'no criterion'} moves none"))
     ranks.start(trainer, scope)
     if ranks.rank() != 0:
         say = lambda line: None  # noqa: E731
@@ -88,17 +91,21 @@ def recover(
         say(f"load {scope.source.name}")
         with ranks.rank_zero_first():
             scope.load(data)
-            masks = Masks({})
+            masks, moved = Masks({}), None
             if criterion is not None and pattern is not None:
                 phases.enter("prune")
                 masks = _masks(scope, data, run, criterion, pattern, pruning, masks_file, device, say)
+                if baselines or scope.start == "moved":
+                    moved = moved_with(run.masks, masks)
             chosen = {"criterion": "none", "pattern": "none"} | (Masks.read_metadata(run.masks) if masks else {})
             if baselines and masks and ranks.rank() == 0:
                 phases.enter("evaluate dense and pruned")
-                dense, pruned = _baselines(scope, data, masks, device)
+                dense, pruned = _baselines(scope, data, masks, moved, device)
                 say(f"test perplexity  dense {dense.perplexity:.3f}  pruned {pruned.perplexity:.3f}")
-        phases.enter("prepare")
-        scope.prepare(data, masks, run.path)
+            phases.enter("prepare")
+            if scope.start == "exact" and ranks.rank() == 0:
+                scope.to(device)
+            scope.prepare(data, masks, run.path, moved, say)
         checkpoint = checkpoints.last(run.checkpoints)
         if checkpoint is not None:
             checkpoints.require_same(checkpoint, checkpoints.identity(trainer, masks))
@@ -106,7 +113,7 @@ def recover(
         phases.enter("train")
         started = time.monotonic()
         trainer.fit(scope, ckpt_path=checkpoint, weights_only=True)
-        seconds = time.monotonic() - started
+        seconds = scope.start_seconds + time.monotonic() - started
         phases.leave()
         peaks = ranks.gathered(_peaks(run.memory(ranks.rank())))
         if ranks.rank() != 0:
@@ -144,6 +151,7 @@ def recover(
     )
     report.save(run.report)
     shutil.rmtree(run.checkpoints, ignore_errors=True)  # a finished run is not trained on
+    (run.path / EXACT).unlink(missing_ok=True)
     return report
 
 
@@ -159,26 +167,27 @@ def _masks(
     say: Callable[[str], None],
 ) -> Masks:
     """The masks of this run: from its directory, from the file given, or by pruning the model now."""
-    made_by = {"criterion": str(criterion), "pattern": str(pattern)}
     for file in (run.masks, masks_file):
         if file is not None and file.exists():
             masks, made_by = Masks.load(file), Masks.read_metadata(file)
             masks.validate_for(scope.model)
-            break
-    else:
-        if masks_file is not None:
-            raise ValueError(f"--masks needs a file that `recon prune` wrote, got {masks_file}, which does not exist")
-        masks = prune(scope.to(device).model, data.tokens("train"), criterion, pattern, pruning, say)
-    if not run.masks.exists():
-        masks.save(run.masks, made_by)
-    return masks
+            if CAME_WITH_MOVED in made_by:
+                made_by[CAME_WITH_MOVED] = str((file.parent / made_by[CAME_WITH_MOVED]).resolve())
+            if file != run.masks:
+                masks.save(run.masks, made_by)
+            return masks
+    if masks_file is not None:
+        raise ValueError(f"--masks needs a file that `recon prune` wrote, got {masks_file}, which does not exist")
+    return prune_to(run.masks, scope.to(device).model, data.tokens("train"), criterion, pattern, pruning, say)
 
 
-def _baselines(scope: Scope, data: TokenData, masks: Masks, device: torch.device) -> tuple[Evaluation, Evaluation]:
+def _baselines(
+    scope: Scope, data: TokenData, masks: Masks, moved: Start | None, device: torch.device
+) -> tuple[Evaluation, Evaluation]:
     """Perplexity of the dense and the pruned model, on a copy that does not outlive the call."""
     model = scope.source.model(device)
     dense = evaluate(model, data.test_dataloader())
-    masks.apply(model)
+    apply(model, masks, moved)
     return dense, evaluate(model, data.test_dataloader())
 
 
@@ -202,7 +211,10 @@ def _peaks(memory: dict[str, Any] | None) -> dict[str, int | None]:
         "peak_host_bytes": _largest(phases, "host_bytes"),
         "peak_device_bytes": _largest(phases, "device_allocated_bytes"),
         "baseline_host_bytes": memory["baseline_host_bytes"],
-        **{name: _largest(splits, name) for name in ("weights_bytes", "gradients_bytes", "optimizer_bytes")},
+        **{
+            name: _largest(splits, name)
+            for name in ("weights_bytes", "gradients_bytes", "optimizer_bytes", "on_host_bytes")
+        },
     }
 
 

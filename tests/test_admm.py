@@ -161,8 +161,8 @@ def test_units_of_the_inputs_do_not_matter() -> None:
     """Columns are normalised: scaling an input by c and its weights by 1 / c is the same problem."""
     weight, inputs = random_layer()
     c = torch.logspace(-6, 6, 24)
-    plain, keep = ADMM().prune(weight, statistics_of(inputs), Unstructured(), "m")
-    scaled, kept_scaled = ADMM().prune(weight / c, statistics_of(inputs * c), Unstructured(), "m")
+    plain, keep = ADMM().prune(weight, statistics_of(inputs), Unstructured(0.5), "m")
+    scaled, kept_scaled = ADMM().prune(weight / c, statistics_of(inputs * c), Unstructured(0.5), "m")
     assert torch.equal(keep, kept_scaled)
     torch.testing.assert_close(scaled * c, plain, rtol=1e-3, atol=1e-4)
 
@@ -183,19 +183,19 @@ def test_what_cannot_be_pruned_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="per row, matrix or group, got 50% per model for `q_proj`"):
         ADMM().prune(weight, statistics, Unstructured(0.5, "model"), "q_proj")
     with pytest.raises(ValueError, match="admm needs the Gram matrix of the inputs of `q_proj`, got none"):
-        ADMM().prune(weight, InputStatistics(1, sum_squares=torch.ones(24)), Unstructured(), "q_proj")
+        ADMM().prune(weight, InputStatistics(1, sum_squares=torch.ones(24)), Unstructured(0.5), "q_proj")
     with pytest.raises(ValueError, match="divisible by 5, got 24 for `q_proj`"):
         ADMM().prune(weight, statistics, NM(2, 5), "q_proj")
     bad = weight.clone()
     bad[0, 0] = float("nan")
     with pytest.raises(ValueError, match="1 NaN or infinite of 240 for `q_proj`"):
-        ADMM().prune(bad, statistics, Unstructured(), "q_proj")
+        ADMM().prune(bad, statistics, Unstructured(0.5), "q_proj")
     with pytest.raises(FloatingPointError, match="NaN or Inf in weight of `q_proj`"):
         fixed_mask(torch.eye(24), bad, bad > 0, 20, 1.0, 0.1, "q_proj")
     assert statistics.gram is not None
     statistics.gram[0, 1] = float("inf")
     with pytest.raises(FloatingPointError, match="NaN or Inf in the Gram matrix of `q_proj`"):
-        ADMM().prune(weight, statistics, Unstructured(), "q_proj")
+        ADMM().prune(weight, statistics, Unstructured(0.5), "q_proj")
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def test_a_first_penalty_that_is_too_large_is_cut() -> None:
     """With rho = 1e4 the first iterations cannot leave the support of Wanda, whose least squares have .00414."""
     weight, X, _ = golden_layer("a")
     errors = [
-        references.relative_error(ALPS(rho=rho).prune(weight, statistics_of(X), Unstructured(), "m")[0], weight, X)
+        references.relative_error(ALPS(rho=rho).prune(weight, statistics_of(X), Unstructured(0.5), "m")[0], weight, X)
         for rho in (1e-3, 0.1, 10.0, 1e4)
     ]
     assert errors == pytest.approx([0.00271, 0.00272, 0.00286, 0.00309], rel=0.01)
@@ -121,8 +121,8 @@ def test_more_inputs_than_tokens() -> None:
 def test_units_of_the_inputs_do_not_matter() -> None:
     weight, inputs = random_layer()
     c = torch.logspace(-4, 4, 24)
-    plain, keep = ALPS().prune(weight, statistics_of(inputs), Unstructured(), "m")
-    scaled, kept_scaled = ALPS().prune(weight / c, statistics_of(inputs * c), Unstructured(), "m")
+    plain, keep = ALPS().prune(weight, statistics_of(inputs), Unstructured(0.5), "m")
+    scaled, kept_scaled = ALPS().prune(weight / c, statistics_of(inputs * c), Unstructured(0.5), "m")
     assert torch.equal(keep, kept_scaled)
     torch.testing.assert_close(scaled * c, plain, rtol=1e-3, atol=1e-3)
 
@@ -144,17 +144,17 @@ def test_what_cannot_be_pruned_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="per row, matrix or group, got 50% per model for `q_proj`"):
         ALPS().prune(weight, statistics, Unstructured(0.5, "model"), "q_proj")
     with pytest.raises(ValueError, match="alps needs the Gram matrix of the inputs of `q_proj`, got none"):
-        ALPS().prune(weight, None, Unstructured(), "q_proj")
+        ALPS().prune(weight, None, Unstructured(0.5), "q_proj")
     with pytest.raises(ValueError, match="divisible by 5, got 24 for `q_proj`"):
         ALPS().prune(weight, statistics, NM(2, 5), "q_proj")
     bad = weight.clone()
     bad[0, 0] = float("inf")
     with pytest.raises(ValueError, match="1 NaN or infinite of 240 for `q_proj`"):
-        ALPS().prune(bad, statistics, Unstructured(), "q_proj")
+        ALPS().prune(bad, statistics, Unstructured(0.5), "q_proj")
     assert statistics.gram is not None
     statistics.gram[2, 1] = float("nan")
     with pytest.raises(FloatingPointError, match="NaN or Inf in the Gram matrix of `q_proj`"):
-        ALPS().prune(weight, statistics, Unstructured(), "q_proj")
+        ALPS().prune(weight, statistics, Unstructured(0.5), "q_proj")
 
 
 @pytest.mark.parametrize("options", [{"max_iterations": 0}, {"rho": 0.0}, {"damping": -0.1}], ids=str)

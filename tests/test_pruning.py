@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from recon.anatomy import Anatomy
 from recon.criteria import Criterion, Magnitude, Random, Wanda
 from recon.masks import Masks
-from recon.patterns import NM, Unstructured
+from recon.patterns import NM, Pattern, Unstructured
 from recon.pruning import Pruning, prune
 from recon.shapes import as_out_in
 from recon.statistics import InputStatistics, Need
@@ -33,6 +33,18 @@ class Recorder(Criterion):
         assert statistics is not None
         self.seen[name] = statistics
         return weight.float().abs()
+
+
+class Halver(Recorder):
+    """Magnitude that halves what it keeps, and leaves it to others to zero the rest."""
+
+    moves_weights: ClassVar[bool] = True
+
+    def prune(
+        self, weight: Tensor, statistics: InputStatistics | None, pattern: Pattern, name: str
+    ) -> tuple[Tensor, Tensor]:
+        _, keep = super().prune(weight, statistics, pattern, name)
+        return weight.double() / 2, keep
 
 
 def inputs_of(model: PreTrainedModel, names: list[str]) -> dict[str, Tensor]:
@@ -101,6 +113,31 @@ def test_pruned_inputs_make_a_difference_only_after_the_first_block() -> None:
     )
     same = {name: torch.equal(dense[name], pruned[name]) for name in dense}
     assert all(same[name] == ("layers.0." in name) for name in same)
+
+
+@pytest.mark.parametrize("inputs", ["dense", "pruned"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi"])
+def test_moved_weights_are_handed_on_and_pass_the_activations_on(family: str, inputs: str) -> None:
+    model, criterion, moved = tiny(family), Halver(), dict[str, Tensor]()
+    before = copy.deepcopy(model.state_dict())
+    options = Pruning(inputs=inputs, batch_size=4)  # type: ignore[arg-type]
+    masks = prune(model, TOKENS, criterion, Unstructured(0.5), options, moved=moved.__setitem__)
+    assert masks == prune(model, TOKENS, Magnitude(), Unstructured(0.5), options)
+    walked = copy.deepcopy(model)
+    for block in Anatomy.of(walked).blocks:
+        names = [f"{name}.weight" for name in block.matrices]
+        for name, seen in inputs_of(walked, names).items():
+            found = criterion.seen[name].gram
+            assert found is not None
+            torch.testing.assert_close(found.double(), gram(seen), rtol=1e-3, atol=1e-4)
+            weight = walked.get_parameter(name).detach()
+            expected = torch.where(masks[name], weight / 2, 0)
+            assert torch.equal(moved[name], expected)
+            assert moved[name].dtype == weight.dtype
+            if inputs == "pruned":
+                weight.copy_(expected)
+    assert moved.keys() == masks.keys()
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])

@@ -99,7 +99,7 @@ def test_inputs_that_never_occur_score_zero(weight: torch.Tensor, statistics: In
 def test_non_finite_weights_are_named(value: float, weight: torch.Tensor, statistics: InputStatistics) -> None:
     weight[0, 0] = value
     with pytest.raises(ValueError, match="for `q_proj`"):
-        RIA().prune(weight, statistics, Unstructured(), "q_proj")
+        RIA().prune(weight, statistics, Unstructured(0.5), "q_proj")
 
 
 def test_ria_says_what_it_lacks(weight: torch.Tensor) -> None:

@@ -41,11 +41,12 @@ pytestmark = [pytest.mark.filterwarnings("error"), *(pytest.mark.filterwarnings(
 
 FAMILIES = ("llama", "gpt2", "phi")
 EPOCHS, BATCHES, STEPS = 2, 3, 6  # 10 sequences, 4 a batch
+DISTILLED = {"epochs": EPOCHS, "lr": 3e-3, "batch_size": 4, "start": "pruned"}  # other starts: test_start.py
 LOCAL: dict[str, Callable[..., LocalScope]] = {
     "matrix": lambda **o: MatrixReconstruction(batch_size=4, **o),
-    "submodule": lambda **o: SubmoduleDistillation(**{"epochs": EPOCHS, "lr": 3e-3, "batch_size": 4, **o}),
-    "block": lambda **o: BlockDistillation(**{"epochs": EPOCHS, "lr": 3e-3, "batch_size": 4, **o}),
-    "two blocks": lambda **o: BlockDistillation(num_blocks=2, **{"epochs": EPOCHS, "lr": 3e-3, "batch_size": 4, **o}),
+    "submodule": lambda **o: SubmoduleDistillation(**{**DISTILLED, **o}),
+    "block": lambda **o: BlockDistillation(**{**DISTILLED, **o}),
+    "two blocks": lambda **o: BlockDistillation(num_blocks=2, **{**DISTILLED, **o}),
 }
 SCOPES: dict[str, Callable[..., Scope]] = {
     **LOCAL,

@@ -13,6 +13,7 @@ from recon.environment import versions
 from recon.pretrained import ModelSource
 from recon.report import Results, print_table
 from recon.run import RunDirectory, digest
+from recon.start import MOVED
 
 
 def main(args: list[str]) -> int:
@@ -59,5 +60,6 @@ def main(args: list[str]) -> int:
     )
     if config.summary:
         print_table(Results([report]), console)
-    console.print(f"masks in {run.masks}; recover with: recon fit -c scopes/submodule --masks {run.masks}")
+    moved = f", moved weights in {run.path / MOVED}" if built.criterion.moves_weights else ""
+    console.print(f"masks in {run.masks}{moved}; recover with: recon fit -c scopes/submodule --masks {run.masks}")
     return 0

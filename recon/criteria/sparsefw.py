@@ -190,11 +190,12 @@ def vertex(
 
     Those are the most negative gradients. Where fewer are negative the budget is not used up.
     """
-    free = gradient.masked_fill(fixed_one, 0).reshape(-1, num_competing)
+    # Sums and products with the mask: `masked_fill` takes ten times as long on a CPU.
+    free = (gradient * ~fixed_one).reshape(-1, num_competing)
     # Equal gradients below zero do not occur unless weights are copies of each other: no need of a stable sort.
     lowest = free.topk(budget, dim=1, largest=False, sorted=False)
     chosen = torch.zeros_like(free).scatter_(1, lowest.indices, (lowest.values < 0).to(free))
-    return chosen.view_as(gradient).masked_fill_(fixed_one, 1)
+    return chosen.view_as(gradient).add_(fixed_one)
 
 
 def _best_step(E_D: Tensor, R: Tensor, R_D: Tensor, separate_rows: bool) -> Tensor:

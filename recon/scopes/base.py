@@ -1,6 +1,9 @@
 """What the four recovery scopes share: the model they repair, the masks they keep, the data they see."""
 
+import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -11,9 +14,19 @@ from transformers import PreTrainedModel
 
 from recon.data import TokenData
 from recon.evaluation import Evaluation
+from recon.exact import solve_all
 from recon.masks import Masks
 from recon.phases import Phases
 from recon.pretrained import ModelSource
+from recon.start import EXACT, Start, apply, written
+
+StartName = Literal["pruned", "moved", "exact"]
+
+
+NO_MOVED = (
+    "model.start: moved needs weights that the criterion moved, {}; choose a criterion that moves weights "
+    "(SparseGPT, ADMM, ALPS), or --masks of one that `recon prune` wrote, or model.start: exact"
+)
 
 
 class Scope(L.LightningModule, ABC):
@@ -31,6 +44,9 @@ class Scope(L.LightningModule, ABC):
         trust_remote_code: Run code that comes with the model. Off, because it can do anything.
         save_dtype: Precision in which the recovered model is evaluated and saved; that of `dtype` if null.
         epochs: Passes over the calibration sequences; of each window in the local scopes.
+        start: The surviving weights that recovery starts from: `pruned`, as they were in the dense model; `moved`, as
+            a criterion that moves them (SparseGPT, ADMM, ALPS) left them; `exact`, those that best reproduce each
+            matrix's outputs by itself, which is what the matrix scope finds.
     """
 
     scope: ClassVar[str]
@@ -46,13 +62,16 @@ class Scope(L.LightningModule, ABC):
         trust_remote_code: bool = False,
         save_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
         epochs: int = 1,
+        start: StartName = "pruned",
     ) -> None:
         super().__init__()
         if epochs < 1:
             raise ValueError(f"model.epochs must be at least 1, got {epochs}")
         self.source = ModelSource(name, shape, dtype, revision, tokenizer, trust_remote_code)
         self.save_dtype = save_dtype
-        self.epochs = epochs
+        self.epochs, self.start = epochs, start
+        self.start_weights: Mapping[str, torch.Tensor] | None = None  # of every mask; None for the dense survivors
+        self.start_seconds = 0.0  # what it took to solve for them
         self.model: PreTrainedModel
         self.dtype_to_save: torch.dtype
         self.data: TokenData
@@ -80,6 +99,11 @@ class Scope(L.LightningModule, ABC):
     def loads_whole(self) -> bool:
         """Whether `load` gives the whole model, so that it can be pruned and measured."""
         return True
+
+    @property
+    def forward_batch_size(self) -> int:
+        """Sequences per forward pass in which nothing is trained."""
+        return self.data.batch_size
 
     @property
     def progress(self) -> str:
@@ -114,19 +138,52 @@ class Scope(L.LightningModule, ABC):
         """The recovered model in the precision to save, after the fit, and its weights if it is without them."""
         return self.model if self.save_dtype is None else self.model.to(self.dtype_to_save), None  # pyright: ignore
 
-    def prepare(self, data: TokenData, masks: Masks, directory: Path | None = None) -> None:
-        """Say what to train on and which weights survive.
+    def prepare(
+        self,
+        data: TokenData,
+        masks: Masks,
+        directory: Path | None = None,
+        moved: Mapping[str, torch.Tensor] | None = None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """Say what to train on and which weights survive; solve for the exact start, if it is to be that.
 
         Args:
             data: Calibration and validation tokens; its tokenizer is set.
             masks: Which weights of the loaded model survive.
             directory: Where finished parts may be written, so that a killed run can go on; nowhere if None.
+            moved: The weights as the criterion left them, for `start: moved`.
+            say: Is told how far the exact start is, in lines.
 
         Raises:
-            ValueError: If the masks belong to another model.
+            ValueError: If the masks belong to another model, or there are no moved weights to start from.
         """
         masks.validate_for(self.model)
         self.data, self.masks, self.directory = data, masks, directory
+        if self.start == "moved":
+            if moved is None:
+                raise ValueError(NO_MOVED.format("there are none with these masks"))
+            self.start_weights = moved
+        if self.start == "exact" and masks:
+            self.start_weights = self._exact_start(say)
+
+    def _exact_start(self, say: Callable[[str], None]) -> Mapping[str, torch.Tensor]:
+        """The exact solution of every matrix: from the run's directory, or solved for now and left there."""
+        path = self.directory and self.directory / EXACT
+        found: dict[str, torch.Tensor] = {}
+        if path is None or not path.exists():
+            self.phases.enter("start")
+            started = time.monotonic()
+            with ExitStack() as stack:
+                like = {name: self.model.get_parameter(name) for name in self.masks}
+                sink = found.__setitem__ if path is None else stack.enter_context(written(path, like))
+                solve_all(self.model, self.data.tokens("train"), self.masks, sink, self.forward_batch_size, say)
+            self.start_seconds = time.monotonic() - started
+        return found if path is None else Start(path, self.masks)
+
+    def begin_from_start(self, masks: Masks) -> None:
+        """Prune the weights of `masks` and give the survivors what recovery starts from."""
+        apply(self.model, masks, self.start_weights)
 
     def setup(self, stage: str) -> None:
         """Tell the trainer how long the fit is: the scope knows its windows and epochs."""

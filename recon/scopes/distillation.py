@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recon.scopes.base import check_finite, warmup_and_linear_decay
+from recon.scopes.base import StartName, check_finite, warmup_and_linear_decay
 from recon.scopes.local import Batch, LocalScope
 from recon.windows import Window, block_windows, submodule_windows
 
@@ -24,6 +24,7 @@ class Distillation(LocalScope):
         weight_decay: AdamW's weight decay.
         betas: AdamW's averaging coefficients.
         warmup: Share of a window's steps with a rising learning rate; it falls linearly to zero afterwards.
+        start: As in `Scope`. `exact` costs one pass over the calibration sequences and is worth about one epoch.
         **options: Batch size, and which model: see `LocalScope`.
     """
 
@@ -34,9 +35,10 @@ class Distillation(LocalScope):
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.95),
         warmup: float = 0.1,
+        start: StartName = "exact",
         **options: Any,
     ) -> None:
-        super().__init__(epochs=epochs, **options)
+        super().__init__(epochs=epochs, start=start, **options)
         self.lr, self.weight_decay, self.betas, self.warmup = lr, weight_decay, betas, warmup
 
     def configure_optimizers(self):

@@ -1,6 +1,7 @@
 """Full retraining: the pruned model as a whole, on next-token prediction or the dense model's logits."""
 
 import copy
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -43,7 +44,7 @@ class FullRetraining(Scope):
         warmup: Share of the steps with a rising learning rate; it falls linearly to zero afterwards.
         gradient_checkpointing: Keep only what enters each block for the backward pass and compute the rest again.
         partitioned: For models larger than a process's memory: load them partitioned, by ZeRO-3. Needs masks made
-            before (`--masks`) and `--baselines false`, since both take a whole model.
+            before (`--masks`) and `--baselines false`, since both take a whole model; so does `start: exact`.
         **options: Which model: see `Scope`.
     """
 
@@ -64,6 +65,11 @@ class FullRetraining(Scope):
         **options: Any,
     ) -> None:
         super().__init__(epochs=epochs, **options)
+        if partitioned and self.start == "exact":
+            raise ValueError(
+                "model.start: exact solves on the whole model, which model.partitioned never loads; choose "
+                "model.start: pruned, or moved with the masks of a criterion that moves weights"
+            )
         self.loss, self.temperature, self.train_what = loss, temperature, train
         self.lr, self.weight_decay, self.betas, self.warmup = lr, weight_decay, betas, warmup
         self.gradient_checkpointing, self.partitioned = gradient_checkpointing, partitioned
@@ -116,9 +122,16 @@ class FullRetraining(Scope):
         self.model, data.tokenizer = self.source.skeleton(), self.source.load_tokenizer()
         self.dtype_to_save = self._dtype_to_save(self.model)
 
-    def prepare(self, data: TokenData, masks: Masks, directory: Path | None = None) -> None:
-        """As `Scope.prepare`; the masks are applied here, before an optimizer or a strategy copies the weights."""
-        super().prepare(data, masks, directory)
+    def prepare(
+        self,
+        data: TokenData,
+        masks: Masks,
+        directory: Path | None = None,
+        moved: Mapping[str, Tensor] | None = None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """As `Scope.prepare`; the model is pruned here, before an optimizer or a strategy copies the weights."""
+        super().prepare(data, masks, directory, moved, say)
         if not self.partitioned:
             if self.loss == "distillation":
                 self._teacher = [copy.deepcopy(self.model).requires_grad_(False)]
@@ -142,7 +155,7 @@ class FullRetraining(Scope):
                 strategy.shard(teacher)
 
     def _make_ready(self) -> None:
-        self.masks.apply(self.model)
+        self.begin_from_start(self.masks)
         blocks = Anatomy.of(self.model).blocks
         if self.train_what == "blocks":
             self.model.requires_grad_(False)

@@ -7,7 +7,7 @@ restarted run skips what is there, recomputing only the activations, and ends bi
 
 import json
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,8 @@ class LocalScope(Scope):
         windows: All windows that hold a pruned weight, in the order of depth; laid out by `prepare`. The
             others reproduce the dense model as they are: training could only move them away from it.
         window: The one under way; None between two.
-        results: Name of each finished window -> relative held-out error of its output `before` (pruned) and
-            `after` recovery, and what a scope adds.
+        results: Name of each finished window -> relative held-out error of its output `before` (as it
+            starts) and `after` recovery, and what a scope adds.
     """
 
     def __init__(self, epochs: int = 4, batch_size: int = 8, **options: Any) -> None:
@@ -78,18 +78,30 @@ class LocalScope(Scope):
         epoch = f"  epoch {self._epoch}/{self.epochs}" if self.epochs > 1 else ""
         return f"window {self.windows.index(self.window) + 1}/{len(self.windows)}  {self.window.name}{epoch}"
 
+    @property
+    def forward_batch_size(self) -> int:
+        """As in training."""
+        return self.batch_size
+
     def enforced(self) -> Masks:
         """The masks of finished windows and of the one under way."""
         begun = [window for window in self.windows if window.name in self.results or window is self.window]
         return self.masks.subset([name for window in begun for name in window.owned if name in self.masks])
 
-    def prepare(self, data: TokenData, masks: Masks, directory: Path | None = None) -> None:
+    def prepare(
+        self,
+        data: TokenData,
+        masks: Masks,
+        directory: Path | None = None,
+        moved: Mapping[str, Tensor] | None = None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
         """As `Scope.prepare`; lays out the windows and freezes the model.
 
         Raises:
             ValueError: If the model cannot be run window by window, or no window owns a masked weight.
         """
-        super().prepare(data, masks, directory)
+        super().prepare(data, masks, directory, moved, say)
         self.model.requires_grad_(False)
         self.replay = Replay(self.model, Anatomy.of(self.model))
         windows = self.build_windows()
@@ -163,9 +175,9 @@ class LocalScope(Scope):
         del self.calibration, self.held_out
 
     def begin(self, window: Window) -> None:
-        """Compute what the dense window takes in and returns, then prune its weights."""
+        """Compute what the dense window takes in and returns, then prune its weights, the others as they start."""
         self.calibration.enter(window.indices)
-        self._masks_of(window).apply(self.model)
+        self.begin_from_start(self._masks_of(window))
 
     def batch(self, walk: Activations, rows: Any) -> Batch:
         """Inputs and target of the current window for some of a walk's sequences."""

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recon.exact import MAX_ITERATIONS, TOLERANCE, pruned_matrices, solve
+from recon.scopes.base import StartName
 from recon.scopes.local import LocalScope
-from recon.shapes import as_out_in, weight_out_in
-from recon.solvers import conjugate_gradients
+from recon.shapes import weight_out_in
 from recon.statistics import InputStatistics, collect
 from recon.windows import Window, block_windows
 
@@ -24,13 +25,26 @@ class MatrixReconstruction(LocalScope):
     Args:
         tolerance: Relative projected gradient at which a matrix counts as solved.
         max_iterations: Conjugate-gradient steps after which it is taken as it is.
+        start: First iterate, `pruned` or `moved`. The end is the same, but for weights that the inputs do not
+            determine.
         **options: Batch size, and which model: see `LocalScope`.
     """
 
     scope = "matrix"
 
-    def __init__(self, tolerance: float = 1e-6, max_iterations: int = 500, **options: Any) -> None:
-        super().__init__(epochs=1, **options)
+    def __init__(
+        self,
+        tolerance: float = TOLERANCE,
+        max_iterations: int = MAX_ITERATIONS,
+        start: StartName = "pruned",
+        **options: Any,
+    ) -> None:
+        super().__init__(epochs=1, start=start, **options)
+        if start == "exact":
+            raise ValueError(
+                "model.start: exact is what the matrix scope ends at; choose model.start: pruned, or moved with a "
+                "criterion that moves weights"
+            )
         self.tolerance, self.max_iterations = tolerance, max_iterations
         self.automatic_optimization = False
         self._dense: dict[str, Tensor] = {}
@@ -53,11 +67,10 @@ class MatrixReconstruction(LocalScope):
     def begin(self, window: Window) -> None:
         """As `LocalScope.begin`, collecting Gram matrices on the way and keeping the dense weights."""
         (block,) = window.blocks
-        self._matrices = {f"{name}.weight": matrix for name, matrix in block.matrices.items()}
-        masked = {name: matrix for name, matrix in self._matrices.items() if name in self.masks}
-        with collect(masked, need="gram") as self._statistics:
+        self._matrices = pruned_matrices(block, self.masks)
+        with collect(self._matrices, need="gram") as self._statistics:
             self.calibration.enter(window.indices)
-        self._dense = {name: weight_out_in(matrix).clone() for name, matrix in masked.items()}
+        self._dense = {name: weight_out_in(matrix).clone() for name, matrix in self._matrices.items()}
         super().begin(window)
 
     @torch.no_grad()
@@ -65,17 +78,9 @@ class MatrixReconstruction(LocalScope):
         """Solve every matrix of the block."""
         solved = {}
         for name, dense in self._dense.items():
-            module, gram = self._matrices[name], self._statistics[name].gram
-            assert gram is not None
-            keep = as_out_in(module, self.masks[name].to(gram.device))
-            solution = conjugate_gradients(
-                gram,
-                dense.float(),
-                keep,
-                tolerance=self.tolerance,
-                max_iterations=self.max_iterations,
-                name=name,
-            )
+            module, keep = self._matrices[name], self.masks[name]
+            limits = self.tolerance, self.max_iterations
+            solution = solve(module, dense, self._statistics[name], keep, name, *limits)
             weight_out_in(module).copy_(solution.weight)
             solved[name] = {key: value for key, value in asdict(solution).items() if key != "weight"}
         self.log("matrix_error", sum(one["relative_error"] for one in solved.values()) / max(1, len(solved)))

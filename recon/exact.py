@@ -1,0 +1,101 @@
+"""The exact solution of every pruned matrix by itself: the matrix scope's result, and a start for the other scopes."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from recon.activations import Activations
+from recon.anatomy import Anatomy, Block
+from recon.masks import Masks
+from recon.replay import Replay
+from recon.shapes import as_out_in, weight_out_in
+from recon.solvers import Solution, conjugate_gradients
+from recon.start import Sink
+from recon.statistics import InputStatistics, collect
+
+TOLERANCE, MAX_ITERATIONS = 1e-6, 500
+"""Relative projected gradient at which a matrix counts as solved, and the steps after which it is taken as it is."""
+
+
+def pruned_matrices(block: Block, masks: Masks) -> dict[str, nn.Module]:
+    """Parameter name -> linear map, for those of `block` that have a mask."""
+    matrices = {f"{name}.weight": module for name, module in block.matrices.items()}
+    return {name: module for name, module in matrices.items() if name in masks}
+
+
+def solve(
+    module: nn.Module,
+    dense: Tensor,
+    statistics: InputStatistics,
+    keep: Tensor,
+    name: str,
+    tolerance: float = TOLERANCE,
+    max_iterations: int = MAX_ITERATIONS,
+) -> Solution:
+    """Solve one matrix, from the weight that it has now.
+
+    Args:
+        module: The linear map.
+        dense: Its dense weight, out x in.
+        statistics: Of its inputs, with the Gram matrix.
+        keep: Its mask, in its own layout.
+        name: What error messages call it.
+        tolerance: Relative projected gradient at which it counts as solved.
+        max_iterations: Conjugate-gradient steps after which it is taken as it is.
+    """
+    assert statistics.gram is not None
+    keep = as_out_in(module, keep.to(dense.device))
+    start = weight_out_in(module).float()
+    return conjugate_gradients(
+        statistics.gram, dense.float(), keep, start, tolerance=tolerance, max_iterations=max_iterations, name=name
+    )
+
+
+def solve_all(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    masks: Masks,
+    sink: Sink,
+    batch_size: int = 8,
+    progress: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Solve every pruned matrix of a dense model on its dense inputs, block by block. The model is left as it was.
+
+    Args:
+        model: In evaluation mode, on the device to compute on.
+        tokens: Calibration sequences, int64[num_sequences, seq_len].
+        masks: Which weights survive.
+        sink: Is given each solution, in the parameter's layout, dtype and on its device.
+        batch_size: Sequences per forward pass.
+        progress: Is told each block, in a line.
+
+    Raises:
+        ValueError: If a mask is not that of a linear map in a block, or numbers are not finite.
+        FloatingPointError: If hidden states are no numbers.
+    """
+    anatomy = Anatomy.of(model)
+    by_block = [pruned_matrices(block, masks) for block in anatomy.blocks]
+    orphans = masks.keys() - {name for matrices in by_block for name in matrices}
+    if orphans:
+        raise ValueError(
+            f"model.start: exact needs every pruned weight to be that of a linear map in a block, got {len(orphans)} "
+            f"that belong to none, {min(orphans)} the first; exclude them with `pruning.exclude` or choose "
+            f"model.start: pruned"
+        )
+    walk = Activations(Replay(model, anatomy), tokens, batch_size, next(model.parameters()).device)
+    for block, matrices in zip(anatomy.blocks, by_block, strict=True):
+        if not matrices:
+            continue
+        with collect(matrices, need="gram") as statistics:
+            walk.enter([block.index])
+        gradients = []
+        for name, module in matrices.items():
+            dense = weight_out_in(module)
+            solution = solve(module, dense, statistics[name], masks[name], name)
+            gradients.append(solution.projected_gradient)
+            sink(name, as_out_in(module, solution.weight).to(dense.dtype))
+        progress(
+            f"start  block {block.index + 1}/{len(anatomy.blocks)}  {len(matrices)} matrices solved  "
+            f"projected gradient at most {max(gradients):.1e}"
+        )
