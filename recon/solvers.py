@@ -78,9 +78,8 @@ def conjugate_gradients(
         whole, scale = (W0 * H).sum(1), (H * M).norm(dim=1)
         del H
         W1 = (W0 if start is None else start.float()).masked_fill(~keep, 0)
-        E = W0 - W1
-        E_G = E @ G
-        before = (E * E_G).sum(1)
+        E_G = (W0 - W1) @ G
+        before = ((W0 - W1) * E_G).sum(1)
         W, E_G, iterations = _iterate(G, W0, M, W1, E_G, tolerance * scale, max_iterations)
         after = ((W0 - W) * E_G).sum(1)
         _require_finite(name, solution=W, objective=torch.stack([before, after, whole]))
@@ -115,13 +114,12 @@ def _iterate(
     preconditioner = torch.where(diagonal > torch.finfo(diagonal.dtype).tiny, 1 / diagonal, 0)
     best = torch.full_like(target, float("inf"))
     while True:
-        R = E_G * M
-        norms = R.norm(dim=1)
+        norms = (E_G * M).norm(dim=1)
         rows = ((norms > target) & (norms < PROGRESS * best)).nonzero().flatten()
         if len(rows) == 0 or iteration == max_iterations:
             return W, E_G, iteration
         best = torch.minimum(best, norms)
-        iteration += _descend(G, W, M, R, rows, target, preconditioner, max_iterations - iteration)
+        iteration += _descend(G, W, M, E_G, rows, target, preconditioner, max_iterations - iteration)
         # Differences first: H - W G would cancel. All rows, for the rounding of a product depends on how many it has.
         E_G = (W0 - W) @ G
 
@@ -130,7 +128,7 @@ def _descend(
     G: Tensor,
     weight: Tensor,
     mask: Tensor,
-    residual: Tensor,
+    E_G: Tensor,
     rows: Tensor,
     target: Tensor,
     preconditioner: Tensor,
@@ -144,7 +142,8 @@ def _descend(
     Returns:
         The number of iterations.
     """
-    W, M, R, target = weight[rows], mask[rows], residual[rows], target[rows]
+    W, M, target = weight[rows], mask[rows], target[rows]
+    R = E_G[rows].mul_(M)
     P, previous = torch.zeros_like(R), torch.full_like(target, float("inf"))
     Z, Q = torch.empty_like(R), torch.empty_like(R)
     for iteration in range(max_iterations):
