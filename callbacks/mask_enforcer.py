@@ -50,7 +50,7 @@ class MaskEnforcer(Callback):
             _require_zero_keeping(trainer.optimizers)
         self._detach()  # callback state is restored after this hook under DeepSpeed and FSDP2: attach once only
         parameters = dict(scope.model.named_parameters(remove_duplicate=False))
-        for name in scope.masks:
+        for name in scope.maskable:
             parameter = parameters[name]
             frozen = not parameter.requires_grad
             parameter.requires_grad_(True)  # a hook is accepted only then; local scopes unfreeze later
@@ -105,18 +105,18 @@ def _attach(parameter: Tensor, masks: Masks, name: str) -> RemovableHandle:
 
         return parameter.register_post_accumulate_grad_hook(mask_shard)
     if hasattr(parameter, "ds_id"):  # partitioned weights: whole masks of eight times the size would outweigh them
-        packed, shape = masks.packed(name), tuple(masks[name].shape)
-        return parameter.register_hook(_masking(packed, lambda bits: unpack(bits, shape)))
-    return parameter.register_hook(_masking(masks[name], lambda keep: keep))
+        shape = tuple(masks[name].shape)
+        return parameter.register_hook(_masking(lambda: masks.packed(name), lambda bits: unpack(bits, shape)))
+    return parameter.register_hook(_masking(lambda: masks[name], lambda keep: keep))
 
 
-def _masking(mask: Tensor, to_bool: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """A gradient hook; the mask goes to the gradient's device at its first call, which on the host copies nothing."""
+def _masking(mask: Callable[[], Tensor], to_bool: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A gradient hook; the mask is asked for at its first call, when it is there even if recovery chooses it."""
     on_device: dict[torch.device, Tensor] = {}
 
     def hook(gradient: Tensor) -> Tensor:
         if gradient.device not in on_device:
-            on_device[gradient.device] = mask.to(gradient.device)
+            on_device[gradient.device] = mask().to(gradient.device)
         return torch.where(to_bool(on_device[gradient.device]), gradient, 0)  # not a product: inf * 0 is nan
 
     return hook

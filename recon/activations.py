@@ -1,64 +1,153 @@
 """What enters a window and what it should produce, for every calibration sequence.
 
-The dense model is walked from the first block to the last, once. At any time there are at most two
-copies of the hidden states (before and after the current blocks) and one attention output.
+The model is walked from the first block to the last, once, while the blocks behind are recovered. At any time there
+are at most two copies of the hidden states (what enters, and what should come out) and one attention output;
+overlapping windows on dense inputs keep one copy more for each window that begins inside another.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from recon.replay import Replay
+from recon.statistics import InputStatistics, Need, collect, collect_pairs
+from recon.windows import Window
+
+Propagation = Literal["dense", "recovered_local", "recovered"]
+"""What enters a window, and what it should produce:
+
+- `dense`: what the dense model has there, and what the dense window makes of it. Windows are independent;
+- `recovered_local`: what the recovered blocks before it produce, and what the dense window makes of that: the
+  window is repaired, and the error that enters it passed on;
+- `recovered`: what the recovered blocks before it produce, and what the dense model has behind it: the window
+  makes up for the error that enters it, too.
+"""
 
 
 class Activations:
-    """Dense inputs and outputs of the blocks under way.
+    """Inputs and targets of the blocks under way.
 
     Args:
-        replay: The model, its weights dense in every block not yet passed.
+        replay: The model, its weights dense in every block not yet entered.
         tokens: Calibration sequences, int64[num_sequences, seq_len].
         batch_size: Sequences per forward pass.
         device: Where the model computes; the activations are kept there too.
+        propagation: What enters, and what should come out.
+        tap: Whether to record attention, where a single block is entered.
+        starts: Blocks at which later windows begin, if windows overlap: what enters them is kept from the time when
+            the blocks before them were dense.
 
     Attributes:
         hidden: What enters the current blocks, [num_sequences, seq_len, dim].
-        attention: What the attention submodule of the current block returns; None before `enter`.
-        output: What the current blocks return; None before `enter`.
+        attention: What the attention submodule of the current block should return, and after `pass_attention`
+            what it does return; None where it is not recorded.
+        output: What the current blocks should return; None before `enter`.
+        recorded: What a window that ends elsewhere should return, after `record`.
+        blocks: Indices of the current blocks.
     """
 
-    def __init__(self, replay: Replay, tokens: Int[Tensor, "num seq"], batch_size: int, device: torch.device) -> None:
-        self.replay = replay
-        self.batch_size = batch_size
+    def __init__(
+        self,
+        replay: Replay,
+        tokens: Int[Tensor, "num seq"],
+        batch_size: int,
+        device: torch.device,
+        propagation: Propagation = "dense",
+        tap: bool = False,
+        starts: Collection[int] = (),
+    ) -> None:
+        self.replay, self.batch_size, self.propagation = replay, batch_size, propagation
+        self.tap, self.starts = tap, frozenset(starts)
         with torch.no_grad():
             pieces = [replay.embed(batch.to(device)) for batch in tokens.split(batch_size)]
         self.hidden: Float[Tensor, "num seq dim"] = torch.cat(pieces)
         self.attention: Float[Tensor, "num seq dim"] | None = None
         self.output: Float[Tensor, "num seq dim"] | None = None
-        self.blocks: Sequence[int] = ()
+        self.recorded: Float[Tensor, "num seq features"] | None = None
+        self.blocks: list[int] = []
+        self._at = 0  # the block that `hidden` enters
+        self._ahead = 0  # the block that the dense stream enters; weights are dense from here on
+        self._kept: dict[int, Tensor] = {}  # block -> what enters it, dense
 
-    def enter(self, blocks: Sequence[int]) -> None:
-        """Go on to consecutive `blocks` and compute what they return; nothing happens if they are current.
+    @torch.no_grad()
+    def enter(
+        self, blocks: Sequence[int], matrices: Mapping[str, nn.Module] | None = None, need: Need = "none"
+    ) -> dict[str, InputStatistics]:
+        """Go on to consecutive `blocks`; nothing happens if they are current.
 
-        The attention output is recorded where there is one block. `hidden` is then what these blocks
-        take in. Blocks between the current ones and these are passed on the way.
+        Blocks between the current ones and these are passed on the way, with the weights that they have now.
+
+        Args:
+            blocks: Indices; the first may lie among the current blocks, the last may not.
+            matrices: Of blocks that were never entered before, still dense: name -> linear map.
+            need: What to collect of their inputs. Recovered inputs with dense targets bring what the others need.
+
+        Returns:
+            Name of each matrix -> statistics of what enters it.
+
+        Raises:
+            FloatingPointError: If hidden states are no numbers, naming the block and the batch.
         """
-        if list(blocks) == list(self.blocks):
-            return
-        following = self.blocks[-1] + 1 if self.blocks else 0
-        assert blocks[0] >= following, f"blocks are walked in order: {blocks} cannot follow {self.blocks}"
-        for passed in range(following, blocks[0]):
-            self._advance([passed])
-        self._advance(blocks)
+        if list(blocks) == self.blocks:
+            return {}
+        matrices, start, stop = dict(matrices or {}), blocks[0], blocks[-1] + 1
+        assert start >= self._at, f"blocks are walked in order: {blocks} cannot follow {self.blocks}"
+        assert stop > self._ahead, f"blocks are walked in order: {blocks} cannot follow {self.blocks}"
+        self.attention = self._room(self.attention) if self.tap and len(blocks) == 1 else None
+        if self.propagation == "dense":
+            with collect(matrices, need) as found:
+                self._pass_dense(start, stop)
+        else:
+            for index in range(self._at, start):
+                self._pass(index, self.hidden, self.hidden)
+            if self.propagation == "recovered":
+                found = self._pass_both(start, stop, matrices if need != "none" else {})
+            else:
+                with collect(matrices, need) as found:
+                    self._pass_local(start, stop)
+        self.blocks, self._at, self._ahead = list(blocks), start, stop
+        self.recorded = None
+        return found
 
-    def _advance(self, blocks: Sequence[int]) -> None:
-        if self.output is not None:
-            self.hidden = self.output
-        self.blocks = list(blocks)
-        self.attention = torch.empty_like(self.hidden) if len(blocks) == 1 else None
-        self.output = torch.empty_like(self.hidden)
-        self.compute()
+    @torch.no_grad()
+    def record(self, window: Window) -> None:
+        """Compute what `window`, with the weights that it has now, makes of what enters the current blocks."""
+        self.recorded = None  # lets go of the last one
+        self.recorded = torch.cat([window.forward(self.replay, self.hidden[rows]) for rows in self._rows()])
+
+    @torch.no_grad()
+    def pass_attention(
+        self, matrices: Mapping[str, nn.Module] | None = None, need: Need = "none"
+    ) -> dict[str, InputStatistics]:
+        """Replace what attention should return by what it does return, now that it is recovered.
+
+        Dense inputs stay dense: nothing happens then.
+
+        Args:
+            matrices: Of the current block behind its attention, still dense.
+            need: What to collect of their inputs.
+
+        Returns:
+            Name of each matrix -> statistics of what enters it.
+        """
+        if self.propagation == "dense":
+            return {}
+        assert self.attention is not None, "enter one block first, with `tap`"
+        assert self.output is not None
+        matrices, (block,) = dict(matrices or {}), self.blocks
+        with collect(matrices, need) as found:
+            for rows in self._rows():
+                hidden = self.hidden[rows]
+                attention = self.replay.tap(block, hidden)
+                self.attention[rows] = attention
+                if self.propagation == "recovered_local":
+                    self.output[rows] = self.replay.stub(block, hidden, attention)
+                elif need != "none":
+                    self.replay.stub(block, hidden, attention)
+        return found
 
     @torch.no_grad()
     def compute(self) -> None:
@@ -68,17 +157,81 @@ class Activations:
             FloatingPointError: If an output is no number, naming the block and the batch.
         """
         assert self.output is not None, "enter blocks first"
+        source = self.hidden
+        for index in self.blocks:
+            self._pass(index, source, self.output)
+            source = self.output
+
+    def _pass_dense(self, start: int, stop: int) -> None:
+        """Walk the one dense stream on, keeping what enters `start` and the starts behind it."""
+        assert start >= self._ahead or start in self._kept, f"walked in order: block {start} was not to be kept"
+        stream = self.hidden if self.output is None else self.output
+        self.hidden = stream  # lets go of what entered the blocks before
+        for index in range(self._ahead, stop):
+            output = stream
+            if index == start or index in self.starts:
+                self._kept[index] = stream
+                output = torch.empty_like(stream)
+            self._pass(index, stream, output, self.attention if index == start else None)
+            stream = output
+        self.hidden, self.output = self._kept.pop(start), stream
+
+    def _pass_local(self, start: int, stop: int) -> None:
+        """What the dense blocks make of recovered hidden states."""
+        assert start >= self._ahead, "windows overlap: the dense weights are gone"
+        self.output = self._room(self.output)
+        source = self.hidden
+        for index in range(start, stop):
+            self._pass(index, source, self.output, self.attention)
+            source = self.output
+
+    def _pass_both(self, start: int, stop: int, matrices: dict[str, nn.Module]) -> dict[str, InputStatistics]:
+        """Walk the dense stream on, and beside it the recovered one if it is to be observed."""
+        if self.output is None:
+            self.output = self.hidden.clone()
+        for index in range(self._ahead, start):
+            self._pass(index, self.output, self.output)
+        fresh = range(max(start, self._ahead), stop)
+        adds = self.attention is not None and self.replay.adds_attention(start)
+        with collect_pairs(matrices) as pairs:
+            for rows in self._rows():
+                dense, hidden = self.output[rows], self.hidden[rows]
+                shift = dense - hidden if adds else None
+                for index in range(start, fresh.start) if matrices else ():
+                    hidden = self.replay.run(index, hidden)
+                for index in fresh:
+                    with pairs.dense():
+                        dense = self._run(index, rows, dense, self.attention)
+                    if matrices:
+                        with pairs.recovered():
+                            hidden = self.replay.run(index, hidden)
+                self.output[rows] = dense
+                if shift is not None:
+                    assert self.attention is not None
+                    # So that the stream behind attention becomes the dense one: what entered is made up for.
+                    self.attention[rows] += shift
+        return pairs.statistics
+
+    def _pass(self, index: int, source: Tensor, output: Tensor, attention: Tensor | None = None) -> None:
+        for rows in self._rows():
+            output[rows] = self._run(index, rows, source[rows], attention)
+
+    def _run(self, index: int, rows: slice, hidden: Tensor, attention: Tensor | None) -> Tensor:
+        """Run one block on some sequences, and record its attention if there is room for it."""
+        if attention is not None:
+            attention[rows], output = self.replay.run_and_tap(index, hidden)
+        else:
+            output = self.replay.run(index, hidden)
+        if not output.isfinite().all():  # a sum of finite fp16 numbers may be infinite
+            raise FloatingPointError(
+                f"hidden states must be finite, got NaN or infinity after block {index} in the batch that begins "
+                f"with sequence {rows.start}; check the weights, or load the model in a wider dtype"
+            )
+        return output
+
+    def _rows(self) -> Iterator[slice]:
         for start in range(0, len(self.hidden), self.batch_size):
-            rows = slice(start, start + self.batch_size)
-            hidden = self.hidden[rows]
-            if self.attention is not None:
-                self.attention[rows], hidden = self.replay.run_and_tap(self.blocks[0], hidden)
-            else:
-                for block in self.blocks:
-                    hidden = self.replay.run(block, hidden)
-            if not hidden.isfinite().all():  # a sum of finite fp16 numbers may be infinite
-                raise FloatingPointError(
-                    f"hidden states must be finite, got NaN or infinity after block {self.blocks[-1]} in the "
-                    f"batch that begins with sequence {start}; check the weights, or load the model in a wider dtype"
-                )
-            self.output[rows] = hidden
+            yield slice(start, start + self.batch_size)
+
+    def _room(self, tensor: Tensor | None) -> Tensor:
+        return torch.empty_like(self.hidden) if tensor is None else tensor

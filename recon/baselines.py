@@ -2,12 +2,14 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 
 import torch
 from transformers import PreTrainedModel
 
 from recon.criteria import Criterion
 from recon.data import TokenData
+from recon.drift import measure_drift
 from recon.environment import environment
 from recon.evaluation import evaluate
 from recon.masks import Masks
@@ -83,6 +85,7 @@ def measure_pruned(
     run: RunDirectory,
     device: torch.device,
     keep_model: bool = False,
+    drift: bool = True,
     say: Callable[[str], None] = print,
 ) -> Report:
     """Prune a model, write its masks, and measure the pruned model; a finished run is only read.
@@ -98,6 +101,7 @@ def measure_pruned(
         run: Where masks and report go.
         device: Where to compute.
         keep_model: Write the pruned model too.
+        drift: Measure how far the pruned model is from the dense one, which is loaded again beside it.
         say: Is told what is going on, in lines.
 
     Returns:
@@ -119,11 +123,12 @@ def measure_pruned(
     if keep_model:
         save_model(model, data.tokenizer, run.model)
     evaluation = evaluate(model, data.test_dataloader())
+    drifted = measure_drift(source.model(device), model, data.val_dataloader()) if drift else None
     report = Report(
         scope="pruned",
         model=source.name,
         criterion=str(criterion),
-        pattern=str(pattern),
+        pattern=(pruning or Pruning()).describe(pattern),
         seed=data.seed,
         perplexity=evaluation.perplexity,
         sparsity=masks.sparsity,
@@ -135,6 +140,7 @@ def measure_pruned(
         run_dir=str(run.path),
         protocol=evaluation.protocol,
         environment=environment(device),
+        drift=asdict(drifted) if drifted else {},
     )
     report.save(run.report)
     return report

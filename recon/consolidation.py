@@ -53,8 +53,9 @@ def _from_deepspeed(checkpoint: Path) -> dict[str, Tensor]:
     for part in parts.values():
         if id(part) not in whole:
             whole[id(part)] = part if isinstance(part, Tensor) else part.contiguous()
+    frozen = {name: weight for name, weight in (held["module"] or {}).items() if name not in parts}  # by stage 1
     exact = {PREFIX + name: weight for name, weight in held[FROZEN].items()}  # DeepSpeed has them in 16 bits
-    return {name: whole[id(part)] for name, part in parts.items()} | exact
+    return {name: whole[id(part)] for name, part in parts.items()} | frozen | exact
 
 
 def _from_fsdp2(checkpoint: Path) -> dict[str, Tensor]:

@@ -10,12 +10,12 @@ from recon.anatomy import Anatomy, Block
 from recon.masks import Masks
 from recon.replay import Replay
 from recon.shapes import as_out_in, weight_out_in
-from recon.solvers import Solution, conjugate_gradients
+from recon.solvers import ConjugateGradients, LeastSquares, Solution, Solver
 from recon.start import Sink
 from recon.statistics import InputStatistics, collect
 
-TOLERANCE, MAX_ITERATIONS = 1e-6, 500
-"""Relative projected gradient at which a matrix counts as solved, and the steps after which it is taken as it is."""
+EXACT_SOLVER = ConjugateGradients()
+"""As exact as fp32 allows."""
 
 
 def pruned_matrices(block: Block, masks: Masks) -> dict[str, nn.Module]:
@@ -30,26 +30,23 @@ def solve(
     statistics: InputStatistics,
     keep: Tensor,
     name: str,
-    tolerance: float = TOLERANCE,
-    max_iterations: int = MAX_ITERATIONS,
+    solver: Solver = EXACT_SOLVER,
 ) -> Solution:
     """Solve one matrix, from the weight that it has now.
 
     Args:
         module: The linear map.
         dense: Its dense weight, out x in.
-        statistics: Of its inputs, with the Gram matrix.
+        statistics: Of its inputs, with the Gram matrix; those of pairs pose the problem with dense targets.
         keep: Its mask, in its own layout.
         name: What error messages call it.
-        tolerance: Relative projected gradient at which it counts as solved.
-        max_iterations: Conjugate-gradient steps after which it is taken as it is.
+        solver: Conjugate gradients by default.
+
+    Raises:
+        ValueError: If numbers are not finite.
     """
-    assert statistics.gram is not None
-    keep = as_out_in(module, keep.to(dense.device))
-    start = weight_out_in(module).float()
-    return conjugate_gradients(
-        statistics.gram, dense.float(), keep, start, tolerance=tolerance, max_iterations=max_iterations, name=name
-    )
+    problem = LeastSquares.of(statistics, dense)
+    return solver.solve(problem, as_out_in(module, keep.to(dense.device)), weight_out_in(module), name)
 
 
 def solve_all(

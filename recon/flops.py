@@ -13,12 +13,14 @@ The convention is that of PaLM (arXiv 2204.02311, appendix B), one multiply-add 
 - a pruned weight counts like any other: dense products compute with the zeros.
 
 PaLM's factor of 3 from forward to forward and backward holds if every weight learns. A frozen weight needs no
-gradient of its own and counts 4N here.
+gradient of its own and counts 4N here, unless it has adapters (`recon.lora`), whose gradients are made from it. Their
+own products take operations per step, not per token, and are left out.
 """
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from recon.lora import is_adapted
 from recon.shapes import is_matrix
 from recon.sharding import whole_shape
 
@@ -43,7 +45,7 @@ def flops_per_token(model: PreTrainedModel, seq_len: int, backward: bool = True)
     flops = attention * (3 if backward else 1)
     for matrix in _matrices(model):
         weight = matrix.get_parameter("weight")
-        products = 1 + backward * (2 if weight.requires_grad else 1)
+        products = 1 + backward * (2 if weight.requires_grad or is_adapted(matrix) else 1)
         flops += 2 * products * whole_shape(weight).numel()
     return flops
 

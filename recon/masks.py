@@ -73,6 +73,11 @@ class Masks(Mapping[str, Tensor]):
             raise ValueError(f"a subset needs names that have a mask, got {_few(unknown)} without one")
         return Masks._of({name: self._packed[name] for name in names}, self._shapes)
 
+    def add(self, others: "Masks") -> None:
+        """Take in the masks of further parameters, in place: who holds these masks sees them."""
+        self._packed |= others._packed
+        self._shapes |= others._shapes
+
     def packed(self, name: str) -> UInt8[Tensor, "num_bytes"]:
         """The mask of `name` as it is held, for `unpack`."""
         return self._packed[name]

@@ -2,11 +2,13 @@
 
 A pattern turns scores into a mask with an exact number of zeros. Thresholds are never used within a matrix:
 `score <= sorted[k]` prunes k+1 weights and every tie with them. Ranks are exact, and among equal scores the
-weight with the lower index is kept.
+weight with the lower index is kept. `Unstructured` and `NM` give every matrix the same density, `Counted` each
+its own.
 """
 
 import struct
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, get_args
@@ -45,6 +47,19 @@ class Pattern(ABC):
         Raises:
             ValueError: If a score is NaN or infinite, or the pattern does not fit the matrix.
         """
+
+    def parts(self, name: str, num_rows: int, num_columns: int) -> list[tuple[slice, "Pattern"]]:
+        """The patterns of one matrix with the rows that each of them chooses for, by default this one for all.
+
+        Args:
+            name: Of the matrix, as a parameter of the model.
+            num_rows: Its outputs.
+            num_columns: Its inputs.
+
+        Returns:
+            Slices of rows, in order and together all rows, each with its pattern.
+        """
+        return [(slice(None), self)]
 
     def select_all(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
         """Choose the survivors of several matrices, by default of each on its own.
@@ -165,6 +180,46 @@ class NM(Pattern):
             )
         require_finite(scores, name)
         return _keep_highest(scores.reshape(-1, self.of), self.keep).view_as(scores)
+
+
+@dataclass(frozen=True)
+class Counted(Pattern):
+    """Zeros anywhere, a given number of them in each matrix, as an allocation finds it for the matrices of a block.
+
+    Where the number is no multiple of the rows, the first rows of a matrix have one zero more than the others.
+
+    Args:
+        zeros: Parameter name -> the number of zeros; so few that every row (or the matrix) keeps a weight.
+        num_weights: How many weights these matrices have together.
+        per: Where weights compete: within each output "row" or within each "matrix".
+    """
+
+    zeros: Mapping[str, int]
+    num_weights: int
+    per: Literal["row", "matrix"] = "row"
+
+    def __str__(self) -> str:
+        return f"{100 * (1 - self.density):.3g}% per {self.per}"
+
+    @property
+    def density(self) -> float:
+        """The fraction of weights kept, in all these matrices together; 1 without any."""
+        return 1 - sum(self.zeros.values()) / max(1, self.num_weights)
+
+    def parts(self, name: str, num_rows: int, num_columns: int) -> list[tuple[slice, Pattern]]:
+        """One unstructured pattern with the count of the matrix, or two for rows that differ by one zero."""
+        assert name in self.zeros, f"{name} is not among {list(self.zeros)}"
+        if self.per == "matrix":
+            return [(slice(None), Unstructured(self.zeros[name] / (num_rows * num_columns), "matrix"))]
+        in_each, num_longer = divmod(self.zeros[name], num_rows)
+        rows = [(slice(num_longer, None), in_each)]
+        if num_longer:
+            rows.insert(0, (slice(0, num_longer), in_each + 1))
+        return [(some, Unstructured(zeros / num_columns, "row")) for some, zeros in rows]
+
+    def select(self, scores: Float[Tensor, "out in_"], name: str = "the matrix") -> Bool[Tensor, "out in_"]:
+        """Keep the highest scores of each row or of the matrix `name`."""
+        return torch.cat([part.select(scores, name)[rows] for rows, part in self.parts(name, *scores.shape)])
 
 
 def require_finite(scores: Float[Tensor, "out in_"], name: str) -> None:

@@ -1,6 +1,6 @@
 """Pruning a model: which weights survive, found by walking its blocks from the first to the last."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from recon.activations import Activations
+from recon.allocation import Allocation
 from recon.anatomy import Anatomy
 from recon.criteria import Criterion
 from recon.masks import Masks
@@ -17,7 +18,7 @@ from recon.patterns import Pattern
 from recon.replay import Replay
 from recon.shapes import as_out_in, weight_out_in
 from recon.start import MOVED, Sink, Start, apply, written
-from recon.statistics import collect
+from recon.statistics import InputStatistics, collect
 
 CAME_WITH_MOVED = "moved"
 """Key in the metadata of masks: where the moved weights are that were written with them, seen from their directory."""
@@ -29,14 +30,23 @@ class Pruning:
 
     Args:
         exclude: Names of modules that stay dense; shell patterns such as `*.down_proj`.
-        inputs: Whether a block's statistics come from what the dense blocks before it produce, or from
-            what the pruned ones do.
+        inputs: Whether a block's statistics come from what the dense blocks before it produce ("dense"), from what
+            the pruned ones do ("pruned"), or from what the recovered ones do ("recovered"). With the first two all
+            masks are chosen upfront; with the last they are chosen interleaved with recovery, a block's when recovery
+            gets there. That needs a local scope with model.propagation recovered or recovered_local.
         batch_size: Sequences per forward pass.
+        allocation: How densities differ from block to block; the pattern's everywhere if null. Measured on the dense
+            model whatever `inputs` says.
     """
 
     exclude: list[str] = field(default_factory=list)
-    inputs: Literal["dense", "pruned"] = "dense"
+    inputs: Literal["dense", "pruned", "recovered"] = "dense"
     batch_size: int = 8
+    allocation: Allocation | None = None
+
+    def describe(self, pattern: Pattern) -> str:
+        """What reports call `pattern`, with the allocation if there is one: `60% per row, owl`."""
+        return str(pattern) if self.allocation is None else f"{pattern}, {self.allocation}"
 
 
 def prune(
@@ -61,50 +71,122 @@ def prune(
             dtype, on its device, zero where pruned.
 
     Raises:
-        ValueError: If the pattern does not fit a matrix or an exclusion matches nothing.
+        ValueError: If the pattern does not fit a matrix or an option, or an exclusion matches nothing.
         FloatingPointError: If inputs or statistics are no numbers.
     """
     options = options or Pruning()
-    if pattern.across_model and options.inputs == "pruned":
-        raise ValueError(
-            f"pruning.inputs: pruned needs masks block by block, got a pattern that chooses across the model "
-            f"({pattern}); choose pruning.inputs: dense or a pattern per row or per matrix"
-        )
-    if pattern.across_model and type(criterion).prune is not Criterion.prune:
-        raise ValueError(
-            f"{criterion} chooses within one matrix, where it also sees what the other weights can make up for, and "
-            f"{pattern} across the model; choose a pattern per row or per matrix, or a criterion that only scores"
-        )
-    anatomy = Anatomy.of(model)
-    prunable = anatomy.prunable(options.exclude)
-    replay = Replay(model, anatomy)
+    _require_compatible(criterion, pattern, options)
+    replay = Replay(model, Anatomy.of(model))
+    blocks = matrices_by_block(replay.anatomy, options.exclude)
+    patterns = block_patterns(replay, tokens, criterion, pattern, options, progress)
     walk = Activations(replay, tokens, options.batch_size, next(model.parameters()).device)
     scores: dict[str, Tensor] = {}
     keep: dict[str, Tensor] = {}
-    for block in anatomy.blocks:
-        matrices = {name: module for name, module in prunable.items() if name.removesuffix(".weight") in block.matrices}
+    for index, (matrices, of_block) in enumerate(zip(blocks, patterns, strict=True)):
         with collect(matrices, need=criterion.needs) as statistics:
-            walk.enter([block.index])
-        start: dict[str, Tensor] = {}
-        for name, module in matrices.items():
-            weight = weight_out_in(module)
-            if pattern.across_model:
-                scores[name] = criterion.scores(weight, statistics[name], name)
-                continue
-            after, chosen = criterion.prune(weight, statistics[name], pattern, name)
-            keep[name] = as_out_in(module, chosen)
-            if criterion.moves_weights:
-                start[name] = as_out_in(module, after.to(weight.dtype).masked_fill(~chosen, 0))
-                if moved is not None:
-                    moved(name, start[name])
-        if options.inputs == "pruned":
-            _pass_pruned(walk, Masks({name: keep[name] for name in matrices}), start or None, model)
-        progress(
-            f"prune  block {block.index + 1}/{len(anatomy.blocks)}  {len(matrices)} matrices  {criterion}  {pattern}"
-        )
+            walk.enter([index])
+        if pattern.across_model:
+            for name, module in matrices.items():
+                scores[name] = criterion.scores(weight_out_in(module), statistics[name], name)
+        else:
+            chosen, start = prune_block(matrices, statistics, criterion, of_block)
+            keep.update(chosen)
+            if moved is not None:
+                for name, weight in start.items():
+                    moved(name, weight)
+            if options.inputs == "pruned":
+                _pass_pruned(walk, Masks(chosen), start or None, model)
+        progress(f"prune  block {index + 1}/{len(blocks)}  {len(matrices)} matrices  {criterion}  {of_block}")
     if pattern.across_model:
-        keep = {name: as_out_in(prunable[name], chosen) for name, chosen in pattern.select_all(scores).items()}
+        modules = {name: module for matrices in blocks for name, module in matrices.items()}
+        keep = {name: as_out_in(modules[name], chosen) for name, chosen in pattern.select_all(scores).items()}
     return Masks({name: chosen.cpu().contiguous() for name, chosen in keep.items()})
+
+
+def prune_block(
+    matrices: Mapping[str, nn.Module],
+    statistics: Mapping[str, InputStatistics],
+    criterion: Criterion,
+    pattern: Pattern,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Choose the survivors of the matrices of one block. The matrices themselves are left as they were.
+
+    A matrix whose rows have different patterns is pruned under each of them, and of each result those rows are
+    taken: what a criterion makes of a row may depend on the others.
+
+    Args:
+        matrices: Parameter name -> linear map, dense.
+        statistics: Parameter name -> what entered it.
+        criterion: How much a weight matters.
+        pattern: Of this block; one that does not rank across the model.
+
+    Returns:
+        Parameter name -> mask, True = kept, and parameter name -> weight as a criterion that moves weights leaves
+        it, zero where pruned; none for other criteria. Both in the parameter's layout and on its device, weights
+        in its dtype.
+
+    Raises:
+        ValueError: If the pattern does not fit a matrix.
+    """
+    keep: dict[str, Tensor] = {}
+    moved: dict[str, Tensor] = {}
+    for name, module in matrices.items():
+        weight = weight_out_in(module)
+        parts = pattern.parts(name, weight.shape[0], weight.shape[1])
+        results = [criterion.prune(weight, statistics[name], part, name) for _, part in parts]
+        after, chosen = results[0]
+        if len(parts) > 1:
+            rows = [some for some, _ in parts]
+            after, chosen = (
+                torch.cat([result[i][some] for result, some in zip(results, rows, strict=True)]) for i in range(2)
+            )
+        keep[name] = as_out_in(module, chosen)
+        if criterion.moves_weights:
+            moved[name] = as_out_in(module, after.to(weight.dtype).masked_fill(~chosen, 0))
+    return keep, moved
+
+
+def block_patterns(
+    replay: Replay,
+    tokens: Tensor,
+    criterion: Criterion,
+    pattern: Pattern,
+    options: Pruning,
+    progress: Callable[[str], None] = lambda line: None,
+) -> list[Pattern]:
+    """The pattern of every block: `pattern` itself, or what the allocation makes of it.
+
+    Args:
+        replay: The dense model; with an allocation it is walked once.
+        tokens: Calibration sequences, int64[num_sequences, seq_len].
+        criterion: By which the survivors are chosen.
+        pattern: For the whole model.
+        options: See `Pruning`.
+        progress: Is told the densities, in a line.
+
+    Raises:
+        ValueError: If blocks cannot differ under `pattern`, or the allocation's options do not suit it.
+    """
+    blocks = matrices_by_block(replay.anatomy, options.exclude)
+    if options.allocation is None:
+        return [pattern] * len(blocks)
+    walk = Activations(replay, tokens, options.batch_size, next(replay.model.parameters()).device)
+    patterns = options.allocation.patterns(walk, blocks, criterion, pattern)
+    progress(f"allocate  {options.allocation}  densities {' '.join(f'{one.density:.3f}' for one in patterns)}")
+    return list(patterns)
+
+
+def matrices_by_block(anatomy: Anatomy, exclude: Sequence[str] = ()) -> list[dict[str, nn.Module]]:
+    """For each block, parameter name -> the linear map to prune, none where all are excluded.
+
+    Raises:
+        ValueError: If an exclusion matches nothing or nothing is left to prune.
+    """
+    prunable = anatomy.prunable(exclude)
+    return [
+        {name: module for name, module in prunable.items() if name.removesuffix(".weight") in block.matrices}
+        for block in anatomy.blocks
+    ]
 
 
 def prune_to(
@@ -117,9 +199,10 @@ def prune_to(
     progress: Callable[[str], None] = lambda line: None,
 ) -> Masks:
     """As `prune`, and write the masks; before them, and beside, what a criterion that moves weights makes of these."""
-    made_by = {"criterion": str(criterion), "pattern": str(pattern)}
+    options = options or Pruning()
+    made_by = {"criterion": str(criterion), "pattern": options.describe(pattern)}
     if criterion.moves_weights:
-        prunable = Anatomy.of(model).prunable((options or Pruning()).exclude)
+        prunable = Anatomy.of(model).prunable(options.exclude)
         weights = {name: module.get_parameter("weight") for name, module in prunable.items()}
         with written(masks_file.with_name(MOVED), like=weights) as moved:
             masks = prune(model, tokens, criterion, pattern, options, progress, moved)
@@ -146,6 +229,27 @@ def moved_with(masks_file: Path, masks: Masks) -> Start | None:
             f"which does not exist; copy it there, or prune again"
         )
     return Start(path, masks)
+
+
+def _require_compatible(criterion: Criterion, pattern: Pattern, options: Pruning) -> None:
+    if options.inputs == "recovered":
+        raise ValueError(
+            "pruning.inputs: recovered chooses the masks of a block when recovery gets there and needs a local scope "
+            "with model.propagation recovered or recovered_local, got a run that chooses all masks upfront; choose "
+            "pruning.inputs: dense or pruned, or recover with such a scope and without --masks"
+        )
+    if pattern.across_model and options.inputs == "pruned":
+        raise ValueError(
+            f"pruning.inputs: pruned needs masks block by block, got a pattern that chooses across the model "
+            f"({pattern}); choose pruning.inputs: dense or a pattern per row or per matrix"
+        )
+    if pattern.across_model and type(criterion).prune is not Criterion.prune:
+        raise ValueError(
+            f"{criterion} chooses within one matrix, where it also sees what the other weights can make up for, and "
+            f"{pattern} across the model; choose a pattern per row or per matrix, or a criterion that only scores"
+        )
+    if options.allocation is not None:
+        options.allocation.require(pattern)
 
 
 def _pass_pruned(walk: Activations, masks: Masks, start: Mapping[str, Tensor] | None, model: nn.Module) -> None:

@@ -7,28 +7,34 @@ finished one is not repeated.
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
 
 from recon import checkpoints, ranks
+from recon.anatomy import Anatomy
 from recon.criteria import Criterion
 from recon.data import TokenData
+from recon.drift import measure_drift
 from recon.environment import environment
 from recon.evaluation import Evaluation, evaluate
+from recon.interleaved import MASKS, Interleaved
 from recon.masks import Masks
 from recon.patterns import Pattern
 from recon.phases import Phases
 from recon.pretrained import ModelSource
-from recon.pruning import CAME_WITH_MOVED, Pruning, moved_with, prune_to
+from recon.pruning import CAME_WITH_MOVED, Pruning, block_patterns, moved_with, prune_to
+from recon.replay import Replay
 from recon.report import Report
 from recon.run import RunDirectory, save_model
 from recon.scopes.base import NO_MOVED, Scope
+from recon.scopes.local import LocalScope
 from recon.start import EXACT, Start, apply
 
-NOT_RECOVERY = ("prune", "evaluate dense and pruned", "evaluate")
+NOT_RECOVERY = ("prune", "evaluate dense and pruned", "evaluate", "drift")
 """Phases that cost the same whatever the scope; a report's peaks leave them out."""
 
 
@@ -42,6 +48,8 @@ def recover(
     pruning: Pruning | None = None,
     masks_file: Path | None = None,
     baselines: bool = True,
+    evaluate_on: Literal["test", "validation"] = "test",
+    drift: bool = True,
     say: Callable[[str], None] = print,
 ) -> Report | None:
     """Prune a model, recover it at one scope, save and evaluate it.
@@ -59,6 +67,9 @@ def recover(
         pruning: How the model is walked.
         masks_file: Masks computed before, used instead of pruning.
         baselines: Evaluate the dense and the pruned model too.
+        evaluate_on: The split that perplexities are measured on; the report's protocol names it.
+        drift: Measure how far the written model is from the dense one, which loads both at once; left out where
+            nothing was pruned, and where the model is too large for one process.
         say: Is told what is going on, in lines.
 
     Returns:
@@ -70,8 +81,15 @@ def recover(
     """
     resumed = run.has_begun
     if run.report.exists():
+        report = Report.load(run.report)
+        if report.protocol["split"] != evaluate_on:
+            raise ValueError(
+                f"--evaluate_on {evaluate_on} needs a run that was evaluated there, got {run.path}, finished on the "
+                f"{report.protocol['split']} split; name another --run_dir, or delete its report.json"
+            )
         say(f"{run.path} holds this run, finished: nothing to do")
-        return Report.load(run.report)
+        return report
+    data.evaluate_on = evaluate_on
     scope.require_strategy(trainer)
     if not scope.loads_whole and (baselines or not (run.masks.exists() or masks_file)):
         raise ValueError(
@@ -91,21 +109,22 @@ def recover(
         say(f"load {scope.source.name}")
         with ranks.rank_zero_first():
             scope.load(data)
-            masks, moved = Masks({}), None
+            masks, moved, interleaved = Masks({}), None, None
             if criterion is not None and pattern is not None:
                 phases.enter("prune")
-                masks = _masks(scope, data, run, criterion, pattern, pruning, masks_file, device, say)
-                if baselines or scope.start == "moved":
+                if pruning is not None and pruning.inputs == "recovered":
+                    interleaved = _interleaved(scope, data, run, criterion, pattern, pruning, masks_file, device, say)
+                else:
+                    masks = _masks(scope, data, run, criterion, pattern, pruning, masks_file, device, say)
+                if masks and (baselines or scope.start == "moved"):
                     moved = moved_with(run.masks, masks)
-            chosen = {"criterion": "none", "pattern": "none"} | (Masks.read_metadata(run.masks) if masks else {})
             if baselines and masks and ranks.rank() == 0:
                 phases.enter("evaluate dense and pruned")
-                dense, pruned = _baselines(scope, data, masks, moved, device)
-                say(f"test perplexity  dense {dense.perplexity:.3f}  pruned {pruned.perplexity:.3f}")
+                dense, pruned = _baselines(scope, data, masks, moved, device, say)
             phases.enter("prepare")
             if scope.start == "exact" and ranks.rank() == 0:
                 scope.to(device)
-            scope.prepare(data, masks, run.path, moved, say)
+            scope.prepare(data, masks, run.path, moved, say, interleaved)
         checkpoint = checkpoints.last(run.checkpoints)
         if checkpoint is not None:
             checkpoints.require_same(checkpoint, checkpoints.identity(trainer, masks))
@@ -119,12 +138,27 @@ def recover(
         if ranks.rank() != 0:
             return None
         phases.enter("save")
+        if interleaved is not None:
+            assert pattern is not None
+            assert pruning is not None
+            masks = scope.masks
+            masks.save(run.masks, {"criterion": str(criterion), "pattern": pruning.describe(pattern)})
+        chosen = {"criterion": "none", "pattern": "none"} | (Masks.read_metadata(run.masks) if masks else {})
         assert data.tokenizer is not None
         model, state = scope.result()
         save_model(model, data.tokenizer, run.model, state)
         del model, state, scope.model
+        if baselines and interleaved is not None:
+            phases.enter("evaluate dense and pruned")
+            dense, pruned = _baselines(scope, data, masks, None, device, say)
         phases.enter("evaluate")
         recovered, violations = _measure_written(scope, data, masks, run, device)
+        drifted = None
+        if drift and masks and scope.evaluation is None:
+            phases.enter("drift")
+            dense_model, written = scope.source.model(device), _written(scope, run).model(device)
+            drifted = measure_drift(dense_model, written, data.val_dataloader())
+            del dense_model, written
     report = Report(
         scope=scope.scope,
         label=scope.label,
@@ -145,12 +179,14 @@ def recover(
         environment=environment(device) | {"resumed": resumed} | ranks.layout(trainer),
         ranks=peaks,
         throughput=_throughput(trainer),
+        drift=asdict(drifted) if drifted else {},
         peak_host_bytes=_largest(peaks, "peak_host_bytes"),
         peak_device_bytes=_largest(peaks, "peak_device_bytes"),
         baseline_host_bytes=_largest(peaks, "baseline_host_bytes"),
     )
     report.save(run.report)
     shutil.rmtree(run.checkpoints, ignore_errors=True)  # a finished run is not trained on
+    shutil.rmtree(run.path / MASKS, ignore_errors=True)  # in masks.safetensors, all of them
     (run.path / EXACT).unlink(missing_ok=True)
     return report
 
@@ -181,14 +217,44 @@ def _masks(
     return prune_to(run.masks, scope.to(device).model, data.tokens("train"), criterion, pattern, pruning, say)
 
 
+def _interleaved(
+    scope: Scope,
+    data: TokenData,
+    run: RunDirectory,
+    criterion: Criterion,
+    pattern: Pattern,
+    pruning: Pruning,
+    masks_file: Path | None,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> Interleaved:
+    """How the scope is to choose the masks; the allocation, if there is one, is settled now, on the dense model."""
+    if not isinstance(scope, LocalScope) or masks_file is not None or pattern.across_model:
+        got = f"--masks {masks_file}" if masks_file else f"a pattern {pattern}" if pattern.across_model else scope.scope
+        raise ValueError(
+            f"pruning.inputs: recovered chooses masks block by block along with recovery, which needs a local scope, a "
+            f"pattern per row, matrix or group, and no masks made before, got {got}; choose pruning.inputs: dense"
+        )
+    replay = Replay(scope.to(device).model, Anatomy.of(scope.model))
+    patterns = block_patterns(replay, data.tokens("train"), criterion, pattern, pruning, say)
+    return Interleaved(criterion, patterns, replay.anatomy.prunable(pruning.exclude), run.path)
+
+
 def _baselines(
-    scope: Scope, data: TokenData, masks: Masks, moved: Start | None, device: torch.device
+    scope: Scope,
+    data: TokenData,
+    masks: Masks,
+    moved: Start | None,
+    device: torch.device,
+    say: Callable[[str], None],
 ) -> tuple[Evaluation, Evaluation]:
     """Perplexity of the dense and the pruned model, on a copy that does not outlive the call."""
     model = scope.source.model(device)
-    dense = evaluate(model, data.test_dataloader())
+    dense = evaluate(model, data.evaluation_dataloader(), data.evaluate_on)
     apply(model, masks, moved)
-    return dense, evaluate(model, data.test_dataloader())
+    pruned = evaluate(model, data.evaluation_dataloader(), data.evaluate_on)
+    say(f"{data.evaluate_on} perplexity  dense {dense.perplexity:.3f}  pruned {pruned.perplexity:.3f}")
+    return dense, pruned
 
 
 def _measure_written(
@@ -197,9 +263,12 @@ def _measure_written(
     """Perplexity and mask violations of the model as it was written."""
     if scope.evaluation is not None:  # too large to be loaded by one process: measured before it was gathered
         return scope.evaluation, masks.violations_in(run.model)
-    source = ModelSource(str(run.model), dtype="auto", trust_remote_code=scope.source.trust_remote_code)
-    model = source.model(device)
-    return evaluate(model, data.test_dataloader()), masks.violations(model)
+    model = _written(scope, run).model(device)
+    return evaluate(model, data.evaluation_dataloader(), data.evaluate_on), masks.violations(model)
+
+
+def _written(scope: Scope, run: RunDirectory) -> ModelSource:
+    return ModelSource(str(run.model), dtype="auto", trust_remote_code=scope.source.trust_remote_code)
 
 
 def _peaks(memory: dict[str, Any] | None) -> dict[str, int | None]:

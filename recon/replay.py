@@ -2,24 +2,28 @@
 
 **Replay** calls a block with the arguments that the model itself passes, **tap** halts a block where its
 attention submodule returns, **stub** runs a block with that submodule's output replaced by a recorded one.
-Dropout is off in all of them.
+A block can be halted after some of its matrices, too. Dropout is off in all of them.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from recon.anatomy import Anatomy
 from recon.calls import Call, Form, Halt, Hidden, Tokens, evaluating, forward_replaced, record_calls
 
+Outputs: TypeAlias = Float[Tensor, "batch seq _"]  # of any width, as matrices return them
+
 PROBE_LENGTH = 4  # tokens of the sequence on which forms and dependencies are learned
 MAX_RECORDED_SHAPES = 2  # the full batch and the smaller last one
 MAX_RELATIVE_ERROR = 1e-2  # of a replayed block; nondeterministic kernels stay below, lost arguments do not
+MAX_SUM_ERROR = 1e-4  # of a block that is given the sum of its input and its attention output instead of both
 
 
 class Replay:
@@ -96,6 +100,20 @@ class Replay:
         with forward_replaced(self.anatomy.blocks[index].attention, lambda *args, **kwargs: output):
             return self.run(index, hidden)
 
+    def outputs(self, index: int, hidden: Hidden, names: Sequence[str]) -> list[Outputs]:
+        """What some matrices of block `index` return, one tensor a name; what follows the last is not computed.
+
+        Args:
+            index: Which block.
+            hidden: The hidden states that enter it.
+            names: Full module names of matrices of this block.
+
+        Raises:
+            ValueError: If a matrix is not called for all tokens at once, such as an expert.
+        """
+        found = self._matrix_outputs(index, hidden, names, halt=True)
+        return [_of_all_tokens(name, calls, hidden) for name, calls in found.items()]
+
     @torch.no_grad()
     def verify(self) -> None:
         """Check on four tokens that every block, replayed or stubbed, gives what it gives within the model.
@@ -148,6 +166,70 @@ class Replay:
                 output = self.stub(index, hidden, attention.detach())
                 return _reached(attention, parameters), _reached(output, parameters)
 
+    def ends(self, index: int, names: Sequence[str]) -> list[str]:
+        """Those of some matrices of block `index` on whose output no other of them depends.
+
+        Args:
+            index: Which block.
+            names: Full module names of matrices of this block.
+
+        Raises:
+            ValueError: If a matrix is not called once, for all tokens.
+        """
+        with _recording(_embedding_weight(self.model).device):
+            hidden = self.embed(_arbitrary_tokens(self.model))
+            with torch.enable_grad(), _requiring_grad(self.anatomy.blocks[index].parameters().values()):
+                found = self._matrix_outputs(index, hidden, names, halt=False)
+                for name, calls in found.items():
+                    _of_all_tokens(name, calls, hidden)
+                outputs = {name: calls[0] for name, calls in found.items()}
+                read = {other for name in outputs for other in _reached(outputs[name], outputs) - {name}}
+        return [name for name in names if name not in read]
+
+    @torch.no_grad()
+    def adds_attention(self, index: int) -> bool:
+        """Whether block `index` depends on its input and its attention output only through their sum.
+
+        So it is where attention's output is added to the residual stream as it is, and all that follows reads
+        the stream; not with parallel attention, a norm after attention, or a multiplier. Tried on four tokens
+        with a random attention output of the input's size, to 1e-4 of what the block adds to the sum.
+        """
+        with _recording(_embedding_weight(self.model).device):
+            hidden = self.embed(_arbitrary_tokens(self.model))
+            noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden)
+            attention = noise * hidden.float().square().mean(-1, keepdim=True).sqrt().to(hidden)
+            nothing = torch.zeros_like(hidden)
+            output, total = self.stub(index, hidden, attention), hidden + attention
+            added = (output - total).float().norm()  # not `output`: beside a large stream an MLP may be small
+
+            def differs(other: Hidden) -> bool:
+                return not (output - other).float().norm() <= MAX_SUM_ERROR * added
+
+            # A block that ignores one of the two, or adds nothing, shows nothing.
+            reads_both = differs(self.stub(index, hidden, nothing)) and differs(self.stub(index, nothing, attention))
+            return reads_both and not differs(self.stub(index, total, nothing))
+
+    def _matrix_outputs(self, index: int, hidden: Hidden, names: Sequence[str], halt: bool) -> dict[str, list[Tensor]]:
+        """All that some matrices of a block return; `halt` ends the pass when each has returned once."""
+        block = self.anatomy.blocks[index]
+        outputs: dict[str, list[Tensor]] = {name: [] for name in names}
+
+        def collect(calls: list[Tensor]) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+            def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+                calls.append(output)
+                if halt and all(outputs.values()):
+                    raise Halt
+                return output.clone()  # the block goes on with its own: Falcon adds to it in place
+
+            return hook
+
+        with ExitStack() as stack:
+            for name, calls in outputs.items():
+                stack.enter_context(block.matrices[name].register_forward_hook(collect(calls)))
+            stack.enter_context(suppress(Halt))
+            self.run(index, hidden)
+        return outputs
+
     def _learn_forms(self) -> tuple[Form, Form]:
         """The forms in which block 0 and its attention submodule return, from one run of that block."""
         first, tokens = self.anatomy.blocks[0], _arbitrary_tokens(self.model)
@@ -182,10 +264,27 @@ class Replay:
         return self._calls[key]
 
 
-def _reached(output: Tensor, parameters: dict[str, nn.Parameter]) -> set[str]:
-    """Names of the `parameters` in the graph of `output`; `.grad` is not touched."""
-    gradients = torch.autograd.grad(output.sum(), list(parameters.values()), allow_unused=True)
-    return {name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+def _reached(output: Tensor, tensors: Mapping[str, Tensor]) -> set[str]:
+    """Names of the `tensors` in the graph of `output`, which is kept; `.grad` is not touched."""
+    gradients = torch.autograd.grad(output.sum(), list(tensors.values()), retain_graph=True, allow_unused=True)
+    return {name for name, gradient in zip(tensors, gradients, strict=True) if gradient is not None}
+
+
+def _of_all_tokens(name: str, calls: list[Tensor], hidden: Hidden) -> Outputs:
+    """The one output of a matrix as [batch, seq, dim]; many MLPs with experts see [batch * seq, dim].
+
+    Raises:
+        ValueError: If there is not one output, or not one row a token.
+    """
+    batch, seq, _ = hidden.shape
+    shapes = [list(output.shape) for output in calls]
+    if len(calls) != 1 or tuple(shapes[0][:-1]) not in ((batch, seq), (batch * seq,)):
+        raise ValueError(
+            f"The matrices of a group must be called once, for all tokens, {name} returned {shapes or 'nothing'} for "
+            f"hidden states {list(hidden.shape)}, as experts do. Leave it out of the groups and exclude it from "
+            f"pruning, or choose scopes/submodule or scopes/block."
+        )
+    return calls[0].reshape(batch, seq, -1)
 
 
 def _embedding_weight(model: PreTrainedModel) -> Tensor:

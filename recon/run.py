@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recon.atomic import write_json
 
-PRODUCTS = ("masks.safetensors", "windows", "checkpoints", "report.json")
+PRODUCTS = ("masks.safetensors", "masks", "windows", "checkpoints", "report.json")
 """What a run leaves that another run must not take for its own; one that failed before is no obstacle."""
 
 

@@ -35,13 +35,17 @@ def gram(inputs: Tensor) -> Tensor:
     return total
 
 
-def masked_least_squares(dense: Tensor, inputs: Tensor, keep: Tensor) -> Tensor:
-    """For each row the least-squares fit of the dense outputs by the kept inputs, fp64."""
+def masked_least_squares(dense: Tensor, inputs: Tensor, keep: Tensor, dense_inputs: Tensor | None = None) -> Tensor:
+    """For each row the least-squares fit of the dense outputs by the kept inputs, fp64.
+
+    The dense outputs are those of `dense_inputs`, if these are others.
+    """
     tokens = inputs.double().reshape(-1, inputs.shape[-1])
+    dense_tokens = tokens if dense_inputs is None else dense_inputs.double().reshape(-1, inputs.shape[-1])
     weight = torch.zeros(dense.shape, dtype=torch.float64)
     for row in range(len(dense)):
         kept = keep[row].nonzero().flatten()
-        outputs = tokens @ dense[row].double()
+        outputs = dense_tokens @ dense[row].double()
         # gelsd: the driver that allows kept inputs to be linearly dependent
         weight[row, kept] = torch.linalg.lstsq(tokens[:, kept], outputs[:, None], driver="gelsd").solution[:, 0]
     return weight
@@ -59,3 +63,16 @@ def projected_gradient(weight: Tensor, dense: Tensor, inputs: Tensor, keep: Tens
     G = gram(inputs)
     gradient = ((weight.double() - dense.double()) @ G)[keep]
     return float(gradient.norm() / (dense.double() @ G)[keep].norm())
+
+
+def cross_errors(weight: Tensor, dense: Tensor, inputs: Tensor, dense_inputs: Tensor) -> Tensor:
+    """||X w - X_d w0||^2 of each row, from the outputs themselves, fp64."""
+    outputs, dense_outputs = inputs.double() @ weight.double().T, dense_inputs.double() @ dense.double().T
+    return (outputs - dense_outputs).square().sum(0)
+
+
+def cross_gradient(weight: Tensor, dense: Tensor, inputs: Tensor, dense_inputs: Tensor, keep: Tensor) -> float:
+    """||M * (Y^T X)||_F of the errors Y = X W^T - X_d W0^T, relative to that of W = 0, fp64."""
+    dense_outputs = dense_inputs.double() @ dense.double().T
+    error = inputs.double() @ weight.double().T - dense_outputs
+    return float((error.T @ inputs.double())[keep].norm() / (dense_outputs.T @ inputs.double())[keep].norm())

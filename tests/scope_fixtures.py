@@ -96,3 +96,10 @@ def weights_of(model: Any) -> dict[str, Tensor]:
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     """Whether two models hold the same bits."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def untimed(results: Any) -> Any:
+    """A scope's results without the seconds in them."""
+    if not isinstance(results, dict):
+        return results
+    return {key: untimed(value) for key, value in results.items() if key != "seconds"}

@@ -18,7 +18,7 @@ TOKENS = token_ids(batch=5, seq=12)  # no multiple of the batch sizes below
 
 
 def walk_of(model: PreTrainedModel, batch_size: int = 2) -> Activations:
-    return Activations(Replay(model, Anatomy.of(model)), TOKENS, batch_size, CPU)
+    return Activations(Replay(model, Anatomy.of(model)), TOKENS, batch_size, CPU, tap=True)
 
 
 def dense_states(model: PreTrainedModel) -> list[dict[str, Tensor]]:
@@ -81,7 +81,7 @@ def test_a_block_is_computed_once_and_never_again(monkeypatch: pytest.MonkeyPatc
     walk = walk_of(tiny("llama"))
     walk.enter([0])
     output = walk.output
-    monkeypatch.setattr(walk, "compute", lambda: pytest.fail("computed again"))
+    monkeypatch.setattr(walk, "_pass", lambda: pytest.fail("computed again"))
     walk.enter([0])
     assert walk.output is output
     with pytest.raises(AssertionError, match="in order"):
@@ -108,7 +108,7 @@ def test_two_copies_of_the_hidden_states_and_one_attention_output_at_most(
     gc.freeze()  # what pytest holds is none of ours, and slow to look through
     tokens = token_ids(batch=16, seq=32)
     model = tiny("llama")
-    walk = Activations(Replay(model, Anatomy.of(model)), tokens, 2, CPU)
+    walk = Activations(Replay(model, Anatomy.of(model)), tokens, 2, CPU, tap=True)
     size = 16 * 32 * DIM * 4
     counts = []
 
@@ -146,8 +146,8 @@ class FixedReplay(Replay):
     def embed(self, tokens: Tensor) -> Tensor:
         return self.start[: len(tokens)]
 
-    def run_and_tap(self, index: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        return hidden, hidden + index
+    def run(self, index: int, hidden: Tensor) -> Tensor:
+        return hidden + index
 
 
 def test_large_but_finite_half_precision_is_no_overflow() -> None:

@@ -20,7 +20,7 @@ from recon.criteria.admm import ADMM
 from recon.criteria.alps import ALPS
 from recon.criteria.wanda import Wanda
 from recon.patterns import NM, Pattern, Unstructured
-from recon.solvers import conjugate_gradients
+from recon.solvers import ConjugateGradients, LeastSquares
 from recon.statistics import InputStatistics
 
 PUBLISHED = {("a", 50): 0.00290, ("a", 70): 0.01572, ("b", 50): 0.00218, ("b", 70): 0.01301}
@@ -56,7 +56,7 @@ def test_weights_are_optimal_and_the_support_better_than_that_of_others(layer: s
     error = references.relative_error(moved, weight, X)
     for other, factor in ((ADMM(), 0.98), (Wanda(), 0.9)):
         _, kept = other.prune(weight, statistics_of(X), pattern, layer)
-        assert error < factor * conjugate_gradients(X.T @ X, weight, kept).relative_error
+        assert error < factor * ConjugateGradients().solve(LeastSquares(X.T @ X, weight), kept).relative_error
 
 
 def test_a_first_penalty_that_is_too_large_is_cut() -> None:

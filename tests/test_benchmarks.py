@@ -8,7 +8,7 @@ import torch
 from benchmarks import criteria as benchmark
 
 from recon.criteria import __all__ as criteria_names
-from recon.solvers import conjugate_gradients
+from recon.solvers import ConjugateGradients, LeastSquares
 
 CRITERIA = {name.lower() for name in criteria_names} - {"criterion"}
 
@@ -63,7 +63,7 @@ def test_times_of_a_small_layer(capsys: pytest.CaptureFixture[str], tmp_path: Pa
 def test_quality_is_what_the_solver_reports() -> None:
     dense, gram = benchmark.heavy_tailed_layer(64, seed=1)
     keep = dense.abs() > 0.08
-    solution = conjugate_gradients(gram, dense, keep, tolerance=1e-3)
+    solution = ConjugateGradients(tolerance=1e-3).solve(LeastSquares(gram, dense), keep)
     error, gradient = benchmark.quality(solution.weight, dense, gram, keep)
     assert error == pytest.approx(solution.relative_error, rel=1e-4)
     assert gradient == pytest.approx(solution.projected_gradient, rel=1e-2)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from recon.cli.compare import describe
-from recon.comparison import Comparison, Entry, plan
 from recon.masks import Masks
+from recon.plan import Comparison, Entry, plan
 
 SMOKE = [sys.executable, "-m", "recon", "compare", "-c", "comparisons/smoke"]
 NAMES = {
@@ -98,26 +98,31 @@ def test_second_run_keeps_finished_cells_and_draws_again(smoke):
         assert (directory / name).stat().st_size > 1000
 
 
+def planned(comparison):
+    """Groups of the only model, each with the cells of its recoveries."""
+    groups = plan(comparison, comparison.models[0], describe)
+    return [(group, [group.recovery(entry, {}) for entry in comparison.recoveries]) for group in groups]
+
+
 def test_plan_shares_dense_and_masks_across_recoveries():
     comparison = Comparison(
         "x", [Entry("matrix"), Entry("full", ["scopes/full"], {"model.lr": 1e-4}, "low lr")], seeds=[0, 1]
     )
-    first, second = plan(comparison, describe)
+    (first, cells), (second, more) = planned(comparison)
     assert first.dense == second.dense
     assert first.pruned.directory != second.pruned.directory
-    directories = {cell.directory for group in (first, second) for _, cell in group.recoveries}
-    assert len(directories) == 4
+    assert len({cell.directory for cell in cells + more}) == 4
     masks = str(first.pruned.directory / "masks.safetensors")
-    assert all(masks in cell.command for _, cell in first.recoveries)
-    assert list(plan(comparison, describe)) == [first, second]
+    assert all(masks in cell.command for cell in cells)
+    assert [cells for _, cells in planned(comparison)] == [cells, more]
     assert first.pattern == "60% per row"
 
 
 def test_an_option_changes_the_directory():
     one, other = (Comparison("x", [Entry("full", options={"model.lr": lr})]) for lr in (1e-4, 2e-4))
-    (first,), (second,) = plan(one, describe), plan(other, describe)
+    ((first, (cell,)),), ((second, (changed,)),) = planned(one), planned(other)
     assert first.pruned == second.pruned
-    assert first.recoveries[0][1].directory != second.recoveries[0][1].directory
+    assert cell.directory != changed.directory
 
 
 def test_a_comparison_without_recoveries_is_refused():

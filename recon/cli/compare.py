@@ -6,8 +6,9 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 
 from recon.cli.arguments import parse
-from recon.comparison import Comparison, compare
-from recon.report import draw_pareto, print_table
+from recon.comparison import compare
+from recon.plan import Comparison
+from recon.report import draw_drift, draw_pareto, print_table
 
 
 def build_parser() -> ArgumentParser:
@@ -28,7 +29,7 @@ def main(args: list[str]) -> int:
     console = Console(highlight=False, soft_wrap=True, markup=False)
     results = compare(comparison, describe, console.print)
     print_table(results, Console(highlight=False))
-    pictures = draw_pareto(results, comparison.path)
+    pictures = draw_pareto(results, comparison.path) + draw_drift(results, comparison.path)
     for file in [comparison.path / "results.json", *pictures]:
         console.print(str(file))
     console.print(f"TensorBoard: tensorboard --logdir {comparison.path}")

@@ -10,6 +10,7 @@ from rich.console import Console
 from recon import checkpoints
 from recon.cli.quiet import quiet
 from recon.consolidation import consolidate
+from recon.lora import Lora, attach, merge_state
 from recon.masks import Masks
 from recon.pretrained import ModelSource
 from recon.run import save_model
@@ -44,6 +45,9 @@ def main(args: list[str]) -> int:
     if (dtype := options["init_args"]["save_dtype"]) is not None:
         model = model.to(getattr(torch, dtype))  # pyright: ignore[reportArgumentType]
     weights = {name: weight.to(model.dtype) for name, weight in consolidate(checkpoint).items()}
+    if options["init_args"].get("parameters") == "lora":
+        masks = Masks.load(run / "masks.safetensors")
+        merge_state(model, attach(model, masks, masks, Lora(**options["init_args"]["lora"]), seed=0), weights)
     model.load_state_dict(weights, assign=True, strict=False)  # tied weights may be there under one name only
     model.tie_weights()
     if missing := [name for name, parameter in model.named_parameters() if parameter.is_meta]:

@@ -1,7 +1,7 @@
 """`recon fit`: prune a model and recover it at one scope, configured by LightningCLI."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -21,7 +21,17 @@ from recon.report import Results, print_table
 from recon.run import RunDirectory, digest
 from recon.scopes import FullRetraining, Scope
 
-NOT_FINGERPRINTED = ("config", "run_dir", "masks", "baselines", "summary", "trainer", "checkpoint_every_n_steps")
+NOT_FINGERPRINTED = (
+    "config",
+    "run_dir",
+    "masks",
+    "baselines",
+    "evaluate_on",
+    "drift",
+    "summary",
+    "trainer",
+    "checkpoint_every_n_steps",
+)
 """Parts of the configuration that do not decide what a run computes, or whose content is taken instead."""
 
 DECISIVE = (
@@ -53,6 +63,18 @@ class FitCLI(LightningCLI):
             type=bool,
             default=True,
             help="Measure the dense and the pruned model's perplexity too.",
+        )
+        parser.add_argument(
+            "--evaluate_on",
+            type=Literal["test", "validation"],
+            default="test",
+            help="The split that perplexity is measured on; validation is for choosing options.",
+        )
+        parser.add_argument(
+            "--drift",
+            type=bool,
+            default=True,
+            help="Measure on the validation split how far hidden states and predictions are from the dense model's.",
         )
         parser.add_argument(
             "--checkpoint_every_n_steps",
@@ -141,6 +163,8 @@ def main(args: list[str]) -> int:
             built.pruning,
             None if cli.config.masks is None else Path(cli.config.masks),
             cli.config.baselines,
+            cli.config.evaluate_on,
+            cli.config.drift,
             console.print,
         )
     except SIGTERMException:

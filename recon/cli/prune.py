@@ -31,6 +31,12 @@ def main(args: list[str]) -> int:
     parser.add_argument(
         "--save_model", type=bool, default=False, help="Write the pruned model too, in Hugging Face format."
     )
+    parser.add_argument(
+        "--drift",
+        type=bool,
+        default=True,
+        help="Measure on the validation split how far hidden states and predictions are from the dense model's.",
+    )
     parser.add_argument("--summary", type=bool, default=True, help="Print the report as a table in the end.")
     parser.add_class_arguments(ModelSource, "model", instantiate=False)
     parser.add_class_arguments(TokenData, "data")
@@ -40,7 +46,9 @@ def main(args: list[str]) -> int:
     if built.criterion is None or built.pattern is None:
         raise ValueError("recon prune needs a criterion and a pattern, got null")
     options = {
-        key: value for key, value in config.as_dict().items() if key not in ("config", "run_dir", "device", "summary")
+        key: value
+        for key, value in config.as_dict().items()
+        if key not in ("config", "run_dir", "device", "drift", "summary")
     }
     source = ModelSource(**config.model.as_dict())
     identity = {"model": source.identity(), "data": built.data.source.identity()}
@@ -56,6 +64,7 @@ def main(args: list[str]) -> int:
         run,
         choose_device(config.device),
         config.save_model,
+        config.drift,
         console.print,
     )
     if config.summary:

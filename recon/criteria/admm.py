@@ -1,7 +1,6 @@
 """ADMM: let copies of the weight with and without zeros converge to each other (arXiv 2401.02938)."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,14 +9,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from recon.criteria.base import Criterion
-from recon.criteria.reconstruction import normalize, require_finite_result, require_problem, without_dead_columns
+from recon.criteria.reconstruction import require_finite_result, require_problem, without_dead_columns
 from recon.criteria.wanda import Wanda
-from recon.factorization import cholesky
 from recon.patterns import Pattern, Unstructured
-from recon.statistics import InputStatistics, Need, full_fp32
-
-Choose = Callable[[int, Tensor], Tensor]
-"""The iteration t and the weight W + U to be projected -> the mask."""
+from recon.solvers import LeastSquares
+from recon.solvers.admm import alternate, require_penalties
+from recon.statistics import InputStatistics, Need
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,7 @@ class ADMM(Criterion):
                 f"the mask reaches its sparsity in step `mask_steps` of `iterations` and needs 1 <= mask_steps <= "
                 f"iterations, got {self.mask_steps} and {self.iterations}; the paper's are 15 and 20"
             )
-        _require_penalties(self.rho, self.damping)
+        require_penalties(self.rho, self.damping)
 
     def scores(
         self, weight: Float[Tensor, "out in_"], statistics: InputStatistics | None, name: str
@@ -94,40 +91,10 @@ class ADMM(Criterion):
             left = (1 - (t + 1) / self.mask_steps) ** 3
             return grown_mask(W.abs(), pattern, 1 - left, name)
 
-        return _admm(G, W0, choose, self.mask_steps, self.iterations, self.rho, self.damping, name)
-
-
-def fixed_mask(
-    gram: Float[Tensor, "in_ in_"],
-    weight: Float[Tensor, "out in_"],
-    keep: Bool[Tensor, "out in_"],
-    iterations: int,
-    rho: float,
-    damping: float,
-    name: str,
-) -> Float[Tensor, "out in_"]:
-    """Move the weights towards the optimum for a mask (arXiv 2401.02938, Alg. 1).
-
-    Args:
-        gram: G, in x in.
-        weight: W0, out x in, in any floating-point type.
-        keep: M, True = kept.
-        iterations: The paper uses 20; 0 only zeroes what is pruned.
-        rho: The penalty, relative to inputs of norm 1; the paper's is 1.
-        damping: Added to the diagonal of G, relative to its mean; the paper's is 0.1.
-        name: What error messages call the matrix.
-
-    Returns:
-        The moved weight, out x in, fp32 and exactly zero where pruned. Kept weights of inputs that never occurred
-        stay as they are.
-
-    Raises:
-        ValueError: If a penalty is out of range or G + rho I has no Cholesky factor.
-        FloatingPointError: If an argument or the result is not finite.
-    """
-    _require_penalties(rho, damping)
-    require_finite_result(name, gram=gram, weight=weight)
-    return _admm(gram, weight.float(), lambda t, W: keep, 1, iterations, rho, damping, name)[0]
+        limits = self.mask_steps, self.iterations, self.rho, self.damping
+        moved, keep = alternate(LeastSquares(G, W0), choose, *limits, name)
+        require_finite_result(name, **{"the moved weight": moved})
+        return moved, keep
 
 
 def grown_mask(
@@ -143,34 +110,3 @@ def grown_mask(
     num_kept = ranked.shape[1] - math.floor(ranked.shape[1] * pattern.sparsity * progress)
     order = ranked.argsort(dim=1, descending=True, stable=True)
     return torch.zeros_like(ranked, dtype=torch.bool).scatter_(1, order[:, :num_kept], True).view_as(scores)
-
-
-def _admm(
-    gram: Tensor, W0: Tensor, choose: Choose, mask_steps: int, iterations: int, rho: float, damping: float, name: str
-) -> tuple[Tensor, Tensor]:
-    """The moved weight and its mask. W is dense, Z has the zeros, U sums up their differences."""
-    with torch.no_grad(), full_fp32(W0.device):
-        problem = normalize(gram, W0)
-        n, G, W = problem.norms, problem.gram, problem.weight
-        G.diagonal().add_(damping * G.diagonal().mean())
-        Y = W @ G
-        G.diagonal().add_(rho)
-        P = torch.cholesky_inverse(cholesky(G, 0.0, name).lower)
-        U, M = torch.zeros_like(W), choose(0, W)
-        for t in range(iterations):
-            if 0 < t < mask_steps:
-                M = choose(t, W + U)
-            Z = (W + U) * M
-            U += W - Z
-            W = (Y + rho * (Z - U)) @ P
-        moved = ((W + U) / n).masked_fill(~M, 0)  # times M would leave negative zeros
-        require_finite_result(name, **{"the moved weight": moved})
-        return moved, M
-
-
-def _require_penalties(rho: float, damping: float) -> None:
-    if not (rho > 0 and damping >= 0):
-        raise ValueError(
-            f"ADMM needs rho > 0 and damping >= 0, got {rho} and {damping}; the paper's are 1 and 0.1, relative to "
-            "inputs of norm 1"
-        )

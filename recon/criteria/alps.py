@@ -9,10 +9,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from recon.criteria.base import Criterion
-from recon.criteria.reconstruction import normalize, require_finite_result, require_problem, without_dead_columns
+from recon.criteria.reconstruction import require_finite_result, require_problem, without_dead_columns
 from recon.criteria.wanda import Wanda
 from recon.patterns import Pattern
-from recon.solvers import conjugate_gradients
+from recon.solvers import ConjugateGradients, LeastSquares
+from recon.solvers.normalized import normalize
 from recon.statistics import InputStatistics, Need, full_fp32
 
 CHECK_EVERY = 3
@@ -93,7 +94,7 @@ class ALPS(Criterion):
         W0 = without_dead_columns(weight, G)
         with torch.no_grad(), full_fp32(W0.device):
             W, keep, iterations = _seek_support(self, G, W0, pattern, name)
-            solution = conjugate_gradients(G, W0, keep, start=W, name=name)
+            solution = ConjugateGradients().solve(LeastSquares(G, W0), keep, start=W, name=name)
         _log.info(
             "ALPS on `%s`: support after %d iterations, relative error %.3e", name, iterations, solution.relative_error
         )

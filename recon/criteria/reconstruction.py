@@ -3,8 +3,6 @@
 Minimise ||X (W - W0)^T||_F^2 = tr((W - W0) G (W - W0)^T) over W with the zeros of a pattern, W0 being dense.
 """
 
-from dataclasses import dataclass
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -58,30 +56,6 @@ def require_finite_result(name: str, **tensors: Tensor) -> None:
 def row_errors(E: Float[Tensor, "out in_"], G: Float[Tensor, "in_ in_"]) -> Float[Tensor, "out"]:
     """e G e^T for each row e of E = W - W0, summed in fp64."""
     return ((E @ G) * E).sum(1, dtype=torch.float64)
-
-
-@dataclass(frozen=True)
-class Normalized:
-    """The same problem in units in which every input has norm 1, as ADMM and ALPS see it.
-
-    |W| then is the score of Wanda, and one penalty rho suits all columns.
-
-    Args:
-        norms: n = sqrt(diag G), 1 where an input never occurred (G_jj = 0).
-        gram: G / (n n^T).
-        weight: W0 * n.
-    """
-
-    norms: Float[Tensor, "in_"]
-    gram: Float[Tensor, "in_ in_"]
-    weight: Float[Tensor, "out in_"]
-
-
-def normalize(gram: Float[Tensor, "in_ in_"], weight: Float[Tensor, "out in_"]) -> Normalized:
-    """Scale the columns of W0 and the rows and columns of G, in fp32."""
-    G = gram.float()
-    n = torch.where(dead_columns(G), 1.0, G.diagonal().sqrt())
-    return Normalized(norms=n, gram=G / n / n[:, None], weight=weight.float() * n)
 
 
 def without_dead_columns(weight: Float[Tensor, "out in_"], gram: Float[Tensor, "in_ in_"]) -> Float[Tensor, "out in_"]:

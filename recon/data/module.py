@@ -1,6 +1,7 @@
 """The data of a run as Lightning knows it: token sequences for training, held-out validation and test."""
 
 import hashlib
+from typing import Literal
 
 import lightning as L
 import torch.distributed as dist
@@ -57,6 +58,7 @@ class TokenData(L.LightningDataModule):
         self.batch_size = batch_size
         self.seed = seed
         self.tokenizer: PreTrainedTokenizerBase | None = None
+        self.evaluate_on: Literal["test", "validation"] = "test"
         self._tokens: dict[Split, Int64[Tensor, "num seq_len"]] = {}
 
     def tokens(self, split: Split) -> Int64[Tensor, "num seq_len"]:
@@ -105,6 +107,10 @@ class TokenData(L.LightningDataModule):
     def test_dataloader(self) -> DataLoader:
         """Batches of the test split, in order."""
         return DataLoader(_Sequences(self.tokens("test")), batch_size=self.batch_size)
+
+    def evaluation_dataloader(self) -> DataLoader:
+        """Batches of the split `evaluate_on`, which a run sets: what its perplexity is measured on."""
+        return self.test_dataloader() if self.evaluate_on == "test" else self.val_dataloader()
 
 
 class _Sequences(Dataset):

@@ -3,7 +3,6 @@
 import re
 from pathlib import Path
 
-from recon.atomic import atomic_write
 from recon.report.groups import Group, group_cells
 from recon.report.schema import Results
 
@@ -32,31 +31,25 @@ def draw_pareto(results: Results, directory: Path | str) -> list[Path]:
         The files written. A group in which no recovery was measured has none.
     """
     # matplotlib costs a second and 50 MiB that only this function should pay
-    from recon.report.picture import draw_group, plain_style
+    from recon.report.picture import draw_group, plain_style, save
 
     groups = group_cells(results)
     written = []
-    for group, stem in zip(groups, _stems(groups), strict=True):
+    for group, stem in zip(groups, stems("pareto", groups), strict=True):
         with plain_style():
-            figure = draw_group(group)
-            if figure is None:
-                continue
-            for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
-                path = Path(directory) / f"{stem}.{kind}"
-                with atomic_write(path) as temporary:
-                    figure.savefig(temporary, format=kind, dpi=PNG_DPI, metadata=metadata)
-                written.append(path)
+            if (figure := draw_group(group)) is not None:
+                written += save(figure, Path(directory), stem)
     return written
 
 
-def _stems(groups: list[Group]) -> list[str]:
-    """File names without suffix, one per group and all different."""
+def stems(kind: str, groups: list[Group]) -> list[str]:
+    """File names of pictures of one `kind` without suffix, one per group and all different."""
     if len(groups) == 1:
-        return ["pareto"]
-    stems: list[str] = []
+        return [kind]
+    names: list[str] = []
     for group in groups:
         words = f"{group.model} {group.criterion} {group.pattern}".lower()
-        stem = "pareto-" + re.sub(r"[^a-z0-9.]+", "-", words).strip("-.")
-        num_same = sum(re.fullmatch(re.escape(stem) + r"(-\d+)?", other) is not None for other in stems)
-        stems.append(f"{stem}-{num_same + 1}" if num_same else stem)
-    return stems
+        stem = f"{kind}-" + re.sub(r"[^a-z0-9.]+", "-", words).strip("-.")
+        num_same = sum(re.fullmatch(re.escape(stem) + r"(-\d+)?", other) is not None for other in names)
+        names.append(f"{stem}-{num_same + 1}" if num_same else stem)
+    return names

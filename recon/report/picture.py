@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise, product
+from pathlib import Path
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -16,6 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
+from recon.atomic import atomic_write
 from recon.report.groups import Estimate, Group
 from recon.report.labels import LabelPlacer
 from recon.report.pareto import PNG_DPI, pareto_front
@@ -101,6 +103,16 @@ def plain_style() -> Iterator[None]:
         yield
 
 
+def save(figure: Figure, directory: Path, stem: str) -> list[Path]:
+    """Write `figure` to `stem`.png and `stem`.svg, without a date: equal figures make equal files."""
+    paths = []
+    for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
+        paths.append(directory / f"{stem}.{kind}")
+        with atomic_write(paths[-1]) as temporary:
+            figure.savefig(temporary, format=kind, dpi=PNG_DPI, metadata=metadata)
+    return paths
+
+
 def draw_group(group: Group) -> Figure | None:
     """The picture of one group; None if no recovery of it was measured.
 
@@ -158,7 +170,7 @@ def _draw(group: Group, panels: list[Panel], height: float, spread: float) -> Fi
     figure = Figure(figsize=(WIDTH, height), dpi=PNG_DPI)
     canvas = FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
-    _frame(figure, group, height, panels)
+    frame(figure, group, group.split, _notes(group, panels), height)
 
     references = _references(group)
     drawn = [reference for reference in references if not _is_off_scale(reference, panels)]
@@ -182,20 +194,24 @@ def _draw(group: Group, panels: list[Panel], height: float, spread: float) -> Fi
     return figure
 
 
-def _frame(figure: Figure, group: Group, height: float, panels: list[Panel]) -> None:
-    """Title, footnotes, and the room that is left to the two panels."""
-    num_seeds = len(group.seeds)
-    seeds = f"{num_seeds} seeds (mean ± standard deviation)" if num_seeds > 1 else "1 seed"
-    facts = f"criterion {group.criterion}, pattern {group.pattern}, {group.split} split, {seeds}"
-    title = textwrap.wrap(group.model, 90)
-    subtitle = textwrap.wrap(facts, 130)
+def _notes(group: Group, panels: list[Panel]) -> list[str]:
     has_front = any(len(_front(panel)) > 1 for panel in panels)
     notes = ["Grey steps: nothing measured is both cheaper and better"] if has_front else []
     notes += [f"Left out: {failure}" for failure in group.failures]
     memory, seconds = ([point.label for point in panel.points] for panel in panels)
     if absent := [label for label in seconds if label not in memory]:
         notes.append(f"Without a measured {panels[0].title.removesuffix(' (MiB)')}: {', '.join(absent)}")
-    footnotes = [line for note in notes + group.remarks for line in textwrap.wrap(note, 150)]
+    return notes + group.remarks
+
+
+def frame(figure: Figure, group: Group, split: str, notes: list[str], height: float) -> None:
+    """Title, footnotes, and the room that is left to the panels of a figure `WIDTH` wide and `height` inches high."""
+    num_seeds = len(group.seeds)
+    seeds = f"{num_seeds} seeds (mean ± standard deviation)" if num_seeds > 1 else "1 seed"
+    facts = f"criterion {group.criterion}, pattern {group.pattern}, {split} split, {seeds}"
+    title = textwrap.wrap(group.model, 90)
+    subtitle = textwrap.wrap(facts, 130)
+    footnotes = [line for note in notes for line in textwrap.wrap(note, 150)]
 
     title_inches, line_inches, foot_inches = 0.2 * len(title), 0.17 * len(subtitle), 0.145 * len(footnotes)
     top = 0.12 + title_inches + line_inches + 0.08

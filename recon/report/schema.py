@@ -53,6 +53,10 @@ class Report:
             of them all lie on the host.
         throughput: Tokens per second of all processes, model FLOP utilisation, and over how many tokens and
             seconds they were measured; empty if they were not.
+        tuning: What was tried to choose this cell's options, point by point: `options`, `perplexity` on the
+            validation split (None if it failed), `seconds`, `chosen`, and `error` where it failed.
+        drift: Distance to the dense model, as `recon.drift.Drift` has it: `hidden`, relative squared error after
+            each block, `kl`, nats per predicted token, and on what; empty if not measured.
 
     Raises:
         ValueError: If `scope` or `status` is unknown, a failed report does not say why, or `seconds` is not
@@ -82,6 +86,8 @@ class Report:
     environment: dict[str, Any] = field(default_factory=dict)
     ranks: list[dict[str, Any]] = field(default_factory=list)
     throughput: dict[str, Any] = field(default_factory=dict)
+    drift: dict[str, Any] = field(default_factory=dict)
+    tuning: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.scope not in SCOPES:

@@ -6,17 +6,21 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from recon.report.drift import drift_section
 from recon.report.groups import Group, Row, group_cells
 from recon.report.memory import memory_section
 from recon.report.schema import Results
 from recon.report.sections import Section, show
+from recon.report.tuning import tuning_section
 
 WIDEST = 1000
 """Characters: no table needs more."""
 
 
 def table_sections(results: Results) -> list[Section]:
-    """One section per model, criterion and pattern, all with the same columns, each before that of its memory.
+    """One section per model, criterion and pattern, all with the same columns; after each, its memory and its drift.
+
+    What was tried to choose options follows a model's first group.
 
     Peak device memory has a column only if some cell has it. Over several seeds, perplexity and recovery
     are mean ± sample standard deviation, all other numbers means. The last column counts the seeds if
@@ -56,12 +60,15 @@ def table_sections(results: Results) -> list[Section]:
         return cells
 
     sections = []
+    tuned: set[str] = set()  # the options of a model are chosen once, on its first group
     for group in groups:
         title = f"{group.model}, {group.criterion}, {group.pattern}"
         rows = [strings(row) for row in group.rows]
         sections.append(Section(title, header(group), rows, notes=group.failures + group.remarks))
-        if (memory := memory_section(group)) is not None:
-            sections.append(memory)
+        sections += [more for more in (memory_section(group), drift_section(group)) if more is not None]
+        if group.model not in tuned and (tuning := tuning_section(group)) is not None:
+            sections.append(tuning)
+            tuned.add(group.model)
     return sections
 
 

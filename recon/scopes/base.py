@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from recon.data import TokenData
 from recon.evaluation import Evaluation
 from recon.exact import solve_all
+from recon.interleaved import Interleaved
 from recon.masks import Masks
 from recon.phases import Phases
 from recon.pretrained import ModelSource
@@ -110,6 +111,11 @@ class Scope(L.LightningModule, ABC):
         """Where the fit is, in a few words."""
         return f"epoch {self.trainer.current_epoch + 1}/{self.max_epochs}"
 
+    @property
+    def maskable(self) -> list[str]:
+        """Names of the parameters that have a mask, or will have one before the fit ends."""
+        return list(self.masks)
+
     @abstractmethod
     def enforced(self) -> Masks:
         """The masks that hold at this moment; all of them when the fit has ended."""
@@ -145,6 +151,7 @@ class Scope(L.LightningModule, ABC):
         directory: Path | None = None,
         moved: Mapping[str, torch.Tensor] | None = None,
         say: Callable[[str], None] = lambda line: None,
+        interleaved: Interleaved | None = None,
     ) -> None:
         """Say what to train on and which weights survive; solve for the exact start, if it is to be that.
 
@@ -154,20 +161,21 @@ class Scope(L.LightningModule, ABC):
             directory: Where finished parts may be written, so that a killed run can go on; nowhere if None.
             moved: The weights as the criterion left them, for `start: moved`.
             say: Is told how far the exact start is, in lines.
+            interleaved: Chooses the masks along with recovery, which `masks` then are still without; local scopes only.
 
         Raises:
             ValueError: If the masks belong to another model, or there are no moved weights to start from.
         """
         masks.validate_for(self.model)
         self.data, self.masks, self.directory = data, masks, directory
-        if self.start == "moved":
+        if self.start == "moved" and interleaved is None:
             if moved is None:
                 raise ValueError(NO_MOVED.format("there are none with these masks"))
             self.start_weights = moved
         if self.start == "exact" and masks:
-            self.start_weights = self._exact_start(say)
+            self.start_weights = self.solve_start(say)
 
-    def _exact_start(self, say: Callable[[str], None]) -> Mapping[str, torch.Tensor]:
+    def solve_start(self, say: Callable[[str], None]) -> Mapping[str, torch.Tensor] | None:
         """The exact solution of every matrix: from the run's directory, or solved for now and left there."""
         path = self.directory and self.directory / EXACT
         found: dict[str, torch.Tensor] = {}

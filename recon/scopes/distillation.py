@@ -1,37 +1,52 @@
 """Distillation of windows by gradient descent, and the two scopes that do it: submodules and blocks."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from recon.exact import solve
+from recon.lora import DEFAULT_LORA, Lora, attach, merge
 from recon.scopes.base import StartName, check_finite, warmup_and_linear_decay
 from recon.scopes.local import Batch, LocalScope
-from recon.windows import Window, block_windows, submodule_windows
+from recon.shapes import as_out_in, weight_out_in
+from recon.statistics import InputStatistics
+from recon.trainable import Parameters, chosen
+from recon.windows import GroupWindow, Window, Windows, block_windows, group_windows, submodule_windows
+
+Loss = Literal["normalised", "mse", "cosine"]
 
 
 class Distillation(LocalScope):
-    """Trains each window's weights until its output matches the dense window's.
+    """Trains each window's weights until its output matches its target.
 
-    The loss is the squared error divided by the mean energy of the window's target. One optimizer holds
-    all windows' weights, but only those of the current window require gradients; its state is dropped
+    One optimizer serves all windows in turn: it holds the parameters of the current one, and its state is dropped
     when the window ends, so memory does not grow with depth.
 
     Args:
         epochs: Passes over the calibration sequences, for each window.
+        loss: `normalised`, the squared error over the energy of the batch's target; `mse`, the mean squared error;
+            `cosine`, one minus the cosine between output and target, mean over tokens.
+        parameters: What learns in a window: `all`; `weights`, matrices of linear maps; `vectors`, norms and biases;
+            `lora`, low-rank updates of the pruned matrices, which are merged into them when the window ends.
+        lora: Rank and alpha of these updates.
         lr: Peak learning rate of AdamW, for each window anew.
         weight_decay: AdamW's weight decay.
         betas: AdamW's averaging coefficients.
         warmup: Share of a window's steps with a rising learning rate; it falls linearly to zero afterwards.
-        start: As in `Scope`. `exact` takes one forward pass over the calibration sequences and a solve of each matrix;
-            on the bundled model three epochs from it reach what four from `pruned` do.
+        start: As in `Scope`. `exact` takes a solve of each matrix on the inputs of its window; on the bundled
+            model three epochs from it reach what four from `pruned` do.
         **options: Batch size, and which model: see `LocalScope`.
     """
 
     def __init__(
         self,
         epochs: int = 4,
+        loss: Loss = "normalised",
+        parameters: Parameters = "all",
+        lora: Lora = DEFAULT_LORA,
         lr: float = 1e-3,
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.95),
@@ -40,14 +55,24 @@ class Distillation(LocalScope):
         **options: Any,
     ) -> None:
         super().__init__(epochs=epochs, start=start, **options)
+        self.loss: Loss = loss
+        self.which_parameters: Parameters = parameters
+        self.lora = lora
         self.lr, self.weight_decay, self.betas, self.warmup = lr, weight_decay, betas, warmup
+        self._learning: Sequence[Tensor] = []
+        self._adapters: list[str] = []
+
+    def label_notes(self) -> list[str]:
+        """Loss and parameters, too."""
+        notes = [] if self.loss == "normalised" else [self.loss]
+        return super().label_notes() + notes + ([] if self.which_parameters == "all" else [self.which_parameters])
 
     def configure_optimizers(self):
-        """AdamW over all windows' weights, the schedule beginning anew with each window."""
+        """AdamW, the schedule beginning anew with each window."""
         if not self.windows:
             return []
-        parameters = [self.model.get_parameter(name) for window in self.windows for name in window.owned]
-        optimizer = torch.optim.AdamW(parameters, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
+        first = self.model.get_parameter(self.windows[0].owned[0])  # in place of a window's, until one begins
+        optimizer = torch.optim.AdamW([first], lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
         steps_in_all = int(self.trainer.estimated_stepping_batches)  # an epoch's last batches make a step, however few
         steps = self.epochs * steps_in_all // max(1, self.max_epochs)
         return {
@@ -55,34 +80,56 @@ class Distillation(LocalScope):
             "lr_scheduler": warmup_and_linear_decay(optimizer, steps, self.warmup, period=steps),
         }
 
+    @torch.no_grad()
+    def observe(self, statistics: dict[str, InputStatistics]) -> None:
+        """Solve each matrix for its start."""
+        for name, found in statistics.items():
+            module = self.model.get_submodule(name.removesuffix(".weight"))
+            dense = weight_out_in(module)
+            solution = solve(module, dense, found, self.masks[name], name)
+            self._starts[name] = as_out_in(module, solution.weight).to(dense.dtype)
+
     def begin(self, window: Window) -> None:
-        """As `LocalScope.begin`; unfreezes the window."""
+        """As `LocalScope.begin`; what learns in the window requires gradients from now on."""
         super().begin(window)
-        for name in window.owned:
-            self.model.get_parameter(name).requires_grad_(True)
+        parameters = {name: self.model.get_parameter(name) for name in window.owned}
+        matrices = {f"{name}.weight" for block in window.blocks for name in block.matrices}
+        names = chosen(parameters, matrices, self.which_parameters, f"window {window.name}")
+        if self.which_parameters == "lora":
+            self._adapters = attach(self.model, self.masks, window.owned, self.lora, self.data.seed)
+            names = self._adapters
+        self._learning = [self.model.get_parameter(name).requires_grad_(True) for name in names]
+        self._optimizer().param_groups[0]["params"] = self._learning
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Squared error relative to the energy of the batch's target."""
+        """How far the window's output is from its target."""
         assert self.window is not None
-        error, energy = self.squared_error(batch)
-        loss = error / energy
+        output, target = self.outputs(batch)
+        if self.loss == "cosine":
+            loss = 1 - F.cosine_similarity(output, target, dim=-1).mean()
+        else:
+            error = (output - target).square()
+            loss = error.mean() if self.loss == "mse" else error.sum() / target.square().sum()
         check_finite(loss, f"window {self.window.name}, epoch {self._epoch}, batch {batch_idx}")
         self.log("loss", loss, prog_bar=True, batch_size=len(batch["hidden"]))
         return loss
 
     def end(self, window: Window) -> dict[str, Any]:
-        """Freeze the window and drop gradients and optimizer state."""
-        optimizer = self.optimizers(use_pl_optimizer=False)
-        for name in window.owned:
-            parameter = self.model.get_parameter(name)
+        """Freeze the window, merge its adapters, drop gradients and optimizer state."""
+        for parameter in self._learning:
             parameter.requires_grad_(False)
             parameter.grad = None
-            optimizer.state.pop(parameter, None)  # pyright: ignore[reportAttributeAccessIssue]
-        return {}
+        self._optimizer().state.clear()
+        merge(self.model, self._adapters)
+        self._learning, self._adapters = [], []
+        return {"holds_nonlinearity": window.holds_nonlinearity} if isinstance(window, GroupWindow) else {}
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        return self.optimizers(use_pl_optimizer=False)  # pyright: ignore[reportReturnType]
 
 
 class SubmoduleDistillation(Distillation):
-    """Recovers every attention and every MLP submodule by itself.
+    """Recovers every attention and every MLP submodule by itself, or other groups of a block's matrices.
 
     An attention window ends where the attention submodule returns; an MLP window is the block with its
     attention output given.
@@ -90,17 +137,26 @@ class SubmoduleDistillation(Distillation):
     Args:
         epochs: Passes over the calibration sequences, for each window.
         lr: Peak learning rate of AdamW, for each window anew.
+        windows: Groups of matrices by patterns of their names, in place of attention and MLP. A group learns to
+            return what it does in the dense block, at those of its matrices that no other of them reads; norms
+            stay as they are.
         **options: More of the training, batch size, and which model: see `Distillation` and `LocalScope`.
     """
 
     scope = "submodule"
 
-    def __init__(self, epochs: int = 4, lr: float = 1e-3, **options: Any) -> None:
+    def __init__(self, epochs: int = 4, lr: float = 1e-3, windows: Windows | None = None, **options: Any) -> None:
         super().__init__(epochs=epochs, lr=lr, **options)
+        self.groups = windows and windows.groups
+        self.taps = self.groups is None
+
+    def label_notes(self) -> list[str]:
+        """How many groups, too."""
+        return super().label_notes() + ([] if self.groups is None else [f"{len(self.groups)} groups"])
 
     def build_windows(self) -> Sequence[Window]:
-        """Attention and MLP of every block."""
-        return submodule_windows(self.replay)
+        """Attention and MLP of every block, or the groups."""
+        return submodule_windows(self.replay) if self.groups is None else group_windows(self.replay, self.groups)
 
 
 class BlockDistillation(Distillation):
@@ -108,6 +164,8 @@ class BlockDistillation(Distillation):
 
     Args:
         num_blocks: Blocks a window; the last window is shorter if the depth is no multiple of it.
+        stride: Blocks from one window's start to the next one's; num_blocks if null. If it is smaller, windows overlap,
+            and blocks that two share are trained again, from where the first left them.
         epochs: Passes over the calibration sequences, for each window.
         lr: Peak learning rate of AdamW, for each window anew.
         **options: More of the training, batch size, and which model: see `Distillation` and `LocalScope`.
@@ -115,17 +173,28 @@ class BlockDistillation(Distillation):
 
     scope = "block"
 
-    def __init__(self, num_blocks: int = 1, epochs: int = 4, lr: float = 1e-3, **options: Any) -> None:
+    def __init__(
+        self, num_blocks: int = 1, stride: int | None = None, epochs: int = 4, lr: float = 1e-3, **options: Any
+    ) -> None:
         super().__init__(epochs=epochs, lr=lr, **options)
         if num_blocks < 1:
             raise ValueError(f"model.num_blocks must be at least 1, got {num_blocks}")
-        self.num_blocks = num_blocks
+        if stride is not None and not 1 <= stride <= num_blocks:
+            raise ValueError(
+                f"model.stride must be at least 1 and at most model.num_blocks ({num_blocks}), got {stride}: every "
+                f"block needs a window"
+            )
+        self.num_blocks, self.stride = num_blocks, stride
 
     @property
-    def label(self) -> str:
+    def label_stem(self) -> str:
         """Says how many blocks a window holds, if more than one."""
         return "block" if self.num_blocks == 1 else f"block x{self.num_blocks}"
 
+    def label_notes(self) -> list[str]:
+        """The stride, too."""
+        return ([] if self.stride in (None, self.num_blocks) else [f"stride {self.stride}"]) + super().label_notes()
+
     def build_windows(self) -> Sequence[Window]:
         """Consecutive blocks."""
-        return block_windows(self.replay.anatomy, self.num_blocks)
+        return block_windows(self.replay.anatomy, self.num_blocks, self.stride)

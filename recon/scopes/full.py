@@ -16,12 +16,15 @@ from transformers import PreTrainedModel
 from recon.anatomy import Anatomy
 from recon.data import TokenData
 from recon.evaluation import evaluate
+from recon.interleaved import Interleaved
+from recon.lora import DEFAULT_LORA, Lora, attach, merge, merge_state
 from recon.masks import Masks
 from recon.pretrained import empty
 from recon.ranks import layout, rank
 from recon.scopes.base import Scope, check_finite, warmup_and_linear_decay
 from recon.sharding import gather, whole
 from recon.strategies import FullyShardedStrategy, ZeroStrategy
+from recon.trainable import Parameters, chosen
 
 FROZEN = "frozen"
 """Key in a checkpoint: the weights that were not trained, if the strategy holds them rounded."""
@@ -37,7 +40,10 @@ class FullRetraining(Scope):
         loss: `cross_entropy` on the next token, or `distillation`: KL divergence from the dense model's
             next-token distribution, which keeps a second copy of the model in memory, sharded as the first.
         temperature: Softens both distributions in distillation.
-        train: What learns: `blocks` leaves embeddings and head as they are, `all` trains them too.
+        train: Where it learns: `blocks` leaves embeddings and head as they are, `all` trains them too.
+        parameters: What learns there: `all`; `weights`, the matrices of linear maps in the blocks; `vectors`, norms and
+            biases; `lora`, low-rank updates of the pruned matrices, which are merged into them in the end.
+        lora: Rank and alpha of these updates.
         lr: Peak learning rate of AdamW.
         weight_decay: AdamW's weight decay.
         betas: AdamW's averaging coefficients.
@@ -56,6 +62,8 @@ class FullRetraining(Scope):
         loss: Literal["cross_entropy", "distillation"] = "cross_entropy",
         temperature: float = 1.0,
         train: Literal["blocks", "all"] = "blocks",
+        parameters: Parameters = "all",
+        lora: Lora = DEFAULT_LORA,
         lr: float = 1e-3,
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -65,23 +73,33 @@ class FullRetraining(Scope):
         **options: Any,
     ) -> None:
         super().__init__(epochs=epochs, **options)
+        if train == "all" and parameters in ("weights", "lora"):
+            raise ValueError(
+                f"model.parameters: {parameters} learns matrices in the blocks, got model.train: all, which would add "
+                f"embeddings and head; set model.train: blocks, or model.parameters: all"
+            )
         if partitioned and self.start == "exact":
             raise ValueError(
                 "model.start: exact solves on the whole model, which model.partitioned never loads; choose "
                 "model.start: pruned, or moved with the masks of a criterion that moves weights"
             )
         self.loss, self.temperature, self.train_what = loss, temperature, train
+        self.which_parameters: Parameters = parameters
+        self.lora = lora
         self.lr, self.weight_decay, self.betas, self.warmup = lr, weight_decay, betas, warmup
         self.gradient_checkpointing, self.partitioned = gradient_checkpointing, partitioned
         self._teacher: list[Any] = []  # a list, so that Lightning does not see its parameters
         self._frozen: dict[str, Tensor] = {}
+        self._adapters: list[str] = []
         self._kind: type[PreTrainedModel]
         self._gathered: dict[str, Tensor] | None = None
 
     @property
     def label(self) -> str:
-        """Distillation is called what it is."""
-        return "full (distillation)" if self.loss == "distillation" else "full"
+        """Says what is not the default: distillation, and which parameters learn."""
+        said = ["distillation"] if self.loss == "distillation" else []
+        said += [self.which_parameters] if self.which_parameters != "all" else []
+        return f"full ({', '.join(said)})" if said else "full"
 
     @property
     def max_epochs(self) -> int:
@@ -129,9 +147,10 @@ class FullRetraining(Scope):
         directory: Path | None = None,
         moved: Mapping[str, Tensor] | None = None,
         say: Callable[[str], None] = lambda line: None,
+        interleaved: Interleaved | None = None,
     ) -> None:
         """As `Scope.prepare`; the model is pruned here, before an optimizer or a strategy copies the weights."""
-        super().prepare(data, masks, directory, moved, say)
+        super().prepare(data, masks, directory, moved, say, interleaved)
         if not self.partitioned:
             if self.loss == "distillation":
                 self._teacher = [copy.deepcopy(self.model).requires_grad_(False)]
@@ -156,11 +175,17 @@ class FullRetraining(Scope):
 
     def _make_ready(self) -> None:
         self.begin_from_start(self.masks)
-        blocks = Anatomy.of(self.model).blocks
+        anatomy = Anatomy.of(self.model)
+        blocks = anatomy.blocks
+        parameters = dict(self.model.named_parameters())
         if self.train_what == "blocks":
-            self.model.requires_grad_(False)
-            for block in blocks:
-                block.module.requires_grad_(True)
+            parameters = {name: one for block in blocks for name, one in block.parameters().items()}
+        learning = chosen(parameters, anatomy.prunable(), self.which_parameters)
+        self.model.requires_grad_(False)
+        for name in learning:
+            parameters[name].requires_grad_(True)
+        if self.which_parameters == "lora":
+            self._adapters = attach(self.model, self.masks, self.masks, self.lora, self.data.seed)
         if self.gradient_checkpointing:
             for block in blocks:  # not the model's own way, which needs the training mode and with it dropout
                 block.module.forward = partial(checkpoint, block.module.forward, use_reentrant=False)
@@ -184,17 +209,24 @@ class FullRetraining(Scope):
         self._teacher = [frozen(teacher) for teacher in self._teacher]
 
     def on_fit_end(self) -> None:
-        """Check the masks, let go of the teacher, and gather what the strategy has sharded."""
+        """Merge adapters, check the masks, let go of the teacher, and gather what the strategy has sharded."""
+        sharded = isinstance(self.trainer.strategy, ZeroStrategy | FullyShardedStrategy)
+        if not sharded:
+            merge(self.model, self._adapters)
         super().on_fit_end()
         self._teacher.clear()
-        if not isinstance(self.trainer.strategy, ZeroStrategy | FullyShardedStrategy):
+        if not sharded:
             return
         if self.partitioned:
-            self.evaluation = evaluate(self.model, self.data.test_dataloader(), device=self.device)
+            self.evaluation = evaluate(
+                self.model, self.data.evaluation_dataloader(), self.data.evaluate_on, device=self.device
+            )
         directory = self.directory or Path(self.trainer.default_root_dir)
         self._gathered = gather(self.model, self.dtype_to_save, directory, keep=rank() == 0)
         for name in self._gathered.keys() & self._frozen.keys():
             self._gathered[name].copy_(self._frozen[name])  # in place: tied ones stay tied
+        if self._gathered:
+            merge_state(self.model, self._adapters, self._gathered)
 
     def result(self) -> tuple[PreTrainedModel, dict[str, Tensor] | None]:
         """The recovered model; gathered, if a strategy had sharded it."""

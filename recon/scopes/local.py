@@ -1,8 +1,8 @@
 """What the local scopes share: one `Trainer.fit` that goes through the model window by window.
 
-A window takes `epochs` consecutive Lightning epochs. Its inputs and targets come from the dense model,
-so windows do not depend on each other: a finished one is written to the run directory at once, and a
-restarted run skips what is there, recomputing only the activations, and ends bit-identically.
+A window takes `epochs` consecutive Lightning epochs. A finished one is written to the run directory at once; a
+restarted run skips what is there, recomputing only the activations, and ends bit-identically. With dense inputs
+and targets, the default, windows do not depend on each other.
 """
 
 import json
@@ -14,17 +14,22 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from recon.activations import Activations
-from recon.anatomy import Anatomy
+from recon.activations import Activations, Propagation
+from recon.anatomy import Anatomy, Block
 from recon.atomic import atomic_write, write_json
 from recon.data import TokenData
+from recon.exact import pruned_matrices
+from recon.interleaved import Interleaved
 from recon.masks import Masks
 from recon.replay import Replay
 from recon.scopes.base import Scope, check_finite
+from recon.scopes.parking import Parking
 from recon.seeds import derived_seed
-from recon.windows import AttentionWindow, MLPWindow, Window
+from recon.start import apply
+from recon.statistics import InputStatistics, Need
+from recon.windows import AttentionWindow, GroupWindow, MLPWindow, Window
 
 Batch = dict[str, Tensor]
 
@@ -35,6 +40,12 @@ class LocalScope(Scope):
     Args:
         epochs: Passes over the calibration sequences, for each window.
         batch_size: Sequences per step, and per forward pass of the dense model.
+        propagation: What enters a window and what it should produce: `dense`, dense inputs and what the dense window
+            makes of them, so that windows are independent; `recovered_local`, what the recovered model has there,
+            and what the dense window makes of that; `recovered`, what the recovered model has there, and what
+            the dense model has behind the window, so that the error that enters is made up for. Where a block
+            adds what attention returns to what entered it, this makes up for it from attention on, elsewhere
+            from the block's output on.
         **options: Which model: see `Scope`.
 
     Attributes:
@@ -45,20 +56,33 @@ class LocalScope(Scope):
             starts) and `after` recovery, and what a scope adds.
     """
 
-    def __init__(self, epochs: int = 4, batch_size: int = 8, **options: Any) -> None:
+    def __init__(
+        self, epochs: int = 4, batch_size: int = 8, propagation: Propagation = "dense", **options: Any
+    ) -> None:
         super().__init__(epochs=epochs, **options)
         if batch_size < 1:
             raise ValueError(f"model.batch_size must be at least 1, got {batch_size}")
         self.batch_size = batch_size
+        self.propagation: Propagation = propagation
+        self.taps = False  # whether windows begin or end where attention returns
         self.windows: Sequence[Window] = []
         self.window: Window | None = None
         self.results: dict[str, dict[str, Any]] = {}
+        self.interleaved: Interleaved | None = None
         self._epoch = 0
         self._before = self._after = 0.0
 
     @abstractmethod
     def build_windows(self) -> Sequence[Window]:
         """The windows in the order of depth, which together own every masked weight."""
+
+    @property
+    def needs(self) -> Need:
+        """What this scope asks of the inputs of a pruned matrix, beside the activations."""
+        return "gram" if self.start == "exact" else "none"
+
+    def observe(self, statistics: dict[str, InputStatistics]) -> None:
+        """Take in what enters some pruned matrices, which still are dense; called before their window begins."""
 
     @property
     def max_epochs(self) -> int:
@@ -83,10 +107,32 @@ class LocalScope(Scope):
         """As in training."""
         return self.batch_size
 
+    @property
+    def label(self) -> str:
+        """The scope, and what is not as by default."""
+        notes = ", ".join(self.label_notes())
+        return f"{self.label_stem} ({notes})" if notes else self.label_stem
+
+    @property
+    def label_stem(self) -> str:
+        """What the label begins with."""
+        return self.scope
+
+    def label_notes(self) -> list[str]:
+        """What a label adds in brackets."""
+        notes = [] if self.propagation == "dense" else [self.propagation.replace("_", " ")]
+        return notes + (["interleaved"] if self.interleaved else [])
+
+    @property
+    def maskable(self) -> list[str]:
+        """Those masked already, or all that will be."""
+        return list(self.masks if self.interleaved is None else self.interleaved.prunable)
+
     def enforced(self) -> Masks:
         """The masks of finished windows and of the one under way."""
         begun = [window for window in self.windows if window.name in self.results or window is self.window]
-        return self.masks.subset([name for window in begun for name in window.owned if name in self.masks])
+        names = dict.fromkeys(name for window in begun for name in window.owned)
+        return self.masks.subset([name for name in names if name in self.masks and name not in self._parking])
 
     def prepare(
         self,
@@ -95,25 +141,41 @@ class LocalScope(Scope):
         directory: Path | None = None,
         moved: Mapping[str, Tensor] | None = None,
         say: Callable[[str], None] = lambda line: None,
+        interleaved: Interleaved | None = None,
     ) -> None:
         """As `Scope.prepare`; lays out the windows and freezes the model.
 
         Raises:
-            ValueError: If the model cannot be run window by window, or no window owns a masked weight.
+            ValueError: If the model cannot be run window by window, no window owns a masked weight, or
+                options do not go together.
         """
-        super().prepare(data, masks, directory, moved, say)
+        super().prepare(data, masks, directory, moved, say, interleaved)
+        if interleaved is not None and self.propagation == "dense":
+            raise ValueError(
+                "pruning.inputs: recovered chooses masks from recovered inputs, got model.propagation: dense, which "
+                "has none; choose model.propagation: recovered or recovered_local, or pruning.inputs: dense"
+            )
+        self.interleaved = interleaved
         self.model.requires_grad_(False)
         self.replay = Replay(self.model, Anatomy.of(self.model))
         windows = self.build_windows()
-        self.windows = [window for window in windows if self._masks_of(window).num_pruned]
+        self._require_propagation(windows)
+        self.windows = [window for window in windows if self._is_to_recover(window)]
         self.window, self.results = None, {}
+        self._parking = Parking(self.model)
+        self._starts: dict[str, Tensor] = {}  # of blocks entered, not yet begun
+        self._entered: set[int] = set()
+        self._begun: set[str] = set()
         owned = {name for window in windows for name in window.owned}
-        orphans = [name for name in masks if name not in owned]
+        orphans = [name for name in self.maskable if name not in owned]
         if orphans:
             raise ValueError(
                 f"every pruned weight must belong to one window, got {len(orphans)} that belong to none, "
                 f"{orphans[0]} the first; exclude them with `pruning.exclude` or choose scopes/block"
             )
+
+    def solve_start(self, say: Callable[[str], None]) -> None:
+        """Nothing yet: each block is solved when its inputs are known."""
 
     def setup(self, stage: str) -> None:
         """As `Scope.setup`.
@@ -131,9 +193,13 @@ class LocalScope(Scope):
     def on_fit_start(self) -> None:
         """Embed the calibration and the held-out sequences."""
         self.phases.enter("embed")
-        train, validation = self.data.tokens("train"), self.data.tokens("validation")
-        self.calibration = Activations(self.replay, train, self.batch_size, self.device)
-        self.held_out = Activations(self.replay, validation, self.batch_size, self.device)
+        starts = {window.indices[0] for window in self.windows}
+        self.calibration, self.held_out = (
+            Activations(
+                self.replay, self.data.tokens(split), self.batch_size, self.device, self.propagation, self.taps, starts
+            )
+            for split in ("train", "validation")
+        )
 
     def train_dataloader(self) -> "WindowBatches":
         """Batches of whichever window is under way when they are asked for."""
@@ -168,6 +234,7 @@ class LocalScope(Scope):
                     f"a fit needs to go through all {len(self.windows)} windows, it stopped before the end of "
                     f"{window.name}; start it again, without trainer.max_time or a callback that stops it"
                 )
+            self._choose_masks(self._fresh(window), {})
             self._take(window)
         super().on_fit_end()
         if self.directory is not None:
@@ -175,14 +242,84 @@ class LocalScope(Scope):
         del self.calibration, self.held_out
 
     def begin(self, window: Window) -> None:
-        """Compute what the dense window takes in and returns, then prune its weights, the others as they start."""
-        self.calibration.enter(window.indices)
-        self.begin_from_start(self._masks_of(window))
+        """Compute what enters the window and what it should produce, then prune its weights.
+
+        Those that survive get their start, the others stay as they are; so do those that an overlapping window has
+        recovered.
+        """
+        self._approach(window)
+        if isinstance(window, MLPWindow):
+            later = {} if self.needs == "none" else self._later_matrices(window)
+            self.observe(self.calibration.pass_attention(later, self.needs if later else "none"))
+            self.held_out.pass_attention()
+        if isinstance(window, GroupWindow):
+            self.calibration.record(window)
+            self.held_out.record(window)
+            self._parking.keep_dense(window)
+        fresh = [name for name in window.owned if name in self.masks and name not in self._begun]
+        start = self._starts if self.start_weights is None and self._starts else self.start_weights
+        apply(self.model, self.masks.subset(fresh), start)
+        self._begun.update(fresh)
+        for name in fresh:
+            self._starts.pop(name, None)
+
+    def _approach(self, window: Window) -> None:
+        """Walk to `window`; choose masks and starts of blocks that were not there before."""
+        fresh = self._fresh(window)
+        matrices, need = {}, self.needs
+        if self.interleaved is not None:
+            need = _larger(need, self.interleaved.criterion.needs)
+            matrices = {name: one for block in fresh for name, one in self.interleaved.matrices(block).items()}
+        elif need != "none":
+            pruned = {name: one for block in fresh for name, one in pruned_matrices(block, self.masks).items()}
+            matrices = {name: one for name, one in pruned.items() if self._is_now(name)}
+        statistics = self.calibration.enter(window.indices, matrices, need)
+        self.held_out.enter(window.indices)
+        self._choose_masks(fresh, statistics)
+        if self.needs != "none":
+            self.observe({name: found for name, found in statistics.items() if self._is_now(name)})
+
+    def _choose_masks(self, blocks: Sequence[Block], statistics: Mapping[str, InputStatistics]) -> None:
+        """Note that these blocks are entered; choose their masks, or take those chosen before, if not up front."""
+        self._entered.update(block.index for block in blocks)
+        if self.interleaved is None:
+            return
+        for block in blocks:
+            masks, moved = self.interleaved.held(block), {}
+            if masks is None or (self.start == "moved" and statistics):
+                masks, moved = self.interleaved.prune(block, statistics)
+            self.masks.add(masks)
+            if self.start == "moved":
+                self._starts |= moved
+
+    def _fresh(self, window: Window) -> list[Block]:
+        return [block for block in window.blocks if block.index not in self._entered]
+
+    def _later_matrices(self, window: Window) -> dict[str, nn.Module]:
+        """The pruned matrices of an MLP window, if their inputs were not known when its block was entered."""
+        pruned = pruned_matrices(window.blocks[0], self.masks)
+        return {name: one for name, one in pruned.items() if name in window.owned and self._is_later(name)}
+
+    def _is_later(self, name: str) -> bool:
+        """Whether what enters this matrix is known only once attention is recovered."""
+        return self.propagation != "dense" and isinstance(self._owner(name), MLPWindow)
+
+    def _is_now(self, name: str) -> bool:
+        """Whether the inputs of this matrix, just seen, are what its window needs."""
+        owner = self._owner(name)
+        return owner is not None and not self._is_later(name) and not self._is_written(owner)
+
+    def _owner(self, name: str) -> Window | None:
+        """The first window that recovers this parameter; None if none does, for nothing around it is pruned."""
+        return next((window for window in self.windows if name in window.owned), None)
 
     def batch(self, walk: Activations, rows: Any) -> Batch:
         """Inputs and target of the current window for some of a walk's sequences."""
         batch = {"hidden": walk.hidden[rows]}
         assert walk.output is not None
+        if isinstance(self.window, GroupWindow):
+            assert walk.recorded is not None
+            return batch | {"target": walk.recorded[rows]}
         if isinstance(self.window, AttentionWindow | MLPWindow):
             assert walk.attention is not None
             if isinstance(self.window, AttentionWindow):
@@ -190,12 +327,11 @@ class LocalScope(Scope):
             batch["attention"] = walk.attention[rows]
         return batch | {"target": walk.output[rows]}
 
-    def squared_error(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Squared error of the current window's output and its target's energy, fp32 scalars."""
+    def outputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What the current window makes of its inputs and what it should, [batch, seq, dim] in fp32."""
         assert self.window is not None
         output = self.window.forward(self.replay, batch["hidden"], batch.get("attention"))
-        target = batch["target"].float()
-        return (output.float() - target).square().sum(), target.square().sum()
+        return output.float(), batch["target"].float()
 
     @torch.no_grad()
     def held_out_error(self) -> float:
@@ -208,21 +344,20 @@ class LocalScope(Scope):
         sums = torch.zeros(2, dtype=torch.float64)
         for start in range(0, len(self.held_out.hidden), self.batch_size):
             batch = self.batch(self.held_out, slice(start, start + self.batch_size))
-            error, energy = self.squared_error(batch)
+            output, target = self.outputs(batch)
+            error = (output - target).square().sum()
             check_finite(error, f"window {self.window.name}, held-out batch that begins with sequence {start}")
-            sums += torch.stack((error, energy)).cpu()
+            sums += torch.stack((error, target.square().sum())).cpu()
         return float(sums[0] / sums[1])
 
     def _begin_next(self) -> None:
-        """Pass the dense model through windows that are written already, and begin the first that is not."""
+        """Walk through windows that are written already, and begin the first that is not."""
         for window in self.windows[len(self.results) :]:
             if not self._is_written(window):
                 break
-            self.calibration.enter(window.indices)
-            self.held_out.enter(window.indices)
+            self._approach(window)
             self._take(window)
         self.phases.enter(f"window {window.name}")
-        self.held_out.enter(window.indices)
         self.begin(window)
         self.window, self._epoch = window, 0
         self._before = self.held_out_error()
@@ -244,15 +379,48 @@ class LocalScope(Scope):
         if self.logger is not None:
             metrics = {f"window/{name}": result[name] for name in ("before", "after")}
             self.logger.log_metrics(metrics, step=self.windows.index(window))
-        self.results[window.name] = result
+        self._leave(window, result)
         self.window = None
 
     def _take(self, window: Window) -> None:
         """Load the weights of a window that is written already."""
+        if isinstance(window, GroupWindow):
+            self._parking.keep_dense(window)
         with safe_open(self._file(window), framework="pt") as file, torch.no_grad():
             for name in window.owned:
                 self.model.get_parameter(name).copy_(file.get_tensor(name))
-            self.results[window.name] = json.loads(file.metadata()["result"])
+            result = json.loads(file.metadata()["result"])
+        self._begun.update(name for name in window.owned if name in self.masks)
+        self._leave(window, result)
+
+    def _leave(self, window: Window, result: dict[str, Any]) -> None:
+        """Note the results; a group steps aside until all of its block are done, for they take dense inputs."""
+        self.results[window.name] = result
+        if isinstance(window, GroupWindow):
+            self._parking.park(window)
+            left = self.windows[len(self.results) :]
+            if not left or left[0].indices != window.indices:
+                self._parking.clear()
+
+    def _is_to_recover(self, window: Window) -> bool:
+        if self.interleaved is not None:
+            return any(name in self.interleaved.prunable for name in window.owned)
+        return self._masks_of(window).num_pruned > 0
+
+    def _require_propagation(self, windows: Sequence[Window]) -> None:
+        """Refuse windows that need the dense weights of blocks that recovered inputs have passed."""
+        blocks = [index for window in windows if not isinstance(window, MLPWindow) for index in window.indices]
+        groups = any(isinstance(window, GroupWindow) for window in windows)
+        if groups and self.propagation != "dense":
+            raise ValueError(
+                f"groups of matrices are recovered on dense inputs, got model.propagation: {self.propagation}; choose "
+                f"model.propagation: dense"
+            )
+        if not groups and len(blocks) != len(set(blocks)) and self.propagation == "recovered_local":
+            raise ValueError(
+                "overlapping windows have no dense weights left for what a window makes of recovered inputs, got "
+                "model.propagation: recovered_local; choose dense or recovered, or model.stride: null"
+            )
 
     def _masks_of(self, window: Window) -> Masks:
         return self.masks.subset([name for name in window.owned if name in self.masks])
@@ -281,3 +449,7 @@ class WindowBatches:
         order = torch.randperm(len(scope.calibration.hidden), generator=torch.Generator().manual_seed(seed))
         for rows in order.to(scope.device).split(scope.batch_size):
             yield scope.batch(scope.calibration, rows)
+
+
+def _larger(*needs: Need) -> Need:
+    return max(needs, key=("none", "norms", "gram").index)

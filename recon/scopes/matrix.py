@@ -1,5 +1,6 @@
-"""Matrix reconstruction: each pruned matrix by itself, exactly."""
+"""Matrix reconstruction: each pruned matrix by itself."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -7,37 +8,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recon.exact import MAX_ITERATIONS, TOLERANCE, pruned_matrices, solve
-from recon.scopes.base import StartName
+from recon.scopes.base import StartName, check_finite, warmup_and_linear_decay
 from recon.scopes.local import LocalScope
-from recon.shapes import weight_out_in
-from recon.statistics import InputStatistics, collect
+from recon.shapes import as_out_in, weight_out_in
+from recon.solvers import ConjugateGradients, GradientDescent, LeastSquares, Solver, relative_objective
+from recon.statistics import InputStatistics, Need
 from recon.windows import Window, block_windows
 
 
 class MatrixReconstruction(LocalScope):
-    """The surviving weights of every matrix that best reproduce its outputs on the dense model's inputs.
+    """The surviving weights of every matrix that best reproduce its dense outputs.
 
-    That is a convex problem which the Gram matrix of the inputs holds completely: it is solved by
-    conjugate gradients, without a learning rate and whatever the number of tokens. The matrices of a
-    block make one window and one step, so that the dense model is walked only once.
+    That is a convex problem which the Gram matrix of the inputs holds completely, whatever the number of tokens.
+    Conjugate gradients solve it without a learning rate. The matrices of a block make one window, so that the
+    model is walked only once.
 
     Args:
-        tolerance: Relative projected gradient at which a matrix counts as solved.
-        max_iterations: Conjugate-gradient steps after which it is taken as it is.
-        start: First iterate, `pruned` or `moved`. The end is the same, but for weights that the inputs do not
-            determine.
+        solver: `ConjugateGradients`, exact; `ADMMSolver`; or `GradientDescent`, steps of AdamW on the same problem, as
+            published comparisons of scopes have it.
+        start: First iterate, `pruned` or `moved`. Where the solver is exact the end is the same, but for weights that
+            the inputs do not determine.
+        propagation: As in `LocalScope`; with `recovered` the inputs are those of the recovered model, the outputs to
+            reproduce those of the dense one.
         **options: Batch size, and which model: see `LocalScope`.
     """
 
     scope = "matrix"
 
     def __init__(
-        self,
-        tolerance: float = TOLERANCE,
-        max_iterations: int = MAX_ITERATIONS,
-        start: StartName = "pruned",
-        **options: Any,
+        self, solver: Solver | GradientDescent | None = None, start: StartName = "pruned", **options: Any
     ) -> None:
         super().__init__(epochs=1, start=start, **options)
         if start == "exact":
@@ -45,48 +44,106 @@ class MatrixReconstruction(LocalScope):
                 "model.start: exact is what the matrix scope ends at; choose model.start: pruned, or moved with a "
                 "criterion that moves weights"
             )
-        self.tolerance, self.max_iterations = tolerance, max_iterations
-        self.automatic_optimization = False
-        self._dense: dict[str, Tensor] = {}
-        self._statistics: dict[str, InputStatistics] = {}
-        self._matrices: dict[str, nn.Module] = {}
+        self.solver = solver or ConjugateGradients()
+        self.automatic_optimization = isinstance(self.solver, GradientDescent)
+        self._problems: dict[str, LeastSquares] = {}
         self._solved: dict[str, dict[str, Any]] = {}
+        self._began = 0.0
+
+    def label_notes(self) -> list[str]:
+        """A solver that is not exact, too."""
+        notes = [] if isinstance(self.solver, ConjugateGradients) else [str(self.solver)]
+        return super().label_notes() + notes
+
+    @property
+    def needs(self) -> Need:
+        """Gram matrices."""
+        return "gram"
 
     def build_windows(self) -> Sequence[Window]:
         """One window a block."""
         return block_windows(self.replay.anatomy, 1)
 
-    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        """No optimizer: the solution is exact."""
-        return []
+    def configure_optimizers(self):
+        """None, unless the solver is a gradient method."""
+        if not isinstance(self.solver, GradientDescent) or not self.windows:
+            return []
+        settings = self.solver
+        first = self.model.get_parameter(self.windows[0].owned[0])  # in place of a block's matrices, until one begins
+        optimizer = torch.optim.AdamW([first], lr=settings.lr, betas=settings.betas, weight_decay=0.0)
+        schedule = warmup_and_linear_decay(optimizer, settings.steps, settings.warmup, period=settings.steps)
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def train_dataloader(self) -> list[int]:
-        """One step a window: all that it needs is in the Gram matrices."""
-        return [0]
+        """One step a window, or as many as a gradient method takes: all that they need is in the Gram matrices."""
+        return list(range(self.solver.steps if isinstance(self.solver, GradientDescent) else 1))
+
+    def observe(self, statistics: dict[str, InputStatistics]) -> None:
+        """Pose the problem of each matrix, whose weight still is dense."""
+        self._problems = {
+            name: LeastSquares.of(found, weight_out_in(self._module(name)).clone())
+            for name, found in statistics.items()
+        }
 
     def begin(self, window: Window) -> None:
-        """As `LocalScope.begin`, collecting Gram matrices on the way and keeping the dense weights."""
-        (block,) = window.blocks
-        self._matrices = pruned_matrices(block, self.masks)
-        with collect(self._matrices, need="gram") as self._statistics:
-            self.calibration.enter(window.indices)
-        self._dense = {name: weight_out_in(matrix).clone() for name, matrix in self._matrices.items()}
+        """As `LocalScope.begin`; with a gradient method the matrices require gradients from now on."""
         super().begin(window)
+        self._began = time.monotonic()
+        if self.automatic_optimization:
+            weights = [self.model.get_parameter(name).requires_grad_(True) for name in self._problems]
+            self._optimizer().param_groups[0]["params"] = weights
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        """Solve every matrix of the block, or return how far all are from their dense outputs."""
+        if not isinstance(self.solver, GradientDescent):
+            return self._solve(self.solver)
+        assert self.window is not None
+        errors = [relative_objective(one, self._learning(name)) for name, one in self._problems.items()]
+        loss = torch.stack(errors).mean()
+        check_finite(loss, f"window {self.window.name}, step {batch_idx}")
+        self.log("matrix_error", loss)
+        return loss
 
     @torch.no_grad()
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        """Solve every matrix of the block."""
-        solved = {}
-        for name, dense in self._dense.items():
-            module, keep = self._matrices[name], self.masks[name]
-            limits = self.tolerance, self.max_iterations
-            solution = solve(module, dense, self._statistics[name], keep, name, *limits)
-            weight_out_in(module).copy_(solution.weight)
-            solved[name] = {key: value for key, value in asdict(solution).items() if key != "weight"}
-        self.log("matrix_error", sum(one["relative_error"] for one in solved.values()) / max(1, len(solved)))
-        self._solved = solved
+    def _solve(self, solver: Solver) -> None:
+        for name, problem in self._problems.items():
+            weight = weight_out_in(self._module(name))
+            solution = solver.solve(problem, self._keep(name), weight.float(), name)
+            weight.copy_(solution.weight)
+            self._solved[name] = {key: value for key, value in asdict(solution).items() if key != "weight"}
+        errors = [one["relative_error"] for one in self._solved.values()]
+        self.log("matrix_error", sum(errors) / max(1, len(errors)))
 
+    @torch.no_grad()
     def end(self, window: Window) -> dict[str, Any]:
         """Drop dense weights and Gram matrices; report how well each matrix was solved."""
-        self._dense, self._statistics, self._matrices = {}, {}, {}
-        return {"matrices": self._solved}
+        if isinstance(self.solver, GradientDescent):
+            self._end_descent(self.solver)
+        solved, self._problems, self._solved = self._solved, {}, {}
+        return {"matrices": solved}
+
+    def _end_descent(self, solver: GradientDescent) -> None:
+        for name, problem in self._problems.items():
+            parameter = self.model.get_parameter(name).requires_grad_(False)
+            parameter.grad = None
+            error, gradient = problem.measure(weight_out_in(self._module(name)).float(), self._keep(name))
+            self._solved[name] = {
+                "iterations": solver.steps,
+                "projected_gradient": gradient,
+                "relative_error": error,
+                "seconds": (time.monotonic() - self._began) / len(self._problems),  # all are solved at once
+            }
+        self._optimizer().state.clear()
+
+    def _module(self, name: str) -> nn.Module:
+        return self.model.get_submodule(name.removesuffix(".weight"))
+
+    def _learning(self, name: str) -> Tensor:
+        """Its weight, out x in, with the gradient that `weight_out_in` leaves out."""
+        return as_out_in(self._module(name), self.model.get_parameter(name))
+
+    def _keep(self, name: str) -> Tensor:
+        return as_out_in(self._module(name), self.masks[name].to(self.device))
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        return self.optimizers(use_pl_optimizer=False)  # pyright: ignore[reportReturnType]

@@ -22,10 +22,9 @@ from torch import Tensor
 
 from recon.atomic import write_json
 from recon.criteria import ADMM, ALPS, RIA, Criterion, Magnitude, Random, SparseFW, SparseGPT, Wanda
-from recon.criteria.admm import fixed_mask
 from recon.environment import environment
 from recon.patterns import NM, Pattern, Unstructured
-from recon.solvers import conjugate_gradients
+from recon.solvers import ADMMSolver, ConjugateGradients, LeastSquares, Solver
 from recon.statistics import InputStatistics, full_fp32
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -101,7 +100,7 @@ def golden_errors(pattern: Pattern) -> dict[str, list[float]]:
         exact_gram = X.double().T @ X.double()
         for criterion in CRITERIA:
             weight, keep = criterion.prune(dense, inputs, pattern, layer)
-            solution = conjugate_gradients(inputs.gram, dense, keep, start=weight, name=layer)
+            solution = ConjugateGradients().solve(LeastSquares.of(inputs, dense), keep, weight, layer)
             for result in (weight * keep, solution.weight):
                 errors[str(criterion)].append(quality(result, dense, exact_gram, keep)[0])
     return errors
@@ -119,12 +118,9 @@ def measure(size: int, seed: int, device: torch.device, quick: bool) -> list[Row
         iterations = criterion.iterations if isinstance(criterion, SparseFW | ADMM) else None
         return lambda: (*criterion.prune(dense, inputs, pattern, name), iterations)
 
-    def solve(tolerance: float) -> tuple[Tensor, Tensor, int | None]:
-        solution = conjugate_gradients(gram, dense, keep, tolerance=tolerance, name=name)
+    def solve(solver: Solver) -> tuple[Tensor, Tensor, int | None]:
+        solution = solver.solve(LeastSquares(gram, dense), keep, name=name)
         return solution.weight, keep, solution.iterations
-
-    def polish() -> tuple[Tensor, Tensor, int | None]:
-        return fixed_mask(gram, dense, keep, iterations=20, rho=1.0, damping=0.1, name=name), keep, 20
 
     sparsefw, alps = (SparseFW(iterations=20), ALPS(max_iterations=20)) if quick else (SparseFW(), ALPS())
     runs: dict[str, Callable[[], tuple[Tensor, Tensor, int | None]]] = {
@@ -136,9 +132,9 @@ def measure(size: int, seed: int, device: torch.device, quick: bool) -> list[Row
         f"sparsefw, {sparsefw.iterations} iterations": prune(sparsefw),
         "admm": prune(ADMM()),
         f"alps, at most {alps.max_iterations} iterations": prune(alps),
-        "wanda + 20 iterations of admm, fixed mask": polish,
-        "wanda + exact solve to 1e-04": lambda: solve(1e-4),
-        "wanda + exact solve to 1e-06": lambda: solve(1e-6),
+        "wanda + 20 iterations of admm, fixed mask": lambda: solve(ADMMSolver(iterations=20)),
+        "wanda + exact solve to 1e-04": lambda: solve(ConjugateGradients(tolerance=1e-4)),
+        "wanda + exact solve to 1e-06": lambda: solve(ConjugateGradients(tolerance=1e-6)),
     }
     rows, exact_gram = [], gram.double()
     before = product_seconds(dense, gram)
