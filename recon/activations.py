@@ -5,7 +5,7 @@ are at most two copies of the hidden states (what enters, and what should come o
 overlapping windows on dense inputs keep one copy more for each window that begins inside another.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -25,6 +25,9 @@ Propagation = Literal["dense", "recovered_local", "recovered"]
 - `recovered`: what the recovered blocks before it produce, and what the dense model has behind it: the window
   makes up for the error that enters it, too.
 """
+
+Observation = Need | Literal["cross"]
+"""What can be collected of the inputs of matrices; `cross`: Gram matrices of recovered and dense ones together."""
 
 
 class Activations:
@@ -70,11 +73,12 @@ class Activations:
         self.blocks: list[int] = []
         self._at = 0  # the block that `hidden` enters
         self._ahead = 0  # the block that the dense stream enters; weights are dense from here on
+        self._adds = False  # whether the current block adds what attention returns to what entered it
         self._kept: dict[int, Tensor] = {}  # block -> what enters it, dense
 
     @torch.no_grad()
     def enter(
-        self, blocks: Sequence[int], matrices: Mapping[str, nn.Module] | None = None, need: Need = "none"
+        self, blocks: Sequence[int], matrices: Mapping[str, nn.Module] | None = None, need: Observation = "none"
     ) -> dict[str, InputStatistics]:
         """Go on to consecutive `blocks`; nothing happens if they are current.
 
@@ -83,7 +87,7 @@ class Activations:
         Args:
             blocks: Indices; the first may lie among the current blocks, the last may not.
             matrices: Of blocks that were never entered before, still dense: name -> linear map.
-            need: What to collect of their inputs. Recovered inputs with dense targets bring what the others need.
+            need: What to collect of what enters them; `cross` only with `recovered`.
 
         Returns:
             Name of each matrix -> statistics of what enters it.
@@ -97,17 +101,15 @@ class Activations:
         assert start >= self._at, f"blocks are walked in order: {blocks} cannot follow {self.blocks}"
         assert stop > self._ahead, f"blocks are walked in order: {blocks} cannot follow {self.blocks}"
         self.attention = self._room(self.attention) if self.tap and len(blocks) == 1 else None
-        if self.propagation == "dense":
-            with collect(matrices, need) as found:
-                self._pass_dense(start, stop)
-        else:
+        if self.propagation != "dense":
             for index in range(self._at, start):
                 self._pass(index, self.hidden, self.hidden)
-            if self.propagation == "recovered":
-                found = self._pass_both(start, stop, matrices if need != "none" else {})
-            else:
-                with collect(matrices, need) as found:
-                    self._pass_local(start, stop)
+        if self.propagation == "recovered":
+            found = self._pass_both(start, stop, matrices, need)
+        else:
+            assert need != "cross", "there is one stream"
+            with collect(matrices, need) as found:
+                (self._pass_dense if self.propagation == "dense" else self._pass_local)(start, stop)
         self.blocks, self._at, self._ahead = list(blocks), start, stop
         self.recorded = None
         return found
@@ -185,32 +187,48 @@ class Activations:
             self._pass(index, source, self.output, self.attention)
             source = self.output
 
-    def _pass_both(self, start: int, stop: int, matrices: dict[str, nn.Module]) -> dict[str, InputStatistics]:
-        """Walk the dense stream on, and beside it the recovered one if it is to be observed."""
+    def _pass_both(
+        self, start: int, stop: int, matrices: dict[str, nn.Module], need: Observation
+    ) -> dict[str, InputStatistics]:
+        """Walk the dense stream on, and send the recovered one through the dense blocks if it is to be observed."""
         if self.output is None:
             self.output = self.hidden.clone()
         for index in range(self._ahead, start):
             self._pass(index, self.output, self.output)
-        fresh = range(max(start, self._ahead), stop)
-        adds = self.attention is not None and self.replay.adds_attention(start)
-        with collect_pairs(matrices) as pairs:
-            for rows in self._rows():
-                dense, hidden = self.output[rows], self.hidden[rows]
-                shift = dense - hidden if adds else None
-                for index in range(start, fresh.start) if matrices else ():
-                    hidden = self.replay.run(index, hidden)
-                for index in fresh:
-                    with pairs.dense():
-                        dense = self._run(index, rows, dense, self.attention)
-                    if matrices:
+        self._adds = self.attention is not None and self.replay.adds_attention(start)
+        passed, fresh = range(start, self._ahead), range(max(start, self._ahead), stop)
+        if need == "cross":
+            with collect_pairs(matrices) as pairs:
+                for rows in self._rows():
+                    hidden = self._through(passed, self.hidden[rows])
+                    for index in fresh:  # both streams block by block: only one block's dense inputs are held
+                        with pairs.dense():
+                            self._pass_rows(index, rows)
                         with pairs.recovered():
                             hidden = self.replay.run(index, hidden)
-                self.output[rows] = dense
-                if shift is not None:
-                    assert self.attention is not None
-                    # So that the stream behind attention becomes the dense one: what entered is made up for.
-                    self.attention[rows] += shift
-        return pairs.statistics
+            return pairs.statistics
+        with collect(matrices, need) as found:
+            for rows in self._rows() if need != "none" else ():
+                self._through([*passed, *fresh], self.hidden[rows])
+        for rows in self._rows():
+            for index in fresh:
+                self._pass_rows(index, rows)
+        return found
+
+    def _pass_rows(self, index: int, rows: slice) -> None:
+        """Send some sequences of the dense stream through a block, in place, and note what attention should return."""
+        assert self.output is not None
+        dense = self.output[rows]
+        output = self._run(index, rows, dense, self.attention)
+        if self.attention is not None and self._adds:
+            # So that the stream behind attention becomes the dense one: what entered is made up for.
+            self.attention[rows] += dense - self.hidden[rows]
+        self.output[rows] = output
+
+    def _through(self, blocks: Iterable[int], hidden: Tensor) -> Tensor:
+        for index in blocks:
+            hidden = self.replay.run(index, hidden)
+        return hidden
 
     def _pass(self, index: int, source: Tensor, output: Tensor, attention: Tensor | None = None) -> None:
         for rows in self._rows():

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from recon.activations import Activations, Propagation
+from recon.activations import Activations, Observation, Propagation
 from recon.anatomy import Anatomy, Block
 from recon.atomic import atomic_write, write_json
 from recon.data import TokenData
@@ -28,7 +28,7 @@ from recon.scopes.base import Scope, check_finite
 from recon.scopes.parking import Parking
 from recon.seeds import derived_seed
 from recon.start import apply
-from recon.statistics import InputStatistics, Need
+from recon.statistics import InputStatistics
 from recon.windows import AttentionWindow, GroupWindow, MLPWindow, Window
 
 Batch = dict[str, Tensor]
@@ -77,7 +77,7 @@ class LocalScope(Scope):
         """The windows in the order of depth, which together own every masked weight."""
 
     @property
-    def needs(self) -> Need:
+    def needs(self) -> Observation:
         """What this scope asks of the inputs of a pruned matrix, beside the activations."""
         return "gram" if self.start == "exact" else "none"
 
@@ -250,7 +250,7 @@ class LocalScope(Scope):
         self._approach(window)
         if isinstance(window, MLPWindow):
             later = {} if self.needs == "none" else self._later_matrices(window)
-            self.observe(self.calibration.pass_attention(later, self.needs if later else "none"))
+            self.observe(self.calibration.pass_attention(later, "gram" if later else "none"))
             self.held_out.pass_attention()
         if isinstance(window, GroupWindow):
             self.calibration.record(window)
@@ -266,7 +266,8 @@ class LocalScope(Scope):
     def _approach(self, window: Window) -> None:
         """Walk to `window`; choose masks and starts of blocks that were not there before."""
         fresh = self._fresh(window)
-        matrices, need = {}, self.needs
+        matrices: dict[str, nn.Module] = {}
+        need = self.needs
         if self.interleaved is not None:
             need = _larger(need, self.interleaved.criterion.needs)
             matrices = {name: one for block in fresh for name, one in self.interleaved.matrices(block).items()}
@@ -451,5 +452,5 @@ class WindowBatches:
             yield scope.batch(scope.calibration, rows)
 
 
-def _larger(*needs: Need) -> Need:
-    return max(needs, key=("none", "norms", "gram").index)
+def _larger(*needs: Observation) -> Observation:
+    return max(needs, key=("none", "norms", "gram", "cross").index)

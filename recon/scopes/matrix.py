@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recon.activations import Observation
 from recon.scopes.base import StartName, check_finite, warmup_and_linear_decay
 from recon.scopes.local import LocalScope
 from recon.shapes import as_out_in, weight_out_in
 from recon.solvers import ConjugateGradients, GradientDescent, LeastSquares, Solver, relative_objective
-from recon.statistics import InputStatistics, Need
+from recon.statistics import InputStatistics
 from recon.windows import Window, block_windows
 
 
@@ -56,9 +57,9 @@ class MatrixReconstruction(LocalScope):
         return super().label_notes() + notes
 
     @property
-    def needs(self) -> Need:
-        """Gram matrices."""
-        return "gram"
+    def needs(self) -> Observation:
+        """Gram matrices; with dense outputs for recovered inputs, of both together."""
+        return "cross" if self.propagation == "recovered" else "gram"
 
     def build_windows(self) -> Sequence[Window]:
         """One window a block."""
