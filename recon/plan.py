@@ -1,4 +1,4 @@
-"""What a comparison runs: models x criteria x patterns x seeds x recoveries, as cells with their commands.
+"""What a comparison runs: models x criteria x patterns x allocations x seeds x recoveries, as commands.
 
 A cell's directory is named by its command and by the model it starts from, so that the same cell is found
 again, whatever it is called. Cells whose options are tuned are made when the options have been chosen.
@@ -9,9 +9,11 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+from recon.allocation import Allocation
 from recon.cells import Cell
 from recon.criteria import Criterion
 from recon.environment import versions
@@ -63,13 +65,14 @@ class Entry:
 
 @dataclass
 class Comparison:
-    """What to compare: the product of models, criteria, patterns, seeds and recoveries.
+    """What to compare: the product of models, criteria, patterns, allocations, seeds and recoveries.
 
     Args:
         name: What it is called; its directory is runs/<name>.
         recoveries: The scopes to compare.
         criteria: How weights are chosen.
         patterns: Which zeros are allowed.
+        allocations: How densities differ from block to block, null for not at all.
         models: Options of the model: `name`, and others as in `recon fit --model.<option>`.
         seeds: Each chooses calibration sequences and their order; test sequences are shared.
         data: Options of the data, the same for every cell.
@@ -81,6 +84,7 @@ class Comparison:
     recoveries: list[Entry]
     criteria: list[ClassSpec] = field(default_factory=lambda: [{"class_path": "recon.criteria.Wanda"}])
     patterns: list[ClassSpec] = field(default_factory=lambda: [{"class_path": "recon.patterns.Unstructured"}])
+    allocations: list[ClassSpec | None] = field(default_factory=lambda: [None])
     models: list[dict[str, Any]] = field(default_factory=lambda: [{"name": "bundled"}])
     seeds: list[int] = field(default_factory=lambda: [0])
     data: dict[str, Any] = field(default_factory=dict)
@@ -88,7 +92,7 @@ class Comparison:
     directory: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("recoveries", "criteria", "patterns", "models", "seeds"):
+        for name in ("recoveries", "criteria", "patterns", "allocations", "models", "seeds"):
             if not getattr(self, name):
                 raise ValueError(f"a comparison needs at least one of its {name}, got none")
 
@@ -100,7 +104,7 @@ class Comparison:
     @property
     def num_cells(self) -> int:
         """Child processes in all: per model the dense one and those of the grids, per group pruning and recoveries."""
-        num_groups = len(self.criteria) * len(self.patterns) * len(self.seeds)
+        num_groups = len(self.criteria) * len(self.patterns) * len(self.allocations) * len(self.seeds)
         num_points = sum(len(grid(entry.tune)) for entry in self.recoveries)
         return len(self.models) * (1 + num_points + num_groups * (1 + len(self.recoveries)))
 
@@ -148,7 +152,7 @@ def plan(comparison: Comparison, model: dict[str, Any], describe: Callable[[type
     Args:
         comparison: What to compare.
         model: One of its models.
-        describe: The name of a criterion or pattern that a class specification makes.
+        describe: The name of a criterion, pattern or allocation that a class specification makes.
     """
     silent = ["--summary", "false"]
     text = [f"--data={json.dumps(comparison.data)}"] if comparison.data else []
@@ -163,21 +167,28 @@ def plan(comparison: Comparison, model: dict[str, Any], describe: Callable[[type
         directory = found[0] if found else comparison.path / f"{slug}-{key}"
         return Cell(title, [*command, "--run_dir", str(directory)], directory)
 
-    def fit(common: list[str], title: str, entry: Entry, chosen: dict[str, Any]) -> Cell:
+    def fit(common: list[str], masks: list[str], title: str, entry: Entry, chosen: dict[str, Any]) -> Cell:
         configs = [arg for name in ["cell", *entry.config] for arg in ("-c", name)]
-        return cell(title, ["fit", *configs, *common, *_options(comparison.options | entry.options | chosen)])
+        options = comparison.options | entry.options | chosen
+        if options.get("pruning.inputs") == "recovered":  # chooses its own along with recovery
+            masks = []
+        return cell(title, ["fit", *configs, *common, *masks, "--baselines", "false", *_options(options)])
 
     named = [option for option in of_model if not option.startswith("--model.name=")]
     dense = cell("dense", ["test", model.get("name", "bundled"), *named, *text, *silent])
-    for criterion in comparison.criteria:
-        for pattern in comparison.patterns:
-            for seed in comparison.seeds:
-                chosen = [f"--criterion={json.dumps(criterion)}", f"--pattern={json.dumps(pattern)}"]
-                common = [*of_model, *text, *chosen, "--seed_everything", str(seed)]
-                pruned = cell("pruned", ["prune", *common, *silent])
-                masks = ["--masks", str(pruned.directory / "masks.safetensors"), "--baselines", "false"]
-                names = describe(Criterion, criterion), describe(Pattern, pattern)
-                yield Group(model, *names, seed, dense, pruned, partial(fit, [*common, *masks]))
+    for criterion, pattern, allocation, seed in product(
+        comparison.criteria, comparison.patterns, comparison.allocations, comparison.seeds
+    ):
+        chosen = [f"--criterion={json.dumps(criterion)}", f"--pattern={json.dumps(pattern)}"]
+        of_pattern = describe(Pattern, pattern)
+        if allocation is not None:
+            chosen.append(f"--pruning.allocation={json.dumps(allocation)}")
+            of_pattern += f", {describe(Allocation, allocation)}"
+        common = [*of_model, *text, *chosen, "--seed_everything", str(seed)]
+        pruned = cell("pruned", ["prune", *common, *silent])
+        masks = ["--masks", str(pruned.directory / "masks.safetensors")]
+        of_criterion = describe(Criterion, criterion)
+        yield Group(model, of_criterion, of_pattern, seed, dense, pruned, partial(fit, common, masks))
 
 
 def _options(options: dict[str, Any], prefix: str = "") -> list[str]:

@@ -118,6 +118,26 @@ def test_plan_shares_dense_and_masks_across_recoveries():
     assert first.pattern == "60% per row"
 
 
+def test_allocations_have_masks_and_tables_of_their_own():
+    owl = {"class_path": "recon.allocation.OWL"}
+    (uniform, _), (other, cells) = planned(Comparison("x", [Entry("matrix")], allocations=[None, owl]))
+    assert (uniform.pattern, other.pattern) == ("60% per row", "60% per row, owl")
+    assert uniform.pruned.directory != other.pruned.directory
+    assert uniform.dense == other.dense
+    option = '--pruning.allocation={"class_path": "recon.allocation.OWL"}'
+    assert option in other.pruned.command
+    assert option in cells[0].command
+    assert not any("allocation" in part for part in uniform.pruned.command)
+
+
+def test_a_recovery_that_chooses_its_own_masks_is_given_none():
+    options = {"model.propagation": "recovered", "pruning.inputs": "recovered"}
+    ((_, (shared, own)),) = planned(Comparison("x", [Entry("block"), Entry("block", options=options)]))
+    assert "--masks" in shared.command
+    assert "--masks" not in own.command
+    assert "--pruning.inputs=recovered" in own.command
+
+
 def test_an_option_changes_the_directory():
     one, other = (Comparison("x", [Entry("full", options={"model.lr": lr})]) for lr in (1e-4, 2e-4))
     ((first, (cell,)),), ((second, (changed,)),) = planned(one), planned(other)
