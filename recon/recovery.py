@@ -154,12 +154,9 @@ def recover(
         phases.leave()
         peaks = ranks.gathered(_peaks(run.memory(ranks.rank(), share)))
         if share is not None and isinstance(scope, LocalScope):
-            if missing:
+            if missing:  # a job that finds its windows done measures nothing
+                resumed = len(missing) < len(scope.own_windows)
                 run.write_part(share, {"seconds": seconds, "resumed": resumed, "peaks": peaks[0]})
-            say(
-                f"part {share} of the windows, {len(scope.own_windows)} of {len(scope.windows)}, is in "
-                f"{run.path / 'windows'}; when all parts are done: recon merge {run.path}"
-            )
             return None
         if ranks.rank() != 0:
             return None

@@ -66,9 +66,9 @@ def fit(scope: str, world: int, run_dir: Path, masks: str = "masks", *more: str)
     return watch.trained
 
 
-def fit_and_stop(stop: Callback, scope: str, world: int, run_dir: Path) -> None:
+def fit_and_stop(stop: Callback, scope: str, world: int, run_dir: Path, *more: str) -> None:
     """Run `recon fit` until `stop` stops it."""
-    main_with(stop, options(scope, world, run_dir))
+    main_with(stop, [*options(scope, world, run_dir), *more])
 
 
 def command(*args: str) -> int:

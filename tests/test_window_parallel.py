@@ -113,6 +113,15 @@ def test_a_killed_process_loses_its_unfinished_window_alone(killed: int, kept: s
     assert runs.report(run)["environment"]["resumed"]
 
 
+def test_a_job_that_is_told_to_stop_says_so_and_goes_on_from_there(directory: Path) -> None:
+    run, part = directory / "stopped", ("--windows", "1/1")
+    stop = runs.Stop(signal.SIGTERM, batch=7, only_rank=0)  # in the second window
+    with pytest.raises(Failed, match="SIGTERMException: 143"):
+        in_processes(runs.fit_and_stop, stop, "block", 1, run, *part, world=1)
+    assert in_processes(runs.fit, "block", 1, run, "masks", *part, world=1) == [["001"]]
+    assert json.loads((run / "parts" / "001-of-001" / "part.json").read_text())["resumed"]
+
+
 REFUSED = {
     "recovered inputs": (
         ("submodule", "--model.propagation", "recovered"),
@@ -190,4 +199,4 @@ def test_jobs_that_start_together_choose_masks_once(directory: Path) -> None:
 
 def test_merge_needs_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert runs.command("merge", str(tmp_path)) == 1
-    assert f"merge needs the directory of a run, got {tmp_path}, which holds no config.yaml" in capsys.readouterr().err
+    assert f"merge needs the directory of a run that has recovered windows, got {tmp_path}" in capsys.readouterr().err

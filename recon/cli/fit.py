@@ -20,6 +20,7 @@ from recon.recovery import recover
 from recon.report import Results, print_table
 from recon.run import RunDirectory, digest
 from recon.scopes import FullRetraining, Scope
+from recon.scopes.local import LocalScope
 from recon.shares import Share
 
 NOT_FINGERPRINTED = (
@@ -190,6 +191,11 @@ def run(args: list[str], merge: bool = False) -> int:
             where = directory.path
             console.print(f"stopped by SIGTERM; what was done is in {where}, the same command goes on from there")
         raise SIGTERMException(STOPPED) from None  # Lightning's own exit status would be 0, as if it had ended
+    if isinstance(scope, LocalScope) and cli.share is not None:
+        console.print(
+            f"part {cli.share}: {len(scope.own_windows)} of {len(scope.windows)} windows are in "
+            f"{directory.path / 'windows'}; when all parts have ended: recon merge {directory.path}"
+        )
     if report is None:
         return 0
     if cli.config.summary:

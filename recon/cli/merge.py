@@ -18,6 +18,9 @@ def main(args: list[str]) -> int:
     parser.add_argument("run_dir", type=str, help="The directory of the run.")
     directory = Path(parser.parse_args(args).run_dir)
     config = directory / "config.yaml"
-    if not config.exists():
-        raise ValueError(f"merge needs the directory of a run, got {directory}, which holds no config.yaml")
+    if not config.exists() or not (directory / "windows").is_dir():
+        raise ValueError(
+            f"merge needs the directory of a run that has recovered windows, got {directory}, which has none; run "
+            f"recon fit --windows 1/n and the other parts first"
+        )
     return run(["-c", str(config), "--run_dir", str(directory)], merge=True)
