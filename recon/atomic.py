@@ -1,5 +1,6 @@
 """Files that are either whole or absent: write beside the target, sync, rename over it."""
 
+import fcntl
 import json
 import os
 import uuid
@@ -41,6 +42,24 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         message = f"could not write `{path}` ({error}); free space, or choose a directory that can be written"
         number = getattr(error, "errno", None)
         raise (OSError(message) if number is None else OSError(number, message)) from error
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Go through the block while no other process on this file system goes through one with the same `path`.
+
+    A process that dies lets go of the lock; the file stays, empty.
+
+    Raises:
+        OSError: If the file system has no locks, naming `path`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            raise OSError(error.errno, f"could not lock `{path}` ({error}); use a file system with locks") from error
+        yield
 
 
 def write_json(path: str | Path, obj: Any) -> None:

@@ -30,7 +30,7 @@ def start(trainer: L.Trainer, module: L.LightningModule) -> None:
 
     Lightning would do this in `fit`; a run prunes and measures before, on one rank while the others wait.
     """
-    if trainer.world_size == 1:
+    if trainer.world_size == 1 and trainer.num_devices * trainer.num_nodes == 1:
         return
     strategy = trainer.strategy
     strategy.connect(module)
@@ -49,14 +49,20 @@ def layout(trainer: L.Trainer) -> dict[str, Any]:
     }
 
 
+def patient_group() -> dist.ProcessGroup:
+    """A group of all ranks, in which they wait for each other as long as it takes; each of them has to call this."""
+    group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
 @contextmanager
 def rank_zero_first() -> Iterator[None]:
     """Rank 0 goes through the block while the others wait at its start; then they go through it."""
     if size() == 1:
         yield
         return
-    group = dist.new_group(backend="gloo", timeout=PATIENCE)
-    assert isinstance(group, dist.ProcessGroup)
+    group = patient_group()
     if rank() != 0:
         try:
             dist.barrier(group)

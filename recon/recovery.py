@@ -7,6 +7,7 @@ finished one is not repeated.
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ import torch
 
 from recon import checkpoints, ranks
 from recon.anatomy import Anatomy
+from recon.atomic import locked
 from recon.criteria import Criterion
 from recon.data import TokenData
 from recon.drift import measure_drift
@@ -32,6 +34,7 @@ from recon.report import Report
 from recon.run import RunDirectory, save_model
 from recon.scopes.base import NO_MOVED, Scope
 from recon.scopes.local import LocalScope
+from recon.shares import Share
 from recon.start import EXACT, Start, apply
 
 NOT_RECOVERY = ("prune", "evaluate dense and pruned", "evaluate", "drift")
@@ -51,11 +54,14 @@ def recover(
     evaluate_on: Literal["test", "validation"] = "test",
     drift: bool = True,
     say: Callable[[str], None] = print,
+    share: Share | None = None,
+    merge: bool = False,
 ) -> Report | None:
     """Prune a model, recover it at one scope, save and evaluate it.
 
     With several processes, every one of them calls this. Rank 0 alone prunes, saves and evaluates; `run` is
-    a directory that all of them see.
+    a directory that all of them see. Jobs that do not know of each other may each recover a `share` of the windows in
+    one directory, at the same time or not; the last call, without a share, finds all of them there.
 
     Args:
         scope: The recovery scope; names the model.
@@ -71,9 +77,11 @@ def recover(
         drift: Measure how far the written model is from the dense one, which loads both at once; left out where
             nothing was pruned, and where the model is too large for one process.
         say: Is told what is going on, in lines.
+        share: Recover these windows only, and end: nothing is saved or evaluated.
+        merge: Train nothing: all windows have to be there.
 
     Returns:
-        The report, also written to the run directory; None on ranks other than 0.
+        The report, also written to the run directory; None on ranks other than 0, and of a share.
 
     Raises:
         ValueError: If options, masks and model do not fit together, or a pruned weight is not zero in the end;
@@ -91,6 +99,9 @@ def recover(
         return report
     data.evaluate_on = evaluate_on
     scope.require_strategy(trainer)
+    if share is not None:
+        _require_divisible(scope, trainer, share)
+        baselines = False
     if not scope.loads_whole and (baselines or not (run.masks.exists() or masks_file)):
         raise ValueError(
             "model.partitioned needs masks made before, since pruning takes the whole model, and no baselines; give "
@@ -99,12 +110,15 @@ def recover(
     if scope.start == "moved" and masks_file is None and not (criterion is not None and criterion.moves_weights):
         raise ValueError(NO_MOVED.format(f"and {criterion or 'no criterion'} moves none"))
     ranks.start(trainer, scope)
+    if isinstance(scope, LocalScope):
+        assembles = share is None and ranks.rank() == 0
+        scope.divide(share or Share(ranks.rank(), ranks.size()), assembles)
     if ranks.rank() != 0:
         say = lambda line: None  # noqa: E731
     phases = scope.phases = Phases(trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
     device = trainer.strategy.root_device
     dense, pruned = None, None
-    with phases.run(run.path):
+    with phases.run(run.path if share is None else run.part(share)):
         phases.enter("load")
         say(f"load {scope.source.name}")
         with ranks.rank_zero_first():
@@ -115,7 +129,8 @@ def recover(
                 if pruning is not None and pruning.inputs == "recovered":
                     interleaved = _interleaved(scope, data, run, criterion, pattern, pruning, masks_file, device, say)
                 else:
-                    masks = _masks(scope, data, run, criterion, pattern, pruning, masks_file, device, say)
+                    with locked(run.path / ".masks.lock") if share is not None else nullcontext():
+                        masks = _masks(scope, data, run, criterion, pattern, pruning, masks_file, device, say)
                 if masks and (baselines or scope.start == "moved"):
                     moved = moved_with(run.masks, masks)
             if baselines and masks and ranks.rank() == 0:
@@ -125,6 +140,9 @@ def recover(
             if scope.start == "exact" and ranks.rank() == 0:
                 scope.to(device)
             scope.prepare(data, masks, run.path, moved, say, interleaved)
+        if merge:
+            _require_complete(scope, run)
+        missing = scope.missing(scope.own_windows) if isinstance(scope, LocalScope) else []
         checkpoint = checkpoints.last(run.checkpoints)
         if checkpoint is not None:
             checkpoints.require_same(checkpoint, checkpoints.identity(trainer, masks))
@@ -134,9 +152,19 @@ def recover(
         trainer.fit(scope, ckpt_path=checkpoint, weights_only=True)
         seconds = scope.start_seconds + time.monotonic() - started
         phases.leave()
-        peaks = ranks.gathered(_peaks(run.memory(ranks.rank())))
+        peaks = ranks.gathered(_peaks(run.memory(ranks.rank(), share)))
+        if share is not None and isinstance(scope, LocalScope):
+            if missing:  # a job that finds its windows done measures nothing
+                resumed = len(missing) < len(scope.own_windows)
+                run.write_part(share, {"seconds": seconds, "resumed": resumed, "peaks": peaks[0]})
+            return None
         if ranks.rank() != 0:
             return None
+        layout = ranks.layout(trainer)
+        if not missing and (parts := run.parts()):  # by jobs of their own, which may have run at the same time
+            seconds, resumed = max(part["seconds"] for part in parts), any(part["resumed"] for part in parts)
+            peaks = [part["peaks"] for part in parts]
+            layout |= {"processes": len(parts), "strategy": "jobs"}
         phases.enter("save")
         if interleaved is not None:
             assert pattern is not None
@@ -176,7 +204,7 @@ def recover(
         protocol=recovered.protocol,
         run_dir=str(run.path),
         # The seconds of a resumed run are those of its last start.
-        environment=environment(device) | {"resumed": resumed} | ranks.layout(trainer),
+        environment=environment(device) | {"resumed": resumed} | layout,
         ranks=peaks,
         throughput=_throughput(trainer),
         drift=asdict(drifted) if drifted else {},
@@ -189,6 +217,30 @@ def recover(
     shutil.rmtree(run.path / MASKS, ignore_errors=True)  # in masks.safetensors, all of them
     (run.path / EXACT).unlink(missing_ok=True)
     return report
+
+
+def _require_divisible(scope: Scope, trainer: L.Trainer, share: Share) -> None:
+    if not isinstance(scope, LocalScope):
+        raise ValueError(
+            f"--windows {share} needs a scope that has windows, got the {scope.scope} scope; choose scopes/submodule, "
+            f"scopes/block or scopes/matrix"
+        )
+    if trainer.num_devices * trainer.num_nodes > 1:
+        raise ValueError(
+            f"--windows {share} recovers its windows in one process, got trainer.devices and trainer.num_nodes that "
+            f"make {trainer.num_devices * trainer.num_nodes}; set both to 1, or leave out --windows"
+        )
+    scope.require_independent(f"--windows {share}")
+
+
+def _require_complete(scope: Scope, run: RunDirectory) -> None:
+    if not isinstance(scope, LocalScope):
+        raise ValueError(f"merge needs a run of a local scope, got {run.path} of the {scope.scope} scope")
+    if missing := scope.missing(scope.windows):
+        raise ValueError(
+            f"merge needs all {len(scope.windows)} windows of the run, got {run.path}, which lacks {len(missing)}, "
+            f"{missing[0].name} the first; run the parts that have not ended again, or recon fit without --windows"
+        )
 
 
 def _masks(

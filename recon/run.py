@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recon.atomic import write_json
+from recon.shares import Share
 
 PRODUCTS = ("masks.safetensors", "masks", "windows", "checkpoints", "report.json")
 """What a run leaves that another run must not take for its own; one that failed before is no obstacle."""
@@ -73,10 +74,22 @@ class RunDirectory:
         """The report of the finished run."""
         return self.path / "report.json"
 
-    def memory(self, rank: int = 0) -> dict[str, Any] | None:
-        """What MemoryProfiler measured on a rank; None if it did not."""
-        file = self.path / memory_file(rank)
+    def memory(self, rank: int = 0, share: Share | None = None) -> dict[str, Any] | None:
+        """What MemoryProfiler measured on a rank, or in the job of a share; None if it did not."""
+        file = (self.path if share is None else self.part(share)) / memory_file(rank)
         return json.loads(file.read_text()) if file.exists() else None
+
+    def part(self, share: Share) -> Path:
+        """Where a job that recovers a share of the windows leaves what it measured."""
+        return self.path / "parts" / f"{share.index + 1:03d}-of-{share.of:03d}"
+
+    def write_part(self, share: Share, measured: dict[str, Any]) -> None:
+        """Note what the job of a share measured."""
+        write_json(self.part(share) / "part.json", measured)
+
+    def parts(self) -> list[dict[str, Any]]:
+        """What the jobs measured, in the order of shares; empty if none was divided."""
+        return [json.loads(file.read_text()) for file in sorted((self.path / "parts").glob("*/part.json"))]
 
     @property
     def checkpoints(self) -> Path:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 LAUNCH = Path(__file__).parent.parent / "launch"
-TORCHRUN, SLURM = LAUNCH / "torchrun.sh", LAUNCH / "slurm.sbatch"
+TORCHRUN, SLURM, WINDOWS = LAUNCH / "torchrun.sh", LAUNCH / "slurm.sbatch", LAUNCH / "slurm_windows.sbatch"
 BIN = str(Path(sys.executable).parent)
 SET_BY_SBATCH = {
     "SLURM_JOB_ID": "4711",
@@ -21,7 +21,14 @@ SET_BY_SBATCH = {
     "SLURM_NTASKS_PER_NODE": "4",
     "SLURM_CPUS_PER_TASK": "6",
 }
-LAUNCHERS = r"^(SLURM_|SBATCH_|SRUN_|MASTER_|NNODES$|NODE_RANK$|NPROC_PER_NODE$|OMP_NUM_THREADS$)"
+SET_BY_SBATCH_ARRAY = {
+    "SLURM_ARRAY_JOB_ID": "4711",
+    "SLURM_ARRAY_TASK_ID": "3",
+    "SLURM_ARRAY_TASK_COUNT": "16",
+    "SLURM_ARRAY_TASK_MAX": "16",
+    "SLURM_CPUS_PER_TASK": "6",
+}
+LAUNCHERS = r"^(PARTS$|SLURM_|SBATCH_|SRUN_|MASTER_|NNODES$|NODE_RANK$|NPROC_PER_NODE$|OMP_NUM_THREADS$)"
 
 RECORD = """#!/usr/bin/env bash
 # Writes its arguments, one a line, to a file of its name.
@@ -63,12 +70,13 @@ class Slurm:
             (directory / name).chmod(0o755)
         self.jobs: list[subprocess.Popen[str]] = []
 
-    def submit(self, *args: str, **variables: str) -> subprocess.Popen[str]:
+    def submit(self, *args: str, script: Path = SLURM, **variables: str) -> subprocess.Popen[str]:
         """The batch script, started as `sbatch` starts it, in a process group of its own."""
+        given = SET_BY_SBATCH if script == SLURM else SET_BY_SBATCH_ARRAY
         path = f"{self.directory}:{BIN}:{os.environ['PATH']}"
         job = subprocess.Popen(
-            ["bash", str(SLURM), *args],
-            env=environment(**SET_BY_SBATCH | {"PATH": path, "STAND_INS": str(self.directory)} | variables),
+            ["bash", str(script), *args],
+            env=environment(**given | {"PATH": path, "STAND_INS": str(self.directory)} | variables),
             cwd=self.directory,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -126,7 +134,7 @@ def test_torchrun_in_two_processes(tmp_path: Path) -> None:
     assert "OMP_NUM_THREADS" not in result.stderr
 
 
-@pytest.mark.parametrize("script", [TORCHRUN, SLURM], ids=lambda script: script.name)
+@pytest.mark.parametrize("script", [TORCHRUN, SLURM, WINDOWS], ids=lambda script: script.name)
 def test_without_arguments_usage(script: Path) -> None:
     result = run(script)
     assert result.returncode == 2
@@ -142,9 +150,10 @@ def test_torchrun_on_several_nodes_needs_to_know_which(given: dict[str, str]) ->
     assert "MASTER_ADDR" in result.stderr
 
 
-def test_slurm_script_parses_and_asks_for_what_it_uses() -> None:
-    subprocess.run(["bash", "-n", str(SLURM)], check=True)
-    asked = dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?$", SLURM.read_text(), re.MULTILINE))
+@pytest.mark.parametrize("script", [SLURM, WINDOWS], ids=lambda script: script.name)
+def test_slurm_script_parses_and_asks_for_what_it_uses(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    asked = dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?$", script.read_text(), re.MULTILINE))
     assert asked.keys() >= {"nodes", "ntasks-per-node", "cpus-per-task", "time", "requeue"}
     assert asked["gpus-per-node"] == asked["ntasks-per-node"]
     assert asked["signal"] == "B:USR1@180"
@@ -165,33 +174,61 @@ def test_slurm_step(status: int, slurm: Slurm) -> None:
     assert slurm.given("scontrol") is None
 
 
-@pytest.mark.parametrize("missing", SET_BY_SBATCH)
-def test_slurm_script_needs_sbatch(missing: str) -> None:
-    result = run(SLURM, "scopes/full", **{name: value for name, value in SET_BY_SBATCH.items() if name != missing})
+@pytest.mark.parametrize("status", [0, 1])
+@pytest.mark.parametrize(
+    ("variables", "part"), [({}, "3/16"), ({"PARTS": "16", "SLURM_ARRAY_TASK_COUNT": "2"}, "3/16")], ids=["all", "some"]
+)
+def test_slurm_task_of_an_array(variables: dict[str, str], part: str, status: int, slurm: Slurm) -> None:
+    variables = variables | {"ENDS_AT_ONCE": "yes", "SRUN_STATUS": str(status)}
+    job = slurm.submit("scopes/submodule", "--run_dir", "a directory", script=WINDOWS, **variables)
+    assert job.wait() == status
+    assert slurm.given("srun") == [
+        *("--cpus-per-task=6", "recon", "fit", "-c", "scopes/submodule", "--run_dir", "a directory", "--windows", part)
+    ]
+    assert slurm.given("scontrol") is None
+
+
+def test_slurm_array_of_some_parts_needs_to_know_how_many() -> None:
+    result = run(WINDOWS, "scopes/block", **SET_BY_SBATCH_ARRAY | {"SLURM_ARRAY_TASK_COUNT": "2"})
+    assert result.returncode == 2
+    assert "or some of these with PARTS=N" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "missing"),
+    [(SLURM, name) for name in SET_BY_SBATCH] + [(WINDOWS, name) for name in SET_BY_SBATCH_ARRAY],
+    ids=str,
+)
+def test_slurm_script_needs_sbatch(script: Path, missing: str) -> None:
+    given = SET_BY_SBATCH if script == SLURM else SET_BY_SBATCH_ARRAY
+    result = run(script, "scopes/full", **{name: value for name, value in given.items() if name != missing})
     assert result.returncode == 2
     assert f"{missing} is not set: start this with sbatch" in result.stderr
 
 
-def test_slurm_job_requeues_itself_at_the_time_limit(slurm: Slurm) -> None:
-    job = slurm.submit("scopes/full", SRUN_STATUS="143")
+@pytest.mark.parametrize(("script", "job_id"), [(SLURM, "4711"), (WINDOWS, "4711_3")], ids=["job", "task"])
+def test_slurm_job_requeues_itself_at_the_time_limit(script: Path, job_id: str, slurm: Slurm) -> None:
+    job = slurm.submit("scopes/full", script=script, SRUN_STATUS="143")
     slurm.wait_for_step(job)
     job.send_signal(signal.SIGUSR1)
     job.wait()
-    assert slurm.given("scancel") == ["--signal=TERM", "4711"]
+    assert slurm.given("scancel") == ["--signal=TERM", job_id]
     assert (slurm.directory / "step.got.TERM").exists()
-    assert slurm.given("scontrol") == ["requeue", "4711"]
+    assert slurm.given("scontrol") == ["requeue", job_id]
 
 
-def test_slurm_job_that_finishes_at_the_time_limit_is_not_requeued(slurm: Slurm) -> None:
-    job = slurm.submit("scopes/full", SRUN_STATUS="0")
+@pytest.mark.parametrize("script", [SLURM, WINDOWS], ids=lambda script: script.name)
+def test_slurm_job_that_finishes_at_the_time_limit_is_not_requeued(script: Path, slurm: Slurm) -> None:
+    job = slurm.submit("scopes/full", script=script, SRUN_STATUS="0")
     slurm.wait_for_step(job)
     job.send_signal(signal.SIGUSR1)
     assert job.wait() == 0
     assert slurm.given("scontrol") is None
 
 
-def test_cancelled_slurm_job_is_not_requeued(slurm: Slurm) -> None:
-    job = slurm.submit("scopes/full", SRUN_STATUS="143")
+@pytest.mark.parametrize("script", [SLURM, WINDOWS], ids=lambda script: script.name)
+def test_cancelled_slurm_job_is_not_requeued(script: Path, slurm: Slurm) -> None:
+    job = slurm.submit("scopes/full", script=script, SRUN_STATUS="143")
     slurm.wait_for_step(job)
     os.killpg(job.pid, signal.SIGTERM)
     assert job.wait() != 0

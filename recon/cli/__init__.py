@@ -12,6 +12,7 @@ COMMANDS = {
     "fit": "prune a model and recover it at one scope: recon fit -c scopes/submodule",
     "prune": "choose which weights survive and write their masks: recon prune -c criteria/wanda",
     "test": "measure the perplexity of a model or run directory: recon test runs/x",
+    "merge": "put windows recovered by several jobs together: recon merge runs/x",
     "consolidate": "write the model in a checkpoint of full retraining: recon consolidate runs/x",
     "compare": "compare scopes, criteria, patterns and seeds: recon compare -c comparisons/demo",
     "report": "print the results of a run or comparison again: recon report runs/demo",

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
 from recon.atomic import atomic_write
-from recon.checkpoints import Checkpoints
+from recon.checkpoints import STOPPED, Checkpoints
 from recon.cli.arguments import add_pruning_arguments
 from recon.cli.quiet import quiet
 from recon.configs import config_directory, resolve_config_names
@@ -20,11 +20,14 @@ from recon.recovery import recover
 from recon.report import Results, print_table
 from recon.run import RunDirectory, digest
 from recon.scopes import FullRetraining, Scope
+from recon.scopes.local import LocalScope
+from recon.shares import Share
 
 NOT_FINGERPRINTED = (
     "config",
     "run_dir",
     "masks",
+    "windows",
     "baselines",
     "evaluate_on",
     "drift",
@@ -59,6 +62,12 @@ class FitCLI(LightningCLI):
             "--masks", type=str | None, default=None, help="A masks.safetensors to use instead of pruning."
         )
         parser.add_argument(
+            "--windows",
+            type=str | None,
+            default=None,
+            help="Recover only one part of the windows, such as 3/16, and end; `recon merge` puts all together.",
+        )
+        parser.add_argument(
             "--baselines",
             type=bool,
             default=True,
@@ -89,6 +98,8 @@ class FitCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Settle the run directory, which trainer, logger and checkpoints go by."""
         masks = self.config.masks
+        self.share = None if self.config.windows is None else Share.parse(self.config.windows)
+        self.config.windows = None  # of this job, not of the run
         options = {key: value for key, value in self.config.as_dict().items() if key not in NOT_FINGERPRINTED}
         options["trainer"] = {name: self.config.trainer[name] for name in DECISIVE}
         self.fingerprint: dict[str, Any] = {"options": options, "versions": versions()}
@@ -136,6 +147,11 @@ def _cli(args: list[str], kind: type[FitCLI] = FitCLI) -> FitCLI:
 
 def main(args: list[str]) -> int:
     """Parse, build, run, report."""
+    return run(args)
+
+
+def run(args: list[str], merge: bool = False) -> int:
+    """As `main`; with `merge` only what remains when all windows are written."""
     quiet()
     cli = _cli(args)
     built: Any = cli.config_init
@@ -144,20 +160,21 @@ def main(args: list[str]) -> int:
         raise ValueError("pruning needs both criterion and pattern; give both, or null for both to train unpruned")
     first = rank() == 0
     identity = {"model": scope.source.identity(), "data": data.source.identity()} if first else {}
-    run = RunDirectory(cli.run_dir, {**cli.fingerprint, **identity} if first else None)
+    directory = RunDirectory(cli.run_dir, {**cli.fingerprint, **identity} if first else None)
     if first:
         _save_config(cli)
     if not trainer.loggers:
-        trainer.loggers = [TensorBoardLogger(str(run.path), name="logs", version="")]
+        version = "" if cli.share is None else directory.part(cli.share).name  # jobs do not share a curve
+        trainer.loggers = [TensorBoardLogger(str(directory.path), name="logs", version=version)]
     if isinstance(scope, FullRetraining):
-        trainer.callbacks.append(Checkpoints(run.checkpoints, cli.config.checkpoint_every_n_steps))  # pyright: ignore[reportAttributeAccessIssue]
+        trainer.callbacks.append(Checkpoints(directory.checkpoints, cli.config.checkpoint_every_n_steps))  # pyright: ignore[reportAttributeAccessIssue]
     console = Console(highlight=False, soft_wrap=True)
     try:
         report = recover(
             scope,
             data,
             trainer,
-            run,
+            directory,
             built.criterion,
             built.pattern,
             built.pruning,
@@ -166,16 +183,25 @@ def main(args: list[str]) -> int:
             cli.config.evaluate_on,
             cli.config.drift,
             console.print,
+            cli.share,
+            merge,
         )
     except SIGTERMException:
         if first:
-            console.print(f"stopped by SIGTERM; what was done is in {run.path}, the same command goes on from there")
-        raise
+            where = directory.path
+            console.print(f"stopped by SIGTERM; what was done is in {where}, the same command goes on from there")
+        raise SIGTERMException(STOPPED) from None  # Lightning's own exit status would be 0, as if it had ended
+    if isinstance(scope, LocalScope) and cli.share is not None:
+        console.print(
+            f"part {cli.share}: {len(scope.own_windows)} of {len(scope.windows)} windows are in "
+            f"{directory.path / 'windows'}; when all parts have ended: recon merge {directory.path}"
+        )
     if report is None:
         return 0
     if cli.config.summary:
         print_table(Results([report]), console)
-    console.print(f"run directory {run.path}: model/, report.json, memory.json; tensorboard --logdir {run.path}/logs")
+    path = directory.path
+    console.print(f"run directory {path}: model/, report.json, memory.json; tensorboard --logdir {path}/logs")
     return 0
 
 

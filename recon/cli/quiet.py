@@ -24,6 +24,7 @@ def quiet() -> None:
     for message in (
         "LightningCLI's args parameter is intended.*",
         ".*does not have many workers.*",  # data are tensors in memory
+        ".*It is recommended to use `self.log.*sync_dist=True.*",  # each process measures windows of its own
         ".*`training_step` returned `None`.*",
         ".*in eval mode at the start of training.*",  # on purpose: dropout stays off
         ".*Checkpoint directory .* exists and is not empty.*",

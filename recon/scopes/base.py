@@ -124,12 +124,13 @@ class Scope(L.LightningModule, ABC):
         """Refuse a strategy that this scope cannot use.
 
         Raises:
-            ValueError: Here if the strategy has several processes: windows are trained by one.
+            ValueError: Here if the strategy has several processes train one window.
         """
         if trainer.world_size > 1:
             raise ValueError(
                 f"the {self.scope} scope runs in one process, got trainer.devices and trainer.num_nodes that make "
-                f"{trainer.world_size}; set both to 1, or retrain the whole model with scopes/full"
+                f"{trainer.world_size}; choose strategies/window_parallel, where each process has its own windows, or "
+                f"set both to 1, or retrain the whole model with scopes/full"
             )
 
     def load(self, data: TokenData) -> None:

@@ -186,6 +186,15 @@ class BlockDistillation(Distillation):
             )
         self.num_blocks, self.stride = num_blocks, stride
 
+    def require_independent(self, what: str) -> None:
+        """Overlapping windows are refused, too."""
+        super().require_independent(what)
+        if self.stride not in (None, self.num_blocks):
+            raise ValueError(
+                f"{what} needs windows that do not depend on each other, got model.stride {self.stride} of "
+                f"{self.num_blocks} blocks, with which they overlap; choose model.stride: null"
+            )
+
     @property
     def label_stem(self) -> str:
         """Says how many blocks a window holds, if more than one."""

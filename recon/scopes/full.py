@@ -23,7 +23,7 @@ from recon.pretrained import empty
 from recon.ranks import layout, rank
 from recon.scopes.base import Scope, check_finite, warmup_and_linear_decay
 from recon.sharding import gather, whole
-from recon.strategies import FullyShardedStrategy, ZeroStrategy
+from recon.strategies import FullyShardedStrategy, WindowParallelStrategy, ZeroStrategy
 from recon.trainable import Parameters, chosen
 
 FROZEN = "frozen"
@@ -121,12 +121,17 @@ class FullRetraining(Scope):
         return self.masks
 
     def require_strategy(self, trainer: L.Trainer) -> None:
-        """Any strategy will do, unless the model is to be loaded partitioned.
+        """Any that trains one model in all processes; it has to partition weights if the model is loaded in parts.
 
         Raises:
-            ValueError: If it is, and the strategy does not partition weights.
+            ValueError: If the strategy does not.
         """
         strategy = trainer.strategy
+        if isinstance(strategy, WindowParallelStrategy):
+            raise ValueError(
+                f"window_parallel gives each process windows of its own, got the {self.scope} scope, which has none; "
+                f"choose strategies/ddp, or a local scope"
+            )
         if self.partitioned and not (isinstance(strategy, ZeroStrategy) and strategy.stage == 3):
             raise ValueError(
                 f"model.partitioned needs a strategy that loads weights in parts, strategies/zero3 or "

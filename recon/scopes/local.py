@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -27,8 +28,10 @@ from recon.replay import Replay
 from recon.scopes.base import Scope, check_finite
 from recon.scopes.parking import Parking
 from recon.seeds import derived_seed
+from recon.shares import Share
 from recon.start import apply
 from recon.statistics import InputStatistics
+from recon.strategies import WindowParallelStrategy
 from recon.windows import AttentionWindow, GroupWindow, MLPWindow, Window
 
 Batch = dict[str, Tensor]
@@ -51,6 +54,7 @@ class LocalScope(Scope):
     Attributes:
         windows: All windows that hold a pruned weight, in the order of depth; laid out by `prepare`. The
             others reproduce the dense model as they are: training could only move them away from it.
+        own_windows: Those of them that this process recovers.
         window: The one under way; None between two.
         results: Name of each finished window -> relative held-out error of its output `before` (as it
             starts) and `after` recovery, and what a scope adds.
@@ -66,6 +70,8 @@ class LocalScope(Scope):
         self.propagation: Propagation = propagation
         self.taps = False  # whether windows begin or end where attention returns
         self.windows: Sequence[Window] = []
+        self.own_windows: Sequence[Window] = []
+        self.share, self.assembles = Share(), True
         self.window: Window | None = None
         self.results: dict[str, dict[str, Any]] = {}
         self.interleaved: Interleaved | None = None
@@ -86,8 +92,8 @@ class LocalScope(Scope):
 
     @property
     def max_epochs(self) -> int:
-        """Epochs of the windows that are not written yet."""
-        return self.epochs * sum(not self._is_written(window) for window in self.windows)
+        """Epochs of this process's windows that are not written yet."""
+        return self.epochs * len(self.missing(self.own_windows))
 
     @property
     def train_tokens(self) -> int:
@@ -134,6 +140,41 @@ class LocalScope(Scope):
         names = dict.fromkeys(name for window in begun for name in window.owned)
         return self.masks.subset([name for name in names if name in self.masks and name not in self._parking])
 
+    def require_strategy(self, trainer: L.Trainer) -> None:
+        """As `Scope.require_strategy`; several processes may recover windows of their own."""
+        super().require_strategy(trainer)
+        if isinstance(trainer.strategy, WindowParallelStrategy):
+            self.require_independent("strategy window_parallel")
+
+    def require_independent(self, what: str) -> None:
+        """Refuse options that make windows depend on each other.
+
+        Args:
+            what: Needs them not to, in the words of the message.
+
+        Raises:
+            ValueError: If recovered weights enter a window.
+        """
+        if self.propagation != "dense":
+            raise ValueError(
+                f"{what} needs windows that do not depend on each other, got model.propagation: {self.propagation}, "
+                f"where what enters a window has passed the recovered ones before it; choose model.propagation: dense"
+            )
+
+    def divide(self, share: Share, assembles: bool) -> None:
+        """Say, before `prepare`, which windows this process recovers; all by default.
+
+        Args:
+            share: Of the windows.
+            assembles: Whether this process takes in the windows of all others when the fit ends, so that its model is
+                whole; under `WindowParallelStrategy` it waits for them.
+        """
+        self.share, self.assembles = share, assembles
+
+    def missing(self, windows: Sequence[Window]) -> list[Window]:
+        """Those of `windows` that are not written yet."""
+        return [window for window in windows if not self._is_written(window)]
+
     def prepare(
         self,
         data: TokenData,
@@ -161,6 +202,7 @@ class LocalScope(Scope):
         windows = self.build_windows()
         self._require_propagation(windows)
         self.windows = [window for window in windows if self._is_to_recover(window)]
+        self.own_windows = self.share.select(self.windows)
         self.window, self.results = None, {}
         self._parking = Parking(self.model)
         self._starts: dict[str, Tensor] = {}  # of blocks entered, not yet begun
@@ -193,7 +235,7 @@ class LocalScope(Scope):
     def on_fit_start(self) -> None:
         """Embed the calibration and the held-out sequences."""
         self.phases.enter("embed")
-        starts = {window.indices[0] for window in self.windows}
+        starts = {window.indices[0] for window in self.own_windows}
         self.calibration, self.held_out = (
             Activations(
                 self.replay, self.data.tokens(split), self.batch_size, self.device, self.propagation, self.taps, starts
@@ -223,23 +265,35 @@ class LocalScope(Scope):
             self._finish()
 
     def on_fit_end(self) -> None:
-        """Take in finished windows that lie behind the last one trained, write all results, free the activations.
+        """Take in finished windows that were not trained here, write all results, free the activations.
 
         Raises:
-            RuntimeError: If the trainer stopped before the last window.
+            RuntimeError: If a trainer stopped before the last window.
+            ConnectionError: If another process has ended before its last window.
         """
-        for window in self.windows[len(self.results) :]:
-            if not self._is_written(window):
-                raise RuntimeError(
-                    f"a fit needs to go through all {len(self.windows)} windows, it stopped before the end of "
-                    f"{window.name}; start it again, without trainer.max_time or a callback that stops it"
-                )
+        del self.calibration, self.held_out
+        self._require_written(self.own_windows[len(self.results) :])
+        if isinstance(self.trainer.strategy, WindowParallelStrategy):
+            self.phases.enter("wait")
+            self.trainer.strategy.wait()
+        if not self.assembles:
+            self.enforced().check(self.model)
+            return
+        left = self.windows[len(self.results) :]
+        self._require_written(left)
+        for window in left:
             self._choose_masks(self._fresh(window), {})
             self._take(window)
         super().on_fit_end()
         if self.directory is not None:
             write_json(self.directory / "windows.json", self.results)
-        del self.calibration, self.held_out
+
+    def _require_written(self, windows: Sequence[Window]) -> None:
+        if missing := self.missing(windows):
+            raise RuntimeError(
+                f"a fit needs to go through all {len(self.windows)} windows, it stopped before the end of "
+                f"{missing[0].name}; start it again, without trainer.max_time or a callback that stops it"
+            )
 
     def begin(self, window: Window) -> None:
         """Compute what enters the window and what it should produce, then prune its weights.
@@ -308,7 +362,9 @@ class LocalScope(Scope):
     def _is_now(self, name: str) -> bool:
         """Whether the inputs of this matrix, just seen, are what its window needs."""
         owner = self._owner(name)
-        return owner is not None and not self._is_later(name) and not self._is_written(owner)
+        if owner is None or owner not in self.own_windows:
+            return False
+        return not self._is_later(name) and not self._is_written(owner)
 
     def _owner(self, name: str) -> Window | None:
         """The first window that recovers this parameter; None if none does, for nothing around it is pruned."""
@@ -353,7 +409,7 @@ class LocalScope(Scope):
 
     def _begin_next(self) -> None:
         """Walk through windows that are written already, and begin the first that is not."""
-        for window in self.windows[len(self.results) :]:
+        for window in self.own_windows[len(self.results) :]:
             if not self._is_written(window):
                 break
             self._approach(window)
@@ -399,7 +455,7 @@ class LocalScope(Scope):
         self.results[window.name] = result
         if isinstance(window, GroupWindow):
             self._parking.park(window)
-            left = self.windows[len(self.results) :]
+            left = self.windows[self.windows.index(window) + 1 :]
             if not left or left[0].indices != window.indices:
                 self._parking.clear()
 

@@ -1,0 +1,26 @@
+"""`recon merge`: put the windows that several jobs have recovered together, save and evaluate the model."""
+
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+from recon.cli.fit import run
+
+
+def main(args: list[str]) -> int:
+    """Parse, and end the run that the directory holds."""
+    parser = ArgumentParser(
+        prog="recon merge",
+        exit_on_error=False,
+        description="Put the windows together that several `recon fit ... --windows i/n` have recovered into one run "
+        "directory, then save, evaluate and report as `recon fit` does. Trains nothing.",
+    )
+    parser.add_argument("run_dir", type=str, help="The directory of the run.")
+    directory = Path(parser.parse_args(args).run_dir)
+    config = directory / "config.yaml"
+    if not config.exists() or not (directory / "windows").is_dir():
+        raise ValueError(
+            f"merge needs the directory of a run that has recovered windows, got {directory}, which has none; run "
+            f"recon fit --windows 1/n and the other parts first"
+        )
+    return run(["-c", str(config), "--run_dir", str(directory)], merge=True)
