@@ -81,6 +81,12 @@ class Replay:
         if self.residence is not None:
             self.residence.hold(indices)
 
+    @contextmanager
+    def around(self) -> Iterator[None]:
+        """Within, what lies outside the blocks is where blocks are run."""
+        with self.residence.around() if self.residence is not None else nullcontext():
+            yield
+
     def embed(self, tokens: Tokens) -> Hidden:
         """The hidden states that enter block 0, where blocks are run."""
         first = self.anatomy.blocks[0]

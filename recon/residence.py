@@ -110,11 +110,11 @@ class Residence:
             _restore(self._outside)
             self._outside = []
 
-    def state(self, dtype: torch.dtype, directory: Path) -> dict[str, Tensor]:
+    def state(self, dtype: torch.dtype | None, directory: Path) -> dict[str, Tensor]:
         """The state dict of a model that is on disk, mapped to a file without a name that goes with the result.
 
         Args:
-            dtype: Of floating-point entries.
+            dtype: Of floating-point entries; their own if None.
             directory: Where that file lies, on a disk with room for the model.
         """
         assert self.shards is not None
@@ -129,7 +129,7 @@ class Residence:
                     self.visit(in_block[name])
                 if id(tensor) not in by_tensor:
                     value = tensor.detach()
-                    kept = dtype if value.is_floating_point() else value.dtype
+                    kept = dtype if dtype and value.is_floating_point() else value.dtype
                     by_tensor[id(tensor)] = spilled(value, kept, file)
                 state[name] = by_tensor[id(tensor)]
         self.hold(())
