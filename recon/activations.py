@@ -31,7 +31,6 @@ Observation = Need | Literal["cross"]
 """What can be collected of the inputs of matrices; `cross`: Gram matrices of recovered and dense ones together."""
 
 
-
 @dataclass(frozen=True)
 class Storage:
     """Where and how hidden states are kept between two passes.

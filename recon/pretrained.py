@@ -156,7 +156,8 @@ class ModelSource:
             config = self._config(self.shape)
         else:
             config = self._load(AutoConfig, "model.name", self.name, self.revision)
-        return config, getattr(torch, self.dtype) if self.dtype != "auto" else config.dtype or torch.float32
+        dtype: Any = getattr(torch, self.dtype) if self.dtype != "auto" else config.dtype or torch.float32
+        return config, dtype
 
     def load(self, device: torch.device | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Load model and tokenizer, which fit together.
@@ -257,7 +258,7 @@ def _parameters_on_meta() -> Iterator[None]:
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = on_meta
+    nn.Module.register_parameter = on_meta  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:
