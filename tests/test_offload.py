@@ -27,13 +27,18 @@ from torch.utils.data import DataLoader
 
 from callbacks import MaskEnforcer
 from recon.activations import Activations, Storage
+from recon.allocation import EqualErrors
 from recon.anatomy import Anatomy
 from recon.blockwise import evaluate_blockwise, measure_drift_blockwise
 from recon.cli import main
+from recon.criteria import SparseGPT
 from recon.drift import measure_drift
 from recon.evaluation import evaluate
+from recon.lora import Lora
 from recon.offload import amend_by, open_offloaded
+from recon.patterns import Unstructured
 from recon.pretrained import ModelSource
+from recon.pruning import Pruning, prune
 from recon.replay import Replay
 from recon.scopes import BlockDistillation, FullRetraining, MatrixReconstruction, SubmoduleDistillation
 from recon.scopes.local import LocalScope
@@ -48,6 +53,7 @@ KINDS = {
     "matrix": lambda **o: MatrixReconstruction(batch_size=4, **o),
     "submodule": lambda **o: SubmoduleDistillation(**{**SHORT, **o}),
     "groups": lambda **o: SubmoduleDistillation(windows=Windows(ENDS), **{**SHORT, **o}),
+    "lora": lambda **o: SubmoduleDistillation(parameters="lora", lora=Lora(rank=2), **{**SHORT, **o}),
     "block": lambda **o: BlockDistillation(**{**SHORT, **o}),
     "overlapping": lambda **o: BlockDistillation(num_blocks=2, stride=1, **{**SHORT, **o}),
 }
@@ -61,7 +67,7 @@ class Resident(Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         modules = [block.module for block in pl_module.window.blocks]
-        needed = sum(p.numel() * 4 for one in modules for p in one.parameters())
+        needed = sum(p.numel() * 4 for one in modules for p in one.parameters())  # adapters, too
         needed += sum(b.nbytes for one in modules for b in one.buffers())
         self.bytes.append((pl_module.residence.device_bytes(), needed))
 
@@ -105,6 +111,27 @@ def test_an_offloaded_model_is_recovered_to_the_same_bits(
     assert scope.residence.device_bytes() == 0
     assert resident.bytes
     assert all(there == needed for there, needed in resident.bytes)
+
+
+@pytest.mark.parametrize("offload", ["host", "disk"])
+@pytest.mark.parametrize(("inputs", "allocation"), [("pruned", None), ("dense", EqualErrors())])
+def test_an_offloaded_model_is_pruned_alike(inputs: Any, allocation: Any, offload: Any, tmp_path: Path) -> None:
+    source, tokens = ModelSource(save_tiny("gpt2", tmp_path)), token_ids(6, 12)
+    options = Pruning(inputs=inputs, batch_size=4, allocation=allocation)
+    expected: dict[str, Tensor] = {}
+    masks = prune(source.model(), tokens, SparseGPT(), Unstructured(0.5), options, moved=expected.__setitem__)
+    residence = open_offloaded(source, offload, CPU)
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str, weight: Tensor) -> None:
+        found[name] = weight.clone()
+
+    replay = Replay.within(residence)
+    assert prune(residence.model, tokens, SparseGPT(), Unstructured(0.5), options, moved=keep, replay=replay) == masks
+    assert same(found, expected)
+    replay.hold(())
+    if offload == "host":
+        assert same(weights_of(residence.model), weights_of(source.model()))
 
 
 @pytest.mark.parametrize("offload", ["host", "disk"])
@@ -327,7 +354,7 @@ def test_a_run_reports_and_writes_the_same_wherever_the_model_is(tmp_path: Path)
     reports, written = {}, {}
     for offload in ("none", "host", "disk"):
         run = tmp_path / offload
-        options = ["--model.offload", offload, "-c", "criteria/sparsegpt", "--pruning.inputs=pruned"]
+        options = ["--model.offload", offload, "--model.propagation=recovered", "--pruning.inputs=recovered"]
         assert main(["fit", "-c", "scopes/submodule", "--run_dir", str(run), *DATA, *options]) == 0
         reports[offload] = json.loads((run / "report.json").read_text())
         written[offload] = load_file(run / "model" / "model.safetensors")
