@@ -93,24 +93,22 @@ def cases() -> list[Any]:
     return every + more + passing + [("llama", "submodule", "recovered_local"), ("llama", "block", "recovered_local")]
 
 
-@pytest.mark.parametrize("offload", ["host", "disk"])
 @pytest.mark.parametrize(("family", "kind", "propagation"), cases())
 def test_an_offloaded_model_is_recovered_to_the_same_bits(
-    family: str, kind: str, propagation: str, offload: str, tmp_path: Path
+    family: str, kind: str, propagation: str, tmp_path: Path
 ) -> None:
-    name = save_tiny(family, tmp_path)
-    options = {"name": name, "propagation": propagation}
+    options = {"name": save_tiny(family, tmp_path), "propagation": propagation}
     expected, weights = fitted(KINDS[kind](**options), tmp_path / "none")
-    resident = Resident()
-    scope = KINDS[kind](offload=offload, **options)
-    results, found = fitted(scope, tmp_path / offload, resident)
-    assert results == expected
-    assert same(found, weights)
-    assert not list(scope.parameters())
-    assert scope.residence is not None
-    assert scope.residence.device_bytes() == 0
-    assert resident.bytes
-    assert all(there == needed for there, needed in resident.bytes)
+    for offload in ("host", "disk"):
+        resident, scope = Resident(), KINDS[kind](offload=offload, **options)
+        results, found = fitted(scope, tmp_path / offload, resident)
+        assert results == expected
+        assert same(found, weights)
+        assert not list(scope.parameters())
+        assert scope.residence is not None
+        assert scope.residence.device_bytes() == 0
+        assert resident.bytes
+        assert all(there == needed for there, needed in resident.bytes)
 
 
 @pytest.mark.parametrize("offload", ["host", "disk"])
@@ -207,9 +205,14 @@ def test_several_shards_are_read_and_a_missing_weight_is_named(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("offload", ["host", "disk"])
-@pytest.mark.parametrize(("kind", "propagation"), [("submodule", "dense"), ("groups", "dense"), ("block", "recovered")])
-def test_a_killed_run_goes_on_to_the_same_bits(kind: str, propagation: str, offload: str, tmp_path: Path) -> None:
-    options = {"name": save_tiny("llama", tmp_path), "propagation": propagation}
+@pytest.mark.parametrize(
+    ("kind", "propagation", "dtype"),
+    [("submodule", "dense", "float32"), ("groups", "dense", "float32"), ("block", "recovered", "bfloat16")],
+)
+def test_a_killed_run_goes_on_to_the_same_bits(
+    kind: str, propagation: str, dtype: str, offload: str, tmp_path: Path
+) -> None:
+    options = {"name": save_tiny("llama", tmp_path), "propagation": propagation, "dtype": dtype}
     expected, weights = fitted(KINDS[kind](**options), tmp_path / "none")
     names = list(expected)
     for killed in (names[1], names[-1]):
@@ -236,17 +239,15 @@ def test_a_bf16_model_is_trained_in_fp32(kind: str, offload: str, tmp_path: Path
     name = save_tiny("llama", tmp_path)
     options = {"name": name, "start": "pruned", "epochs": 4, "lr": 1e-3}
 
-    class Dtypes(Callback):
-        seen: set[Any] = set()
+    seen: set[Any] = set()
 
+    class Dtypes(Callback):
         def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-            self.seen |= {one.dtype for one in batch.values()}
-            for group in trainer.optimizers[0].param_groups:
-                self.seen |= {one.dtype for one in group["params"]}
+            seen.update(one.dtype for group in trainer.optimizers[0].param_groups for one in group["params"])
 
     wide, _ = fitted(KINDS[kind](**options), tmp_path / "fp32")
     results, weights = fitted(KINDS[kind](dtype="bfloat16", offload=offload, **options), tmp_path / "bf16", Dtypes())
-    assert Dtypes.seen == {torch.float32}
+    assert seen == {torch.float32}
     assert {one.dtype for one in weights.values()} == {torch.bfloat16}
     assert results.keys() == wide.keys()
     for window, result in results.items():
@@ -257,14 +258,15 @@ def test_that_is_better_than_training_in_bf16(tmp_path: Path, monkeypatch: pytes
     options = {"name": save_tiny("llama", tmp_path), "start": "pruned", "epochs": 8, "lr": 3e-4, "dtype": "bfloat16"}
     ours, _ = fitted(KINDS["block"](**options), tmp_path / "fp32")
     monkeypatch.setattr(LocalScope, "_widen", lambda scope, window: None)
-    narrow = LocalScope.batch
-
-    def batch(*args: Any) -> Any:
-        return {key: one.bfloat16() for key, one in narrow(*args).items()}
-
-    monkeypatch.setattr(LocalScope, "batch", batch)
     plain, _ = fitted(KINDS["block"](**options), tmp_path / "bf16")
     assert all(ours[name]["after"] < plain[name]["after"] for name in plain)
+
+
+@pytest.mark.parametrize("offload", ["none", "host"])
+def test_the_trainers_own_16_bit_precision_is_no_obstacle(offload: str, tmp_path: Path) -> None:
+    scope = KINDS["submodule"](name=save_tiny("llama", tmp_path), offload=offload)
+    results, _ = fitted(scope, tmp_path / "run", precision="bf16-true")
+    assert all(one["after"] < one["before"] for one in results.values())
 
 
 def test_hidden_states_are_kept_where_and_how_they_are_asked_for(tmp_path: Path) -> None:

@@ -351,28 +351,25 @@ class LocalScope(Scope):
         return next((window for window in self.windows if name in window.owned), None)
 
     def batch(self, walk: Activations, rows: Any) -> Batch:
-        """Inputs and target of the current window for some of a walk's sequences, in the window's precision."""
-
-        def load(kept: Tensor) -> Tensor:
-            found = walk.load(kept, rows)
-            return found.to(torch.promote_types(found.dtype, torch.float32))
-
-        batch = {"hidden": load(walk.hidden)}
+        """Inputs and target of the current window for some of a walk's sequences."""
+        batch = {"hidden": walk.load(walk.hidden, rows)}
         assert walk.output is not None
         if isinstance(self.window, GroupWindow):
             assert walk.recorded is not None
-            return batch | {"target": load(walk.recorded)}
+            return batch | {"target": walk.load(walk.recorded, rows)}
         if isinstance(self.window, AttentionWindow | MLPWindow):
             assert walk.attention is not None
             if isinstance(self.window, AttentionWindow):
-                return batch | {"target": load(walk.attention)}
-            batch["attention"] = load(walk.attention)
-        return batch | {"target": load(walk.output)}
+                return batch | {"target": walk.load(walk.attention, rows)}
+            batch["attention"] = walk.load(walk.attention, rows)
+        return batch | {"target": walk.load(walk.output, rows)}
 
     def outputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """What the current window makes of its inputs and what it should, [batch, seq, dim] in fp32."""
         assert self.window is not None
-        output = self.window.forward(self.replay, batch["hidden"], batch.get("attention"))
+        dtype = next(iter(self.window.blocks[0].parameters().values())).dtype
+        inputs = {name: one.to(dtype) for name, one in batch.items() if name != "target"}
+        output = self.window.forward(self.replay, inputs["hidden"], inputs.get("attention"))
         return output.float(), batch["target"].float()
 
     @torch.no_grad()
