@@ -42,6 +42,7 @@ class MaskEnforcer(Callback):
 
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
+        self._unpacked: list[dict[torch.device, Tensor]] = []  # of each hook
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -54,18 +55,24 @@ class MaskEnforcer(Callback):
             parameter = parameters[name]
             frozen = not parameter.requires_grad
             parameter.requires_grad_(True)  # a hook is accepted only then; local scopes unfreeze later
-            self._handles.append(_attach(parameter, scope.masks, name))
+            self._unpacked.append({})
+            self._handles.append(_attach(parameter, scope.masks, name, self._unpacked[-1]))
             parameter.requires_grad_(not frozen)
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         scope = _scope(pl_module)
-        scope.enforced().check(scope.model)
+        scope.check(scope.enforced())
+
+    @override
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for unpacked in self._unpacked:  # those of finished windows would fill the device
+            unpacked.clear()
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         scope = _scope(pl_module)
-        scope.enforced().check(scope.model)
+        scope.check(scope.enforced())
 
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -74,6 +81,7 @@ class MaskEnforcer(Callback):
     def _detach(self) -> None:
         while self._handles:
             self._handles.pop().remove()
+        self._unpacked.clear()
 
 
 def _scope(module: L.LightningModule) -> Scope:
@@ -93,8 +101,8 @@ def _require_zero_keeping(optimizers: list[Any]) -> None:
             )
 
 
-def _attach(parameter: Tensor, masks: Masks, name: str) -> RemovableHandle:
-    """The hook that masks the gradient of `parameter`, as its strategy needs it."""
+def _attach(parameter: Tensor, masks: Masks, name: str, unpacked: dict[torch.device, Tensor]) -> RemovableHandle:
+    """The hook that masks the gradient of `parameter`, as its strategy needs it; it keeps the mask in `unpacked`."""
     if isinstance(parameter, DTensor):
         keep = distribute_tensor(masks[name].to(parameter.device), parameter.device_mesh, parameter.placements)
         pruned = ~keep.to_local()
@@ -106,13 +114,14 @@ def _attach(parameter: Tensor, masks: Masks, name: str) -> RemovableHandle:
         return parameter.register_post_accumulate_grad_hook(mask_shard)
     if hasattr(parameter, "ds_id"):  # partitioned weights: whole masks of eight times the size would outweigh them
         shape = tuple(masks[name].shape)
-        return parameter.register_hook(_masking(lambda: masks.packed(name), lambda bits: unpack(bits, shape)))
-    return parameter.register_hook(_masking(lambda: masks[name], lambda keep: keep))
+        return parameter.register_hook(_masking(lambda: masks.packed(name), lambda bits: unpack(bits, shape), unpacked))
+    return parameter.register_hook(_masking(lambda: masks[name], lambda keep: keep, unpacked))
 
 
-def _masking(mask: Callable[[], Tensor], to_bool: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def _masking(
+    mask: Callable[[], Tensor], to_bool: Callable[[Tensor], Tensor], on_device: dict[torch.device, Tensor]
+) -> Callable[[Tensor], Tensor]:
     """A gradient hook; the mask is asked for at its first call, when it is there even if recovery chooses it."""
-    on_device: dict[torch.device, Tensor] = {}
 
     def hook(gradient: Tensor) -> Tensor:
         if gradient.device not in on_device:

@@ -6,6 +6,7 @@ overlapping windows on dense inputs keep one copy more for each window that begi
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -30,6 +31,24 @@ Observation = Need | Literal["cross"]
 """What can be collected of the inputs of matrices; `cross`: Gram matrices of recovered and dense ones together."""
 
 
+@dataclass(frozen=True)
+class Storage:
+    """Where and how hidden states are kept between two passes.
+
+    Args:
+        place: `device`, where the model computes; `host`, from which each batch is copied when it is used, out of
+            pinned memory if that is a CUDA device.
+        dtype: Of what is kept; that in which the model computes if None.
+    """
+
+    place: Literal["device", "host"] = "device"
+    dtype: torch.dtype | None = None
+
+
+ON_DEVICE = Storage()
+"""For signatures; it cannot change."""
+
+
 class Activations:
     """Inputs and targets of the blocks under way.
 
@@ -37,11 +56,12 @@ class Activations:
         replay: The model, its weights dense in every block not yet entered.
         tokens: Calibration sequences, int64[num_sequences, seq_len].
         batch_size: Sequences per forward pass.
-        device: Where the model computes; the activations are kept there too.
+        device: Where the model computes.
         propagation: What enters, and what should come out.
         tap: Whether to record attention, where a single block is entered.
         starts: Blocks at which later windows begin, if windows overlap: what enters them is kept from the time when
             the blocks before them were dense.
+        storage: Where the activations are kept, and in which precision.
 
     Attributes:
         hidden: What enters the current blocks, [num_sequences, seq_len, dim].
@@ -61,12 +81,14 @@ class Activations:
         propagation: Propagation = "dense",
         tap: bool = False,
         starts: Collection[int] = (),
+        storage: Storage = ON_DEVICE,
     ) -> None:
         self.replay, self.batch_size, self.propagation = replay, batch_size, propagation
         self.tap, self.starts = tap, frozenset(starts)
-        with torch.no_grad():
-            pieces = [replay.embed(batch.to(device)) for batch in tokens.split(batch_size)]
-        self.hidden: Float[Tensor, "num seq dim"] = torch.cat(pieces)
+        self.device = device
+        self._place = device if storage.place == "device" else torch.device("cpu")
+        self._pinned = self._place != device and device.type == "cuda"
+        self.hidden: Float[Tensor, "num seq dim"] = self._embed(tokens, storage.dtype)
         self.attention: Float[Tensor, "num seq dim"] | None = None
         self.output: Float[Tensor, "num seq dim"] | None = None
         self.recorded: Float[Tensor, "num seq features"] | None = None
@@ -75,6 +97,28 @@ class Activations:
         self._ahead = 0  # the block that the dense stream enters; weights are dense from here on
         self._adds = False  # whether the current block adds what attention returns to what entered it
         self._kept: dict[int, Tensor] = {}  # block -> what enters it, dense
+
+    @torch.no_grad()
+    def _embed(self, tokens: Int[Tensor, "num seq"], dtype: torch.dtype | None) -> Float[Tensor, "num seq dim"]:
+        for start in range(0, len(tokens), self.batch_size):
+            piece = self.replay.embed(tokens[start : start + self.batch_size].to(self.device))
+            if start == 0:
+                self.dtype = piece.dtype  # in which the model computes
+                shape = (len(tokens), *piece.shape[1:])
+                hidden = torch.empty(shape, dtype=dtype or piece.dtype, device=self._place, pin_memory=self._pinned)
+            hidden[start : start + self.batch_size] = piece
+        return hidden
+
+    def load(self, kept: Tensor, rows: slice | Int[Tensor, "batch"]) -> Tensor:
+        """Some sequences of what is kept, where the model computes and in the precision in which it does."""
+        if isinstance(rows, slice):
+            found = kept[rows]
+        elif self._pinned:  # gathered into pinned memory: only from there does a copy go on beside the computation
+            found = torch.empty((len(rows), *kept.shape[1:]), dtype=kept.dtype, pin_memory=True)
+            torch.index_select(kept, 0, rows, out=found)
+        else:
+            found = kept[rows.to(kept.device)]
+        return found.to(self.device, self.dtype, non_blocking=True)
 
     @torch.no_grad()
     def enter(
@@ -100,6 +144,7 @@ class Activations:
         matrices, start, stop = dict(matrices or {}), blocks[0], blocks[-1] + 1
         assert start >= self._at, f"blocks are walked in order: {blocks} cannot follow {self.blocks}"
         assert stop > self._ahead, f"blocks are walked in order: {blocks} cannot follow {self.blocks}"
+        self.replay.keep(range(start, stop))
         self.attention = self._room(self.attention) if self.tap and len(blocks) == 1 else None
         if self.propagation != "dense":
             for index in range(self._at, start):
@@ -110,6 +155,7 @@ class Activations:
             assert need != "cross", "there is one stream"
             with collect(matrices, need) as found:
                 (self._pass_dense if self.propagation == "dense" else self._pass_local)(start, stop)
+        self.replay.hold(range(start, stop))
         self.blocks, self._at, self._ahead = list(blocks), start, stop
         self.recorded = None
         return found
@@ -118,7 +164,8 @@ class Activations:
     def record(self, window: Window) -> None:
         """Compute what `window`, with the weights that it has now, makes of what enters the current blocks."""
         self.recorded = None  # lets go of the last one
-        self.recorded = torch.cat([window.forward(self.replay, self.hidden[rows]) for rows in self._rows()])
+        pieces = (window.forward(self.replay, self.load(self.hidden, rows)) for rows in self._rows())
+        self.recorded = torch.cat([piece.to(self._place, self.hidden.dtype) for piece in pieces])
 
     @torch.no_grad()
     def pass_attention(
@@ -142,7 +189,7 @@ class Activations:
         matrices, (block,) = dict(matrices or {}), self.blocks
         with collect(matrices, need) as found:
             for rows in self._rows():
-                hidden = self.hidden[rows]
+                hidden = self.load(self.hidden, rows)
                 attention = self.replay.tap(block, hidden)
                 self.attention[rows] = attention
                 if self.propagation == "recovered_local":
@@ -173,7 +220,7 @@ class Activations:
             output = stream
             if index == start or index in self.starts:
                 self._kept[index] = stream
-                output = torch.empty_like(stream)
+                output = self._room(None)
             self._pass(index, stream, output, self.attention if index == start else None)
             stream = output
         self.hidden, self.output = self._kept.pop(start), stream
@@ -192,7 +239,7 @@ class Activations:
     ) -> dict[str, InputStatistics]:
         """Walk the dense stream on, and send the recovered one through the dense blocks if it is to be observed."""
         if self.output is None:
-            self.output = self.hidden.clone()
+            self.output = self._room(None).copy_(self.hidden)
         for index in range(self._ahead, start):
             self._pass(index, self.output, self.output)
         self._adds = self.attention is not None and self.replay.adds_attention(start)
@@ -200,7 +247,7 @@ class Activations:
         if need == "cross":
             with collect_pairs(matrices) as pairs:
                 for rows in self._rows():
-                    hidden = self._through(passed, self.hidden[rows])
+                    hidden = self._through(passed, self.load(self.hidden, rows))
                     for index in fresh:  # both streams block by block: only one block's dense inputs are held
                         with pairs.dense():
                             self._pass_rows(index, rows)
@@ -209,7 +256,7 @@ class Activations:
             return pairs.statistics
         with collect(matrices, need) as found:
             for rows in self._rows() if need != "none" else ():
-                self._through([*passed, *fresh], self.hidden[rows])
+                self._through([*passed, *fresh], self.load(self.hidden, rows))
         for rows in self._rows():
             for index in fresh:
                 self._pass_rows(index, rows)
@@ -218,11 +265,14 @@ class Activations:
     def _pass_rows(self, index: int, rows: slice) -> None:
         """Send some sequences of the dense stream through a block, in place, and note what attention should return."""
         assert self.output is not None
-        dense = self.output[rows]
-        output = self._run(index, rows, dense, self.attention)
+        dense = self.load(self.output, rows)
         if self.attention is not None and self._adds:
             # So that the stream behind attention becomes the dense one: what entered is made up for.
-            self.attention[rows] += dense - self.hidden[rows]
+            attention, output = self.replay.run_and_tap(index, dense)
+            self.attention[rows] = attention + (dense - self.load(self.hidden, rows))
+            self._require_finite(output, index, rows)
+        else:
+            output = self._run(index, rows, dense, self.attention)
         self.output[rows] = output
 
     def _through(self, blocks: Iterable[int], hidden: Tensor) -> Tensor:
@@ -232,7 +282,7 @@ class Activations:
 
     def _pass(self, index: int, source: Tensor, output: Tensor, attention: Tensor | None = None) -> None:
         for rows in self._rows():
-            output[rows] = self._run(index, rows, source[rows], attention)
+            output[rows] = self._run(index, rows, self.load(source, rows), attention)
 
     def _run(self, index: int, rows: slice, hidden: Tensor, attention: Tensor | None) -> Tensor:
         """Run one block on some sequences, and record its attention if there is room for it."""
@@ -240,16 +290,19 @@ class Activations:
             attention[rows], output = self.replay.run_and_tap(index, hidden)
         else:
             output = self.replay.run(index, hidden)
+        self._require_finite(output, index, rows)
+        return output
+
+    def _require_finite(self, output: Tensor, index: int, rows: slice) -> None:
         if not output.isfinite().all():  # a sum of finite fp16 numbers may be infinite
             raise FloatingPointError(
                 f"hidden states must be finite, got NaN or infinity after block {index} in the batch that begins "
                 f"with sequence {rows.start}; check the weights, or load the model in a wider dtype"
             )
-        return output
 
     def _rows(self) -> Iterator[slice]:
         for start in range(0, len(self.hidden), self.batch_size):
             yield slice(start, start + self.batch_size)
 
     def _room(self, tensor: Tensor | None) -> Tensor:
-        return torch.empty_like(self.hidden) if tensor is None else tensor
+        return torch.empty_like(self.hidden, pin_memory=self._pinned) if tensor is None else tensor

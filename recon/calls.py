@@ -79,9 +79,9 @@ class Call:
             )
         return cls(tuple(args[1:]), rest, hidden_by_name), hidden
 
-    def to(self, device: torch.device) -> "Call":
-        """The same call with its tensors on `device`."""
-        return Call(_to_device(self.args, device), _to_device(self.kwargs, device), self.hidden_by_name)
+    def to(self, convert: Callable[[Tensor], Tensor]) -> "Call":
+        """The same call with its tensors as `convert` gives them."""
+        return Call(_converted(self.args, convert), _converted(self.kwargs, convert), self.hidden_by_name)
 
     def run(self, block: nn.Module, hidden: Tensor) -> Any:
         """Call `block` on `hidden` and return all that it returns."""
@@ -140,14 +140,37 @@ def record_calls(model: PreTrainedModel, anatomy: Anatomy, tokens: Tokens, form:
     return calls
 
 
-def _to_device(value: Any, device: torch.device) -> Any:
-    """`value` with all tensors in it, at any depth of tuples, lists and dicts, on `device`."""
+class Conversion:
+    """Puts tensors on a device, those of one dtype in another; one that several calls share stays shared.
+
+    Blocks are passed the same mask and rotary embeddings: without this, each of them would get a copy.
+
+    Args:
+        device: Where they go.
+        before: The dtype that hidden states had when the calls were recorded.
+        after: The dtype that tensors get which had that one.
+    """
+
+    def __init__(self, device: torch.device, before: torch.dtype, after: torch.dtype) -> None:
+        self.device, self.before, self.after = device, before, after
+        self._done: dict[int, tuple[Tensor, Tensor]] = {}  # the tensor too, so that its id is not used again
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """`tensor` there."""
+        if id(tensor) not in self._done:
+            dtype = self.after if tensor.dtype == self.before else tensor.dtype
+            self._done[id(tensor)] = tensor, tensor.to(self.device, dtype)
+        return self._done[id(tensor)][1]
+
+
+def _converted(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
+    """`value` with all tensors in it, at any depth of tuples, lists and dicts, converted."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        return convert(value)
     if isinstance(value, dict):
-        return {key: _to_device(item, device) for key, item in value.items()}
+        return {key: _converted(item, convert) for key, item in value.items()}
     if type(value) in (tuple, list):
-        return type(value)(_to_device(item, device) for item in value)
+        return type(value)(_converted(item, convert) for item in value)
     return value
 
 

@@ -68,33 +68,38 @@ def measure_drift(
     """
     device = device or next(dense.parameters()).device
     blocks, others = Anatomy.of(dense).blocks, Anatomy.of(recovered).blocks
-    if len(blocks) != len(others):
-        raise ValueError(
-            f"drift needs two models of the same depth, got {len(blocks)} dense blocks and {len(others)} recovered "
-            "ones; compare a model with the one it was made from"
-        )
-    error, energy = torch.zeros(2, len(blocks), dtype=torch.float64)
+    require_same_depth(blocks, others)
+    error, size = torch.zeros(2, len(blocks), dtype=torch.float64)
     references: dict[int, Tensor] = {}
 
     def compare(depth: int, hidden: Tensor) -> None:
         reference = references.pop(depth).float()
-        error[depth] += _energy(hidden.float() - reference)
-        energy[depth] += _energy(reference)
+        error[depth] += energy(hidden.float() - reference)
+        size[depth] += energy(reference)
 
-    divergence, num_sequences, seq_len, predicted = 0.0, 0, 0, 0
+    total, num_sequences, seq_len, predicted = 0.0, 0, 0, 0
     for index, batch in enumerate(batches):
         ids = batch["input_ids"].to(device)
         where = f"{split} batch {index}"
         logits_dense = _run(dense, blocks, ids, references.__setitem__)
         logits = _run(recovered, others, ids, compare)
-        _check_finite(energy, blocks, f"the dense model, {where}")
-        _check_finite(error, blocks, f"the recovered model, {where}")
+        require_finite(size, blocks, f"the dense model, {where}")
+        require_finite(error, blocks, f"the recovered model, {where}")
         for reference, other in zip(logits_dense, logits, strict=True):  # views: logits are the largest tensors
-            divergence += _divergence(reference[:-1], other[:-1])
-        if not math.isfinite(divergence):
+            total += divergence(reference[:-1], other[:-1])
+        if not math.isfinite(total):
             raise FloatingPointError(f"logits must be finite, got NaN or infinity in {where}")
         num_sequences, seq_len, predicted = num_sequences + len(ids), ids.shape[1], predicted + ids[:, 1:].numel()
-    return Drift((error / energy).tolist(), divergence / predicted, split, num_sequences, seq_len)
+    return Drift((error / size).tolist(), total / predicted, split, num_sequences, seq_len)
+
+
+def require_same_depth(dense: list[Block], recovered: list[Block]) -> None:
+    """Raise a `ValueError` if two models cannot be compared block by block."""
+    if len(dense) != len(recovered):
+        raise ValueError(
+            f"drift needs two models of the same depth, got {len(dense)} dense blocks and {len(recovered)} recovered "
+            "ones; compare a model with the one it was made from"
+        )
 
 
 def _run(model: PreTrainedModel, blocks: list[Block], ids: Tensor, visit: Callable[[int, Tensor], None]) -> Tensor:
@@ -122,11 +127,12 @@ def _run(model: PreTrainedModel, blocks: list[Block], ids: Tensor, visit: Callab
     return logits
 
 
-def _energy(hidden: Tensor) -> Tensor:
+def energy(hidden: Tensor) -> Tensor:
+    """The sum of squares in fp64, on the CPU."""
     return hidden.square().sum(dtype=torch.float64).cpu()
 
 
-def _divergence(dense: Logits, other: Logits) -> float:
+def divergence(dense: Logits, other: Logits) -> float:
     """KL(dense || other) summed over tokens, in fp32, `CHUNK` tokens at a time."""
     total = 0.0
     for p, q in zip(dense.split(CHUNK), other.split(CHUNK), strict=True):
@@ -135,7 +141,8 @@ def _divergence(dense: Logits, other: Logits) -> float:
     return total
 
 
-def _check_finite(sums: Tensor, blocks: list[Block], where: str) -> None:
+def require_finite(sums: Tensor, blocks: list[Block], where: str) -> None:
+    """Raise a `FloatingPointError` that names the first block whose sum is none."""
     for block, value in zip(blocks, sums.tolist(), strict=True):
         if not math.isfinite(value):
             raise FloatingPointError(f"hidden states must be finite, got NaN or infinity after {block.name} of {where}")

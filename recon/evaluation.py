@@ -1,5 +1,6 @@
 """Perplexity, measured one way everywhere, with the protocol named beside the number."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -70,12 +71,25 @@ def evaluate(
         FloatingPointError: If a batch gives logits that are no numbers.
     """
     device = device or next(model.parameters()).device
+
+    def logits() -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in batches:
+            ids = batch["input_ids"].to(device)
+            yield ids, model(input_ids=ids, use_cache=False).logits
+
+    return score(logits(), split, device)
+
+
+def score(batches: Iterable[tuple[Tensor, Tensor]], split: str, device: torch.device) -> Evaluation:
+    """Perplexity from token ids, int64[batch, seq_len], and logits for them, [batch, seq_len, vocabulary].
+
+    Raises:
+        FloatingPointError: If a batch has logits that are no numbers.
+    """
     options: Any = {"sync_on_compute": False}  # one rank may evaluate while others wait
     metric = StablePerplexity(**options).to(device)
     num_sequences = seq_len = scored = 0
-    for index, batch in enumerate(batches):
-        ids = batch["input_ids"].to(device)
-        logits = model(input_ids=ids, use_cache=False).logits
+    for index, (ids, logits) in enumerate(batches):
         for sequence, tokens in zip(logits, ids, strict=True):  # views: the logits are the largest tensor here
             metric.update(sequence[:-1], tokens[1:])
         if not torch.isfinite(metric.total_log_probs):

@@ -1,6 +1,8 @@
 """Loading models and tokenizers: bundled, from a directory, from the hub, or random of a given shape."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -8,7 +10,7 @@ from textwrap import shorten
 from typing import Any
 
 import torch
-from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
@@ -102,12 +104,60 @@ class ModelSource:
         Raises:
             ValueError: If there is no such model, with what was tried.
         """
+        config, dtype = self._config_and_dtype()
+        return empty(AutoModelForCausalLM, config, dtype, self.trust_remote_code)
+
+    def hollow(self) -> PreTrainedModel:
+        """The model with its buffers, in evaluation mode, without a cache, each parameter NaN in a single number.
+
+        What is computed with such a parameter shows it, and it can be given data by `parameter.data = ...`, which one
+        on the meta device refuses.
+
+        Raises:
+            ValueError: If there is no such model, with what was tried.
+        """
+        config, dtype = self._config_and_dtype()
+        with _parameters_on_meta(), isolated_seed(self.seed):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=self.trust_remote_code)
+            for module in model.modules():
+                module._is_hf_initialized = False
+            model.initialize_weights()  # again, in fp32: so buffers are computed when a model is loaded (GPT-J)
+        hollow: dict[int, nn.Parameter] = {}  # tied ones stay tied
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+                if id(parameter) not in hollow:
+                    nan = torch.full((), torch.nan, dtype=parameter.dtype).expand(parameter.shape)
+                    hollow[id(parameter)] = nn.Parameter(nan, requires_grad=False)
+                setattr(module, name, hollow[id(parameter)])
+        model.config.use_cache = False
+        return model.eval()
+
+    def files(self) -> Path:
+        """The directory with the model's safetensors files; from the hub it is downloaded if it is not in the cache.
+
+        Raises:
+            ValueError: If there is no such model, with what was tried.
+        """
+        path = _directory("model.name", self.name)
+        if path is not None:
+            return path
+        _ask_hub_once("model.name", self.name, self.revision)
+        patterns = ["*.json", "model*.safetensors"]
+        try:
+            return Path(snapshot_download(self.name, revision=self.revision or "main", allow_patterns=patterns))
+        except UNREADABLE as error:
+            raise ValueError(
+                f"model.name needs `bundled`, a directory in Hugging Face format or a hub name; there is no directory "
+                f"{self.name}, and the files of the hub name could not be had: {_said(error)}"
+            ) from error
+
+    def _config_and_dtype(self) -> tuple[PreTrainedConfig, torch.dtype]:
         if self.shape is not None:
             config = self._config(self.shape)
         else:
             config = self._load(AutoConfig, "model.name", self.name, self.revision)
         dtype: Any = getattr(torch, self.dtype) if self.dtype != "auto" else config.dtype or torch.float32
-        return empty(AutoModelForCausalLM, config, dtype, self.trust_remote_code)
+        return config, dtype
 
     def load(self, device: torch.device | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Load model and tokenizer, which fit together.
@@ -115,9 +165,18 @@ class ModelSource:
         Raises:
             ValueError: If one of them cannot be loaded, or the tokenizer has ids without an embedding.
         """
-        model, tokenizer = self.model(device), self.load_tokenizer()
+        model = self.model(device)
+        return model, self.tokenizer_for(model)
+
+    def tokenizer_for(self, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+        """Load the tokenizer of `model`.
+
+        Raises:
+            ValueError: If it cannot be loaded, or has ids without an embedding.
+        """
+        tokenizer = self.load_tokenizer()
         _require_vocabulary(model, tokenizer)
-        return model, tokenizer
+        return tokenizer
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer.
@@ -187,6 +246,23 @@ def empty(kind: Any, config: PreTrainedConfig, dtype: torch.dtype, trust_remote_
         if hasattr(kind, "from_config"):
             return kind.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code).eval()
         return kind(config).to(dtype).eval()
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules made within have parameters on the meta device, and buffers as ever: some are computed when made."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:  # a tied one that is there already stays the same
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = on_meta  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
 
 
 def _said(error: Exception) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from recon.activations import Activations
+from recon.activations import ON_DEVICE, Activations, Storage
 from recon.allocation import Allocation
 from recon.anatomy import Anatomy
 from recon.criteria import Criterion
@@ -57,6 +57,8 @@ def prune(
     options: Pruning | None = None,
     progress: Callable[[str], None] = lambda line: None,
     moved: Sink | None = None,
+    replay: Replay | None = None,
+    storage: Storage = ON_DEVICE,
 ) -> Masks:
     """Choose the weights of `model` that survive. The model itself is left as it was.
 
@@ -69,6 +71,8 @@ def prune(
         progress: Is told each block, in a line.
         moved: Is given every weight as a criterion that moves weights leaves it: in the parameter's layout and
             dtype, on its device, zero where pruned.
+        replay: Of the model, if its blocks are not on the device.
+        storage: Where hidden states are kept.
 
     Raises:
         ValueError: If the pattern does not fit a matrix or an option, or an exclusion matches nothing.
@@ -76,12 +80,12 @@ def prune(
     """
     options = options or Pruning()
     _require_compatible(criterion, pattern, options)
-    replay = Replay(model, Anatomy.of(model))
+    replay = replay or Replay(model, Anatomy.of(model))
     blocks = matrices_by_block(replay.anatomy, options.exclude)
-    patterns = block_patterns(replay, tokens, criterion, pattern, options, progress)
-    walk = Activations(replay, tokens, options.batch_size, next(model.parameters()).device)
+    patterns = block_patterns(replay, tokens, criterion, pattern, options, progress, storage)
+    walk = Activations(replay, tokens, options.batch_size, replay.device, storage=storage)
     scores: dict[str, Tensor] = {}
-    keep: dict[str, Tensor] = {}
+    masks = Masks({})
     for index, (matrices, of_block) in enumerate(zip(blocks, patterns, strict=True)):
         with collect(matrices, need=criterion.needs) as statistics:
             walk.enter([index])
@@ -90,17 +94,19 @@ def prune(
                 scores[name] = criterion.scores(weight_out_in(module), statistics[name], name)
         else:
             chosen, start = prune_block(matrices, statistics, criterion, of_block)
-            keep.update(chosen)
+            block_masks = Masks({name: keep.cpu().contiguous() for name, keep in chosen.items()})
+            masks.add(block_masks)
             if moved is not None:
                 for name, weight in start.items():
                     moved(name, weight)
             if options.inputs == "pruned":
-                _pass_pruned(walk, Masks(chosen), start or None, model)
+                _pass_pruned(walk, block_masks, start or None, model)
         progress(f"prune  block {index + 1}/{len(blocks)}  {len(matrices)} matrices  {criterion}  {of_block}")
     if pattern.across_model:
         modules = {name: module for matrices in blocks for name, module in matrices.items()}
         keep = {name: as_out_in(modules[name], chosen) for name, chosen in pattern.select_all(scores).items()}
-    return Masks({name: chosen.cpu().contiguous() for name, chosen in keep.items()})
+        masks = Masks({name: chosen.cpu().contiguous() for name, chosen in keep.items()})
+    return masks
 
 
 def prune_block(
@@ -153,6 +159,7 @@ def block_patterns(
     pattern: Pattern,
     options: Pruning,
     progress: Callable[[str], None] = lambda line: None,
+    storage: Storage = ON_DEVICE,
 ) -> list[Pattern]:
     """The pattern of every block: `pattern` itself, or what the allocation makes of it.
 
@@ -163,6 +170,7 @@ def block_patterns(
         pattern: For the whole model.
         options: See `Pruning`.
         progress: Is told the densities, in a line.
+        storage: Where hidden states are kept.
 
     Raises:
         ValueError: If blocks cannot differ under `pattern`, or the allocation's options do not suit it.
@@ -170,7 +178,7 @@ def block_patterns(
     blocks = matrices_by_block(replay.anatomy, options.exclude)
     if options.allocation is None:
         return [pattern] * len(blocks)
-    walk = Activations(replay, tokens, options.batch_size, next(replay.model.parameters()).device)
+    walk = Activations(replay, tokens, options.batch_size, replay.device, storage=storage)
     patterns = options.allocation.patterns(walk, blocks, criterion, pattern)
     progress(f"allocate  {options.allocation}  densities {' '.join(f'{one.density:.3f}' for one in patterns)}")
     return list(patterns)
@@ -197,6 +205,8 @@ def prune_to(
     pattern: Pattern,
     options: Pruning | None = None,
     progress: Callable[[str], None] = lambda line: None,
+    replay: Replay | None = None,
+    storage: Storage = ON_DEVICE,
 ) -> Masks:
     """As `prune`, and write the masks; before them, and beside, what a criterion that moves weights makes of these."""
     options = options or Pruning()
@@ -205,10 +215,10 @@ def prune_to(
         prunable = Anatomy.of(model).prunable(options.exclude)
         weights = {name: module.get_parameter("weight") for name, module in prunable.items()}
         with written(masks_file.with_name(MOVED), like=weights) as moved:
-            masks = prune(model, tokens, criterion, pattern, options, progress, moved)
+            masks = prune(model, tokens, criterion, pattern, options, progress, moved, replay, storage)
         made_by[CAME_WITH_MOVED] = MOVED
     else:
-        masks = prune(model, tokens, criterion, pattern, options, progress)
+        masks = prune(model, tokens, criterion, pattern, options, progress, None, replay, storage)
     masks.save(masks_file, made_by)
     return masks
 

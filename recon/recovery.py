@@ -16,15 +16,17 @@ import lightning as L
 import torch
 
 from recon import checkpoints, ranks
-from recon.anatomy import Anatomy
+from recon.activations import Storage
 from recon.atomic import locked
+from recon.blockwise import evaluate_blockwise, measure_drift_blockwise
 from recon.criteria import Criterion
 from recon.data import TokenData
-from recon.drift import measure_drift
+from recon.drift import Drift, measure_drift
 from recon.environment import environment
 from recon.evaluation import Evaluation, evaluate
 from recon.interleaved import MASKS, Interleaved
 from recon.masks import Masks
+from recon.offload import DENSE, amend_by, open_offloaded
 from recon.patterns import Pattern
 from recon.phases import Phases
 from recon.pretrained import ModelSource
@@ -98,6 +100,7 @@ def recover(
         say(f"{run.path} holds this run, finished: nothing to do")
         return report
     data.evaluate_on = evaluate_on
+    scope.directory = run.path
     scope.require_strategy(trainer)
     if share is not None:
         _require_divisible(scope, trainer, share)
@@ -135,9 +138,9 @@ def recover(
                     moved = moved_with(run.masks, masks)
             if baselines and masks and ranks.rank() == 0:
                 phases.enter("evaluate dense and pruned")
-                dense, pruned = _baselines(scope, data, masks, moved, device, say)
+                dense, pruned = _baselines(scope, data, masks, moved, run, device, say)
             phases.enter("prepare")
-            if scope.start == "exact" and ranks.rank() == 0:
+            if (scope.start == "exact" or scope.offload != "none") and ranks.rank() == 0:
                 scope.to(device)
             scope.prepare(data, masks, run.path, moved, say, interleaved)
         if merge:
@@ -178,15 +181,13 @@ def recover(
         del model, state, scope.model
         if baselines and interleaved is not None:
             phases.enter("evaluate dense and pruned")
-            dense, pruned = _baselines(scope, data, masks, None, device, say)
+            dense, pruned = _baselines(scope, data, masks, None, run, device, say)
         phases.enter("evaluate")
         recovered, violations = _measure_written(scope, data, masks, run, device)
         drifted = None
         if drift and masks and scope.evaluation is None:
             phases.enter("drift")
-            dense_model, written = scope.source.model(device), _written(scope, run).model(device)
-            drifted = measure_drift(dense_model, written, data.val_dataloader())
-            del dense_model, written
+            drifted = _drift(scope, data, run, device)
     report = Report(
         scope=scope.scope,
         label=scope.label,
@@ -215,6 +216,7 @@ def recover(
     report.save(run.report)
     shutil.rmtree(run.checkpoints, ignore_errors=True)  # a finished run is not trained on
     shutil.rmtree(run.path / MASKS, ignore_errors=True)  # in masks.safetensors, all of them
+    shutil.rmtree(run.path / DENSE, ignore_errors=True)
     (run.path / EXACT).unlink(missing_ok=True)
     return report
 
@@ -266,7 +268,8 @@ def _masks(
             return masks
     if masks_file is not None:
         raise ValueError(f"--masks needs a file that `recon prune` wrote, got {masks_file}, which does not exist")
-    return prune_to(run.masks, scope.to(device).model, data.tokens("train"), criterion, pattern, pruning, say)
+    replay, tokens = scope.to(device).open_replay(), data.tokens("train")
+    return prune_to(run.masks, scope.model, tokens, criterion, pattern, pruning, say, replay, scope.storage)
 
 
 def _interleaved(
@@ -287,8 +290,8 @@ def _interleaved(
             f"pruning.inputs: recovered chooses masks block by block along with recovery, which needs a local scope, a "
             f"pattern per row, matrix or group, and no masks made before, got {got}; choose pruning.inputs: dense"
         )
-    replay = Replay(scope.to(device).model, Anatomy.of(scope.model))
-    patterns = block_patterns(replay, data.tokens("train"), criterion, pattern, pruning, say)
+    replay = scope.to(device).open_replay()
+    patterns = block_patterns(replay, data.tokens("train"), criterion, pattern, pruning, say, scope.storage)
     return Interleaved(criterion, patterns, replay.anatomy.prunable(pruning.exclude), run.path)
 
 
@@ -297,14 +300,22 @@ def _baselines(
     data: TokenData,
     masks: Masks,
     moved: Start | None,
+    run: RunDirectory,
     device: torch.device,
     say: Callable[[str], None],
 ) -> tuple[Evaluation, Evaluation]:
     """Perplexity of the dense and the pruned model, on a copy that does not outlive the call."""
-    model = scope.source.model(device)
-    dense = evaluate(model, data.evaluation_dataloader(), data.evaluate_on)
-    apply(model, masks, moved)
-    pruned = evaluate(model, data.evaluation_dataloader(), data.evaluate_on)
+    if scope.offload == "none":
+        model = scope.source.model(device)
+        dense = evaluate(model, data.evaluation_dataloader(), data.evaluate_on)
+        apply(model, masks, moved)
+        pruned = evaluate(model, data.evaluation_dataloader(), data.evaluate_on)
+    else:
+        replay = _reopened(scope, scope.source, run, device)
+        dense = _evaluate_blockwise(replay, scope, data)
+        assert replay.residence is not None
+        replay.residence.amend = amend_by(masks, moved, replay.residence)
+        pruned = _evaluate_blockwise(replay, scope, data)
     say(f"{data.evaluate_on} perplexity  dense {dense.perplexity:.3f}  pruned {pruned.perplexity:.3f}")
     return dense, pruned
 
@@ -315,8 +326,32 @@ def _measure_written(
     """Perplexity and mask violations of the model as it was written."""
     if scope.evaluation is not None:  # too large to be loaded by one process: measured before it was gathered
         return scope.evaluation, masks.violations_in(run.model)
+    if scope.offload != "none":
+        evaluation = _evaluate_blockwise(_reopened(scope, _written(scope, run), run, device), scope, data)
+        return evaluation, masks.violations_in(run.model)
     model = _written(scope, run).model(device)
     return evaluate(model, data.evaluation_dataloader(), data.evaluate_on), masks.violations(model)
+
+
+def _drift(scope: Scope, data: TokenData, run: RunDirectory, device: torch.device) -> Drift:
+    """How far the model as it was written is from the dense one."""
+    written = _written(scope, run)
+    if scope.offload == "none":
+        return measure_drift(scope.source.model(device), written.model(device), data.val_dataloader())
+    dense, recovered = (_reopened(scope, source, run, device) for source in (scope.source, written))
+    return measure_drift_blockwise(
+        dense, recovered, data.tokens("validation"), data.batch_size, storage=Storage(scope.storage.place)
+    )
+
+
+def _reopened(scope: Scope, source: ModelSource, run: RunDirectory, device: torch.device) -> Replay:
+    """Another copy of a model, offloaded as the scope's is."""
+    return Replay.within(open_offloaded(source, scope.offload, device, run.path))
+
+
+def _evaluate_blockwise(replay: Replay, scope: Scope, data: TokenData) -> Evaluation:
+    storage = Storage(scope.storage.place)  # in the model's own precision: a perplexity does not depend on options
+    return evaluate_blockwise(replay, data.tokens(data.evaluate_on), data.batch_size, data.evaluate_on, storage)
 
 
 def _written(scope: Scope, run: RunDirectory) -> ModelSource:

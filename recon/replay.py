@@ -7,7 +7,7 @@ A block can be halted after some of its matrices, too. Dropout is off in all of 
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any, TypeAlias
 
 import torch
@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from recon.anatomy import Anatomy
-from recon.calls import Call, Form, Halt, Hidden, Tokens, evaluating, forward_replaced, record_calls
+from recon.calls import Call, Conversion, Form, Halt, Hidden, Tokens, evaluating, forward_replaced, record_calls
+from recon.residence import Residence
 
 Outputs: TypeAlias = Float[Tensor, "batch seq _"]  # of any width, as matrices return them
+Logits: TypeAlias = Float[Tensor, "batch seq vocabulary"]
 
 PROBE_LENGTH = 4  # tokens of the sequence on which forms and dependencies are learned
-MAX_RECORDED_SHAPES = 2  # the full batch and the smaller last one
+MAX_RECORDED_SHAPES = 4  # the full batch and the smaller last one, in the model's dtype and in fp32
 MAX_RELATIVE_ERROR = 1e-2  # of a replayed block; nondeterministic kernels stay below, lost arguments do not
 MAX_SUM_ERROR = 1e-4  # of a block that is given the sum of its input and its attention output instead of both
 
@@ -29,9 +31,9 @@ MAX_SUM_ERROR = 1e-4  # of a block that is given the sum of its input and its at
 class Replay:
     """Runs single blocks of a model as the model itself would.
 
-    Calls are recorded on first use for each batch size, sequence length and device, without autocast, and
-    the latest two are kept. They follow the device of the hidden states, so a block may be moved while
-    the rest of the model stays behind. Grad mode and autocast are the caller's.
+    Calls are recorded on first use for each batch size, sequence length, device and dtype, without autocast, and
+    the latest four are kept. They follow device and dtype of the hidden states, so a block may be moved, or trained
+    in another precision, while the rest of the model stays behind. Grad mode and autocast are the caller's.
 
     A module tree can be misread in ways that only numbers show: blocks that run twice, exchange more than
     hidden states or see the tokens (Gemma 4), an attention submodule that returns more than its output
@@ -40,6 +42,7 @@ class Replay:
     Args:
         model: Any model that `Anatomy` can read; at this moment on one device.
         anatomy: Its anatomy.
+        residence: Brings each block to the device when it is run, if they are elsewhere.
 
     Raises:
         ValueError: If blocks are not called exactly once and in order, with hidden states of three
@@ -47,16 +50,45 @@ class Replay:
             within the model.
     """
 
-    def __init__(self, model: PreTrainedModel, anatomy: Anatomy):
+    residence: Residence | None = None
+
+    def __init__(self, model: PreTrainedModel, anatomy: Anatomy, residence: Residence | None = None):
         self.model = model
         self.anatomy = anatomy
+        self.residence = residence
         self._calls: OrderedDict[tuple[Any, ...], list[Call]] = OrderedDict()
-        with _recording(_embedding_weight(model).device):
+        with self._recording():
             self._block_form, self._attention_form = self._learn_forms()
         self.verify()
 
+    @classmethod
+    def within(cls, residence: Residence) -> "Replay":
+        """The replay of a model whose blocks are elsewhere."""
+        return cls(residence.model, residence.anatomy, residence)
+
+    @property
+    def device(self) -> torch.device:
+        """Where blocks are run."""
+        return self.residence.device if self.residence is not None else _embedding_weight(self.model).device
+
+    def keep(self, indices: Iterable[int]) -> None:
+        """Let these blocks stay on the device once they are run there, and no others."""
+        if self.residence is not None:
+            self.residence.keep(indices)
+
+    def hold(self, indices: Iterable[int]) -> None:
+        """Have these blocks on the device, and no others."""
+        if self.residence is not None:
+            self.residence.hold(indices)
+
+    @contextmanager
+    def around(self) -> Iterator[None]:
+        """Within, what lies outside the blocks is where blocks are run."""
+        with self.residence.around() if self.residence is not None else nullcontext():
+            yield
+
     def embed(self, tokens: Tokens) -> Hidden:
-        """The hidden states that enter block 0."""
+        """The hidden states that enter block 0, where blocks are run."""
         first = self.anatomy.blocks[0]
         entering: list[Tensor] = []
 
@@ -69,12 +101,30 @@ class Replay:
             first.module.register_forward_pre_hook(halt, with_kwargs=True),
             suppress(Halt),
         ):
-            self.model(input_ids=tokens, use_cache=False)
-        return entering[0]
+            self.model(input_ids=tokens.to(_embedding_weight(self.model).device), use_cache=False)
+        return entering[0].to(self.device)
+
+    def head(self, tokens: Tokens, hidden: Hidden) -> Logits:
+        """The logits if the last block returned `hidden` for `tokens`; no block is run."""
+        form = self._block_form
+        last = self.anatomy.blocks[-1]
+
+        def pass_on(*args: Any, **kwargs: Any) -> Any:
+            return form.wrap(Call.split(last.name, args, kwargs)[1])
+
+        with ExitStack() as stack:
+            stack.enter_context(evaluating(self.model))
+            for block in self.anatomy.blocks[:-1]:
+                stack.enter_context(forward_replaced(block.module, pass_on))
+            stack.enter_context(forward_replaced(last.module, lambda *args, **kwargs: form.wrap(hidden)))
+            weight = _embedding_weight(self.model)
+            return self.model(input_ids=tokens.to(weight.device), use_cache=False).logits
 
     def run(self, index: int, hidden: Hidden) -> Hidden:
         """The output of block `index` for the hidden states that enter it."""
         block = self.anatomy.blocks[index].module
+        if self.residence is not None:
+            self.residence.visit(index)
         call = self._calls_for(hidden)[index]
         with evaluating(block):
             return _first(call.run(block, hidden))
@@ -127,7 +177,7 @@ class Replay:
         tokens = _arbitrary_tokens(self.model).flip(1)  # not the ones that calls are recorded with
         expected: list[list[Any]] = [[] for _ in blocks]
         with ExitStack() as stack:
-            stack.enter_context(evaluating(self.model))
+            stack.enter_context(self._whole_model())
             for block, outputs in zip(blocks, expected, strict=True):
                 stack.enter_context(block.module.register_forward_hook(_collect(outputs)))
             self.model(input_ids=tokens, use_cache=False)
@@ -138,7 +188,7 @@ class Replay:
                     f"The model must call each block once, {block.name} was called {len(outputs)} times. "
                     f"This model is not supported."
                 )
-            reference = _first(outputs[0])
+            reference = _first(outputs[0]).to(hidden.device)
             attention = self.tap(block.index, hidden)
             try:
                 stubbed = self.stub(block.index, hidden, attention)
@@ -159,7 +209,7 @@ class Replay:
     def dependencies(self, index: int) -> tuple[set[str], set[str]]:
         """Names of the parameters of block `index` that its tapped and its stubbed output depend on."""
         parameters = self.anatomy.blocks[index].parameters()
-        with _recording(_embedding_weight(self.model).device):
+        with self._recording():
             hidden = self.embed(_arbitrary_tokens(self.model))  # any input will do, the graph is the same
             with torch.enable_grad(), _requiring_grad(parameters.values()):
                 attention = self.tap(index, hidden)
@@ -176,7 +226,7 @@ class Replay:
         Raises:
             ValueError: If a matrix is not called once, for all tokens.
         """
-        with _recording(_embedding_weight(self.model).device):
+        with self._recording():
             hidden = self.embed(_arbitrary_tokens(self.model))
             with torch.enable_grad(), _requiring_grad(self.anatomy.blocks[index].parameters().values()):
                 found = self._matrix_outputs(index, hidden, names, halt=False)
@@ -194,7 +244,7 @@ class Replay:
         the stream; not with parallel attention, a norm after attention, or a multiplier. Tried on four tokens
         with a random attention output of the input's size, to 1e-4 of what the block adds to the sum.
         """
-        with _recording(_embedding_weight(self.model).device):
+        with self._recording():
             hidden = self.embed(_arbitrary_tokens(self.model))
             noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden)
             attention = noise * hidden.float().square().mean(-1, keepdim=True).sqrt().to(hidden)
@@ -235,7 +285,7 @@ class Replay:
         first, tokens = self.anatomy.blocks[0], _arbitrary_tokens(self.model)
         outputs: list[Any] = []  # attention returns before the block does
         with (
-            evaluating(self.model),
+            self._whole_model(),
             first.attention.register_forward_hook(_collect(outputs)),
             first.module.register_forward_hook(_collect(outputs, halt=True)),
             suppress(Halt),
@@ -252,16 +302,34 @@ class Replay:
     def _calls_for(self, hidden: Tensor) -> list[Call]:
         """The calls recorded for hidden states of this shape."""
         weight = _embedding_weight(self.model)
-        key = (*hidden.shape[:2], hidden.device, weight.device, weight.dtype)
+        key = (*hidden.shape[:2], hidden.device, hidden.dtype, weight.device, weight.dtype)
         if key not in self._calls:
             tokens = _arbitrary_tokens(self.model, *hidden.shape[:2])
-            with _recording(weight.device):
+            with self._recording():
                 calls = record_calls(self.model, self.anatomy, tokens, self._block_form)
-                self._calls[key] = [call.to(hidden.device) for call in calls]
+                convert = Conversion(hidden.device, weight.dtype, torch.promote_types(weight.dtype, hidden.dtype))
+                self._calls[key] = [call.to(convert) for call in calls]
             if len(self._calls) > MAX_RECORDED_SHAPES:
                 self._calls.popitem(last=False)
         self._calls.move_to_end(key)
         return self._calls[key]
+
+    @contextmanager
+    def _whole_model(self) -> Iterator[None]:
+        """Run the whole model within, wherever its blocks are."""
+        with evaluating(self.model), self.residence.serving() if self.residence is not None else nullcontext():
+            yield
+
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        """No gradients, but tensors that a backward pass may save; the same whoever records first."""
+        kinds = {_embedding_weight(self.model).device.type, self.device.type}
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
+            for kind in sorted(kinds):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            yield
 
 
 def _reached(output: Tensor, tensors: Mapping[str, Tensor]) -> set[str]:
@@ -313,13 +381,6 @@ def _collect(outputs: list[Any], halt: bool = False) -> Callable[[nn.Module, Any
             raise Halt
 
     return hook
-
-
-@contextmanager
-def _recording(device: torch.device) -> Iterator[None]:
-    """No gradients, but tensors that a backward pass may save; the same whoever records first."""
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        yield
 
 
 @contextmanager

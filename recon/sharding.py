@@ -85,14 +85,14 @@ def gather(model: nn.Module, dtype: torch.dtype, directory: Path, keep: bool) ->
                 kept = by_parameter[id(parameter)]
             else:
                 last = list(copies(parameter))[-1][1]
-                kept = _spilled(last, dtype if last.is_floating_point() else last.dtype, spill) if keep else last[:0]
+                kept = spilled(last, dtype if last.is_floating_point() else last.dtype, spill) if keep else last[:0]
                 by_parameter[id(parameter)] = kept
             if keep:
                 state[name] = kept
     return state
 
 
-def _spilled(value: Tensor, dtype: torch.dtype, file: IO[bytes]) -> Tensor:
+def spilled(value: Tensor, dtype: torch.dtype, file: IO[bytes]) -> Tensor:
     """A copy of `value` that lives at the end of `file`."""
     start = -(-file.seek(0, SEEK_END) // ALLOCATIONGRANULARITY) * ALLOCATIONGRANULARITY
     length = value.numel() * dtype.itemsize

@@ -76,15 +76,15 @@ def test_windows_compose_to_the_model_exactly(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def test_one_replay_serves_several_shapes_and_keeps_two(model: PreTrainedModel) -> None:
+def test_one_replay_serves_several_shapes_and_keeps_four(model: PreTrainedModel) -> None:
     replay = replay_of(model)
-    for batch, seq in [(1, 12), (3, 12), (2, 5), (1, 12)]:
+    for batch, seq in [(1, 12), (3, 12), (2, 5), (2, 7), (1, 12)]:
         tokens = token_ids(batch, seq)
         hidden = replay.embed(tokens)
         for index, expected in enumerate(states_in(model, tokens)[0]):
             hidden = replay.run(index, hidden)
             assert torch.equal(hidden, expected)
-    assert len(replay._calls) == 2
+    assert len(replay._calls) == 4
 
 
 @torch.no_grad()

@@ -106,8 +106,8 @@ class EqualErrors(Allocation):
         with _pruned(matrices, counted.select_all(scores)), torch.no_grad():
             for start in range(0, num, walk.batch_size):
                 rows = slice(start, min(start + walk.batch_size, num))
-                dense = walk.output[rows].float()
-                pruned = walk.replay.run(block, walk.hidden[rows]).float()
+                dense = walk.load(walk.output, rows).float()
+                pruned = walk.replay.run(block, walk.load(walk.hidden, rows)).float()
                 difference += (pruned - dense).square().sum(dtype=torch.float64).item()
                 energy += dense.square().sum(dtype=torch.float64).item()
         error = difference / energy if energy else math.nan

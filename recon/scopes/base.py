@@ -12,13 +12,18 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
+from recon.activations import ON_DEVICE
+from recon.anatomy import Anatomy
 from recon.data import TokenData
 from recon.evaluation import Evaluation
 from recon.exact import solve_all
 from recon.interleaved import Interleaved
 from recon.masks import Masks
+from recon.offload import Offload, open_offloaded
 from recon.phases import Phases
-from recon.pretrained import ModelSource
+from recon.pretrained import ModelSource, empty
+from recon.replay import Replay
+from recon.residence import Residence
 from recon.start import EXACT, Start, apply, written
 
 StartName = Literal["pruned", "moved", "exact"]
@@ -48,6 +53,9 @@ class Scope(L.LightningModule, ABC):
         start: The surviving weights that recovery starts from: `pruned`, as they were in the dense model; `moved`, as
             a criterion that moves them (SparseGPT, ADMM, ALPS) left them; `exact`, those that best reproduce each
             matrix's outputs by itself, which is what the matrix scope finds.
+        offload: Where the model is: `none`, on the device; `host`, in the host's memory, its blocks on the device
+            while they are needed; `disk`, in its safetensors files, from which blocks are read when they are needed.
+            The last two are for local scopes, which then need room for one window on the device.
     """
 
     scope: ClassVar[str]
@@ -64,6 +72,7 @@ class Scope(L.LightningModule, ABC):
         save_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
         epochs: int = 1,
         start: StartName = "pruned",
+        offload: Offload = "none",
     ) -> None:
         super().__init__()
         if epochs < 1:
@@ -71,6 +80,9 @@ class Scope(L.LightningModule, ABC):
         self.source = ModelSource(name, shape, dtype, revision, tokenizer, trust_remote_code)
         self.save_dtype = save_dtype
         self.epochs, self.start = epochs, start
+        self.offload: Offload = offload
+        self.residence: Residence | None = None  # of a model that is not on the device
+        self.storage = ON_DEVICE
         self.start_weights: Mapping[str, torch.Tensor] | None = None  # of every mask; None for the dense survivors
         self.start_seconds = 0.0  # what it took to solve for them
         self.model: PreTrainedModel
@@ -135,7 +147,12 @@ class Scope(L.LightningModule, ABC):
 
     def load(self, data: TokenData) -> None:
         """Load the dense model, and give `data` its tokenizer."""
-        self.model, data.tokenizer = self.source.load()
+        if self.offload == "none":
+            self.model, data.tokenizer = self.source.load()
+        else:
+            self.residence = open_offloaded(self.source, self.offload, self.device, self.directory)
+            object.__setattr__(self, "model", self.residence.model)  # not as a child, which Lightning would move
+            data.tokenizer = self.source.tokenizer_for(self.model)
         self.dtype_to_save = self._dtype_to_save(self.model)
 
     def _dtype_to_save(self, model: PreTrainedModel) -> torch.dtype:
@@ -143,7 +160,32 @@ class Scope(L.LightningModule, ABC):
 
     def result(self) -> tuple[PreTrainedModel, dict[str, torch.Tensor] | None]:
         """The recovered model in the precision to save, after the fit, and its weights if it is without them."""
-        return self.model if self.save_dtype is None else self.model.to(self.dtype_to_save), None  # pyright: ignore
+        if self.residence is None or self.residence.shards is None:
+            return self.model if self.save_dtype is None else self.model.to(self.dtype_to_save), None  # pyright: ignore
+        assert self.directory is not None
+        state = self.residence.state(self.dtype_to_save if self.save_dtype else None, self.directory)
+        model = empty(type(self.model), self.model.config, self.dtype_to_save)
+        model.generation_config = self.model.generation_config
+        return model, state
+
+    def open_replay(self) -> Replay:
+        """The blocks of the model, one by one, on the device that this module is on."""
+        if self.residence is None:
+            return Replay(self.model, Anatomy.of(self.model))
+        self.residence.move_to(self.device)
+        return Replay.within(self.residence)
+
+    def check(self, masks: Masks) -> None:
+        """Look for pruned weights that are not zero, wherever the model is.
+
+        Raises:
+            ValueError: Naming the first parameter that has one.
+        """
+        if self.residence is None or self.residence.shards is None:
+            return masks.check(self.model)
+        for block in self.residence.anatomy.blocks:
+            self.residence.visit(block.index)
+            masks.subset(name for name in block.parameters() if name in masks).check(self.model)
 
     def prepare(
         self,
@@ -205,7 +247,7 @@ class Scope(L.LightningModule, ABC):
         Raises:
             ValueError: Naming the first parameter with a pruned weight that is not zero.
         """
-        self.masks.check(self.model)
+        self.check(self.masks)
 
 
 def check_finite(loss: torch.Tensor, where: str) -> None:

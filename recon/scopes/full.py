@@ -83,6 +83,11 @@ class FullRetraining(Scope):
                 "model.start: exact solves on the whole model, which model.partitioned never loads; choose "
                 "model.start: pruned, or moved with the masks of a criterion that moves weights"
             )
+        if self.offload != "none":
+            raise ValueError(
+                f"model.offload is for local scopes, which need one window at a time on the device, got {self.offload} "
+                f"with full retraining, which needs all of the model; choose -c strategies/zero3_offload instead"
+            )
         self.loss, self.temperature, self.train_what = loss, temperature, train
         self.which_parameters: Parameters = parameters
         self.lora = lora

@@ -9,7 +9,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -17,14 +17,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from recon.activations import Activations, Observation, Propagation
-from recon.anatomy import Anatomy, Block
+from recon.activations import Activations, Observation, Propagation, Storage
+from recon.anatomy import Block
 from recon.atomic import atomic_write, write_json
 from recon.data import TokenData
 from recon.exact import pruned_matrices
 from recon.interleaved import Interleaved
 from recon.masks import Masks
-from recon.replay import Replay
 from recon.scopes.base import Scope, check_finite
 from recon.scopes.parking import Parking
 from recon.seeds import derived_seed
@@ -49,6 +48,8 @@ class LocalScope(Scope):
             the dense model has behind the window, so that the error that enters is made up for. Where a block
             adds what attention returns to what entered it, this makes up for it from attention on, elsewhere
             from the block's output on.
+        activations: Where hidden states are between two passes: `device`, or `host`, from which each batch is copied.
+        activations_dtype: In which precision they are kept; that of the model if null.
         **options: Which model: see `Scope`.
 
     Attributes:
@@ -61,9 +62,16 @@ class LocalScope(Scope):
     """
 
     def __init__(
-        self, epochs: int = 4, batch_size: int = 8, propagation: Propagation = "dense", **options: Any
+        self,
+        epochs: int = 4,
+        batch_size: int = 8,
+        propagation: Propagation = "dense",
+        activations: Literal["device", "host"] = "device",
+        activations_dtype: Literal["float32", "bfloat16"] | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(epochs=epochs, **options)
+        self.storage = Storage(activations, None if activations_dtype is None else getattr(torch, activations_dtype))
         if batch_size < 1:
             raise ValueError(f"model.batch_size must be at least 1, got {batch_size}")
         self.batch_size = batch_size
@@ -191,6 +199,8 @@ class LocalScope(Scope):
                 options do not go together.
         """
         super().prepare(data, masks, directory, moved, say, interleaved)
+        if self.offload == "disk" and directory is None:
+            raise ValueError("model.offload: disk writes finished windows and reads them again, got no run directory")
         if interleaved is not None and self.propagation == "dense":
             raise ValueError(
                 "pruning.inputs: recovered chooses masks from recovered inputs, got model.propagation: dense, which "
@@ -198,7 +208,7 @@ class LocalScope(Scope):
             )
         self.interleaved = interleaved
         self.model.requires_grad_(False)
-        self.replay = Replay(self.model, Anatomy.of(self.model))
+        self.replay = self.open_replay()
         windows = self.build_windows()
         self._require_propagation(windows)
         self.windows = [window for window in windows if self._is_to_recover(window)]
@@ -208,6 +218,7 @@ class LocalScope(Scope):
         self._starts: dict[str, Tensor] = {}  # of blocks entered, not yet begun
         self._entered: set[int] = set()
         self._begun: set[str] = set()
+        self._dtypes: dict[str, torch.dtype] = {}  # of parameters that are wider while their window is under way
         owned = {name for window in windows for name in window.owned}
         orphans = [name for name in self.maskable if name not in owned]
         if orphans:
@@ -235,10 +246,19 @@ class LocalScope(Scope):
     def on_fit_start(self) -> None:
         """Embed the calibration and the held-out sequences."""
         self.phases.enter("embed")
+        if self.residence is not None:
+            self.residence.move_to(self.device)
         starts = {window.indices[0] for window in self.own_windows}
         self.calibration, self.held_out = (
             Activations(
-                self.replay, self.data.tokens(split), self.batch_size, self.device, self.propagation, self.taps, starts
+                self.replay,
+                self.data.tokens(split),
+                self.batch_size,
+                self.device,
+                self.propagation,
+                self.taps,
+                starts,
+                self.storage,
             )
             for split in ("train", "validation")
         )
@@ -283,8 +303,10 @@ class LocalScope(Scope):
         self._require_written(left)
         for window in left:
             self._choose_masks(self._fresh(window), {})
+            self.replay.hold(window.indices)
             self._take(window)
         super().on_fit_end()
+        self.replay.hold(())
         if self.directory is not None:
             write_json(self.directory / "windows.json", self.results)
 
@@ -316,6 +338,20 @@ class LocalScope(Scope):
         self._begun.update(fresh)
         for name in fresh:
             self._starts.pop(name, None)
+        self._widen(window)
+
+    def _widen(self, window: Window) -> None:
+        """Have the blocks of `window` in fp32 until `_narrow`, for steps are often too small for 16 bits."""
+        for name, parameter in ((name, one) for block in window.blocks for name, one in block.parameters().items()):
+            self._dtypes[name] = parameter.dtype
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+
+    def _narrow(self) -> None:
+        """Round to the model's own precision, in which the window is written and what follows sees it."""
+        for name, dtype in self._dtypes.items():
+            parameter = self.model.get_parameter(name)
+            parameter.data = parameter.data.to(dtype)
+        self._dtypes.clear()
 
     def _approach(self, window: Window) -> None:
         """Walk to `window`; choose masks and starts of blocks that were not there before."""
@@ -372,22 +408,24 @@ class LocalScope(Scope):
 
     def batch(self, walk: Activations, rows: Any) -> Batch:
         """Inputs and target of the current window for some of a walk's sequences."""
-        batch = {"hidden": walk.hidden[rows]}
+        batch = {"hidden": walk.load(walk.hidden, rows)}
         assert walk.output is not None
         if isinstance(self.window, GroupWindow):
             assert walk.recorded is not None
-            return batch | {"target": walk.recorded[rows]}
+            return batch | {"target": walk.load(walk.recorded, rows)}
         if isinstance(self.window, AttentionWindow | MLPWindow):
             assert walk.attention is not None
             if isinstance(self.window, AttentionWindow):
-                return batch | {"target": walk.attention[rows]}
-            batch["attention"] = walk.attention[rows]
-        return batch | {"target": walk.output[rows]}
+                return batch | {"target": walk.load(walk.attention, rows)}
+            batch["attention"] = walk.load(walk.attention, rows)
+        return batch | {"target": walk.load(walk.output, rows)}
 
     def outputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """What the current window makes of its inputs and what it should, [batch, seq, dim] in fp32."""
         assert self.window is not None
-        output = self.window.forward(self.replay, batch["hidden"], batch.get("attention"))
+        dtype = next(iter(self.window.blocks[0].parameters().values())).dtype
+        inputs = {name: one.to(dtype) for name, one in batch.items() if name != "target"}
+        output = self.window.forward(self.replay, inputs["hidden"], inputs.get("attention"))
         return output.float(), batch["target"].float()
 
     @torch.no_grad()
@@ -428,11 +466,13 @@ class LocalScope(Scope):
         window = self.window
         assert window is not None
         result = {"before": self._before, "after": self._after, **self.end(window)}
+        self._narrow()
         weights = {name: self.model.get_parameter(name).detach().cpu().contiguous() for name in window.owned}
         self._masks_of(window).check(self.model)
         if self.directory is not None:
             with atomic_write(self._file(window)) as temporary:
                 save_file(weights, temporary, {"result": json.dumps(result)})
+            self._note(window)
         if self.logger is not None:
             metrics = {f"window/{name}": result[name] for name in ("before", "after")}
             self.logger.log_metrics(metrics, step=self.windows.index(window))
@@ -447,8 +487,14 @@ class LocalScope(Scope):
             for name in window.owned:
                 self.model.get_parameter(name).copy_(file.get_tensor(name))
             result = json.loads(file.metadata()["result"])
+        self._note(window)
         self._begun.update(name for name in window.owned if name in self.masks)
         self._leave(window, result)
+
+    def _note(self, window: Window) -> None:
+        """Where blocks are read from disk, read the recovered weights from now on."""
+        if self.residence is not None and self.residence.shards is not None:
+            self.residence.shards.note(window.owned, self._file(window))
 
     def _leave(self, window: Window, result: dict[str, Any]) -> None:
         """Note the results; a group steps aside until all of its block are done, for they take dense inputs."""
@@ -504,7 +550,7 @@ class WindowBatches:
         assert scope.window is not None
         seed = derived_seed(scope.data.seed, scope.windows.index(scope.window), scope._epoch)
         order = torch.randperm(len(scope.calibration.hidden), generator=torch.Generator().manual_seed(seed))
-        for rows in order.to(scope.device).split(scope.batch_size):
+        for rows in order.split(scope.batch_size):
             yield scope.batch(scope.calibration, rows)
 
 

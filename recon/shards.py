@@ -1,0 +1,101 @@
+"""The weights of a model in its safetensors files, read when they are asked for and never held."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+"""A whole model in one file; where its weights are, if there are several."""
+
+
+class Shards:
+    """Name of a weight in the model -> where it is written.
+
+    Args:
+        directory: In Hugging Face format, with one safetensors file or several and their index.
+        model: Has the names and shapes of the weights; its own values are not looked at.
+
+    Raises:
+        ValueError: If the directory has no such files, or lacks a weight of `model` under its name, or has it in
+            another shape.
+    """
+
+    def __init__(self, directory: Path, model: PreTrainedModel) -> None:
+        files = _files(directory)
+        state = model.state_dict(keep_vars=True)
+        names = _names(files, model, state)
+        self._places = {name: (files[key], key) for key, name in names.items() if name in state}
+        there = {id(state[name]) for name in self._places}
+        missing = [name for name, tensor in state.items() if id(tensor) not in there]  # a tied one is there once
+        if missing:
+            raise ValueError(
+                f"model.offload: disk reads weights by their names in the model, {directory} lacks {len(missing)} of "
+                f"{len(state)}, {missing[0]} the first; load the model and save it again with save_pretrained, or "
+                f"choose model.offload: host"
+            )
+        self._require_shapes(state)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Name and weight, as it is stored, file by file; the weight is good until the next one is asked for."""
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self._places[name][0], []).append(name)
+        for path, members in by_file.items():
+            with safe_open(path, framework="pt") as file:  # closed soon: an open file keeps its pages resident
+                for name in members:
+                    yield name, file.get_tensor(self._places[name][1])
+
+    def note(self, names: Iterable[str], path: Path) -> None:
+        """From now on read `names` from the file at `path`, which has them under these names."""
+        self._places |= {name: (path, name) for name in names}
+
+    def _require_shapes(self, state: Mapping[str, Tensor]) -> None:
+        by_file: dict[Path, list[str]] = {}
+        for name, (path, _) in self._places.items():
+            by_file.setdefault(path, []).append(name)
+        for path, members in by_file.items():
+            with safe_open(path, framework="pt") as file:
+                for name in members:
+                    shape = torch.Size(file.get_slice(self._places[name][1]).get_shape())
+                    if shape != state[name].shape:
+                        raise ValueError(
+                            f"model.offload: disk needs weights in the model's own shapes, got {list(shape)} for "
+                            f"{name} {list(state[name].shape)} in {path}; choose model.offload: host"
+                        )
+
+
+def _names(keys: Iterable[str], model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, str]:
+    """Key in a file -> name in the model, as `from_pretrained` finds it; without those whose values it changes, too."""
+    transforms = get_model_conversion_mapping(model)
+    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
+    converters = [one for one in transforms if isinstance(one, WeightConverter)]
+    names = {}
+    for key in keys:
+        name, converted_by = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        if converted_by is None:
+            names[key] = name
+    return names
+
+
+def _files(directory: Path) -> dict[str, Path]:
+    """Name of each stored tensor -> its file."""
+    if (directory / INDEX).exists():
+        places = json.loads((directory / INDEX).read_text())["weight_map"]
+        return {key: directory / file for key, file in places.items()}
+    if (directory / SINGLE).exists():
+        with safe_open(directory / SINGLE, framework="pt") as file:
+            return dict.fromkeys(file.keys(), directory / SINGLE)
+    raise ValueError(
+        f"model.offload: disk reads {SINGLE} or the files in {INDEX}, {directory} has neither; load the model and save "
+        f"it again with save_pretrained, or choose model.offload: host"
+    )
