@@ -32,11 +32,16 @@ def shipped_configs() -> list[Path]:
 
 
 def resolve_config_names(args: list[str]) -> list[str]:
-    """Command-line arguments with the value of each `-c` and `--config` replaced by a path."""
+    """Command-line arguments with the value of each `-c` and `--config` replaced by a path.
+
+    Scopes go first, for they name the class whose options the others, such as models, set.
+    """
     resolved = list(args)
+    places = [index + 1 for index, arg in enumerate(args[:-1]) if arg in ("-c", "--config")]
+    names = sorted((args[place] for place in places), key=lambda name: not name.startswith("scopes/"))
+    for place, name in zip(places, names, strict=True):
+        resolved[place] = find_config(name)
     for index, arg in enumerate(args):
-        if arg in ("-c", "--config") and index + 1 < len(args):
-            resolved[index + 1] = find_config(args[index + 1])
-        elif arg.startswith("--config="):
+        if arg.startswith("--config="):
             resolved[index] = f"--config={find_config(arg.removeprefix('--config='))}"
     return resolved

@@ -15,6 +15,7 @@ COMMANDS = {
     "merge": "put windows recovered by several jobs together: recon merge runs/x",
     "consolidate": "write the model in a checkpoint of full retraining: recon consolidate runs/x",
     "compare": "compare scopes, criteria, patterns and seeds: recon compare -c comparisons/demo",
+    "plan": "predict memory, disk and FLOPs: recon plan -c models/llama-2-7b --device_memory 24GiB",
     "report": "print the results of a run or comparison again: recon report runs/demo",
 }
 

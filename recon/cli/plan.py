@@ -1,0 +1,188 @@
+"""`recon plan`: what recovery would need at every scope, from the model's configuration alone."""
+
+import json
+import time
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+from rich.console import Console
+
+from recon.cli.fit import ParsingCLI, _cli
+from recon.cli.quiet import quiet
+from recon.data import TokenData
+from recon.planner import SCOPES, Prediction, Proposal, Setting, Shape, in_bytes, predict, print_plan, propose
+from recon.scopes import BlockDistillation, FullRetraining, MatrixReconstruction, Scope, SubmoduleDistillation
+from recon.scopes.local import LocalScope
+
+KINDS: dict[str, type[Scope]] = {
+    kind.scope: kind for kind in (MatrixReconstruction, SubmoduleDistillation, BlockDistillation, FullRetraining)
+}
+
+SHARED = ("name", "shape", "dtype", "revision", "tokenizer", "trust_remote_code", "save_dtype")
+"""Options that the rows of other scopes take from the one that is configured."""
+
+
+class PlanCLI(ParsingCLI):
+    """Parses what `recon fit` takes, and what is asked of a plan."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """A parser that calls itself by its name."""
+        described = {"prog": "recon plan", "description": "Predict memory, disk and FLOPs before anything is loaded."}
+        return super().init_parser(**kwargs | described)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the options of a plan."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument(
+            "--device_memory", type=str | None, default=None, help="Of one device, such as 24GiB: say what fits."
+        )
+        parser.add_argument(
+            "--offload",
+            type=Literal["none", "host", "disk"],
+            default="none",
+            help="Local scopes: where the model is while a window of it is recovered.",
+        )
+        parser.add_argument(
+            "--flop_rate",
+            type=float | Literal["measure"] | None,
+            default=None,
+            help="FLOP/s of one device in the precision of training: say how long it takes. `measure`: here, now.",
+        )
+        parser.add_argument("--scopes", type=list[str], default=list(SCOPES), help="The rows.")
+        parser.add_argument("--json", type=bool, default=False, help="Print JSON, all amounts in bytes.")
+
+
+def main(args: list[str]) -> int:
+    """Parse, predict, print."""
+    quiet()
+    named = any(arg.startswith("scopes/") for arg in args)  # else any will do, for there is a row for each
+    cli = _cli(args if named else ["-c", "scopes/submodule", *args], PlanCLI)
+    config = cli.config
+    memory = None if config.device_memory is None else in_bytes(config.device_memory)
+    if unknown := [name for name in config.scopes if name not in SCOPES]:
+        raise ValueError(f"--scopes needs some of {', '.join(SCOPES)}, got {', '.join(unknown)}")
+    built: Any = cli.parser.instantiate_classes(Namespace(model=config.model, data=config.data))
+    scope, data = built.model, built.data
+    settings = [_setting(one, data, config) for one in _rows(scope, config)]
+    shape = Shape(scope.source)
+    rate = config.flop_rate
+    if rate == "measure":
+        rate = measured_rate(settings[0].half or torch.float32)
+    predictions = [predict(shape, setting, rate) for setting in settings]
+    proposals = {} if memory is None else _proposals(shape, predictions, memory)
+    if config.json:
+        print(json.dumps(_as_dict(shape, predictions, proposals, memory, rate), indent=2, default=str))
+        return 0
+    first = settings[0]
+    title = f"{shape.name}: {shape.num_parameters:,} weights, {first.num_sequences} sequences of {first.seq_len} tokens"
+    print_plan(f"{title}, {first.precision}", predictions, Console(highlight=False), memory, proposals)
+    return 0
+
+
+def _rows(scope: Scope, config: Namespace) -> list[Scope]:
+    """The configured scope with its options, others by default on the same model."""
+    given = config.model.init_args
+    rows: list[Scope] = []
+    for name in config.scopes:
+        if name == scope.scope:
+            rows.append(scope)
+            continue
+        options = {option: given[option] for option in SHARED if option in given}
+        if isinstance(scope, LocalScope) and name != "full":
+            options["batch_size"] = scope.batch_size
+        rows.append(KINDS[name](**options))
+    return rows
+
+
+def _setting(scope: Scope, data: TokenData, config: Namespace) -> Setting:
+    """The setting of a row; local scopes have one process whatever the trainer has."""
+    trainer, exclude = config.trainer, tuple(config.pruning.exclude)
+    setting = Setting.of(scope, data, exclude=exclude, masked=config.pattern is not None)
+    device = "cpu" if trainer.accelerator == "cpu" else "cuda"
+    setting = replace(setting, precision=_precision(trainer.precision), device=device)
+    if setting.is_local:
+        return setting if config.offload == "none" else replace(setting, offload=config.offload)
+    return replace(
+        setting,
+        accumulate=trainer.accumulate_grad_batches,
+        world_size=_devices(trainer.devices) * trainer.num_nodes,
+        **_sharding(trainer.strategy),
+    )
+
+
+def _sharding(strategy: Any) -> dict[str, Any]:
+    if isinstance(strategy, str):
+        return {"sharding": "ddp" if strategy.startswith("ddp") else "none"}
+    if strategy is None:
+        return {}
+    kind, options = strategy.class_path.rpartition(".")[2], strategy.init_args
+    if kind == "FullyShardedStrategy":
+        return {"sharding": "fsdp2"}
+    if kind != "ZeroStrategy":
+        raise ValueError(
+            f"planning knows ddp, recon.strategies.ZeroStrategy and FullyShardedStrategy, got {strategy.class_path}; "
+            f"choose one of configs/strategies"
+        )
+    names = ("offload_optimizer", "offload_parameters")
+    return {"sharding": f"zero{options.stage}", **{name: bool(options[name]) for name in names}}
+
+
+def _precision(precision: Any) -> str:
+    return {"32": "32-true", "None": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}.get(
+        str(precision), str(precision)
+    )
+
+
+def _devices(devices: Any) -> int:
+    if isinstance(devices, list):
+        return len(devices)
+    if str(devices).isdigit() and int(devices) > 0:
+        return int(devices)
+    raise ValueError(f"planning needs a number of trainer.devices, got {devices!r}; give one")
+
+
+def _proposals(shape: Shape, predictions: list[Prediction], memory: int) -> dict[str, list[Proposal]]:
+    too_large = [one for one in predictions if one.peak.total > memory]
+    return {one.setting.scope: propose(shape, one.setting, memory) for one in too_large}
+
+
+def _as_dict(
+    shape: Shape,
+    predictions: list[Prediction],
+    proposals: dict[str, list[Proposal]],
+    memory: int | None,
+    rate: float | None,
+) -> dict[str, Any]:
+    rows = []
+    for one in predictions:
+        row = one.as_dict()
+        if memory is not None:
+            row["fits"] = one.peak.total <= memory
+            row["proposals"] = [
+                {"kind": two.kind, "options": two.options, **two.prediction.as_dict()}
+                for two in proposals.get(one.setting.scope, [])
+            ]
+        rows.append(row)
+    return {
+        "model": shape.name,
+        "parameters": shape.num_parameters,
+        "device_memory_bytes": memory,
+        "flop_rate": rate,
+        "scopes": rows,
+    }
+
+
+def measured_rate(dtype: torch.dtype, size: int = 2048, seconds: float = 0.5) -> float:
+    """FLOP/s of square matrix products on this machine's device, the best of those made in `seconds`."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best, begin = float("inf"), time.perf_counter()
+    while best == float("inf") or time.perf_counter() - begin < seconds:
+        started = time.perf_counter()
+        product = a @ b
+        product[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best

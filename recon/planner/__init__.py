@@ -1,0 +1,22 @@
+"""What a run would need, predicted from the model's configuration alone, before anything is downloaded."""
+
+from recon.planner.fitting import Proposal, propose
+from recon.planner.memory import CATEGORIES, Moment, Prediction, Shape, predict
+from recon.planner.setting import SCOPES, Setting
+from recon.planner.table import print_plan
+from recon.planner.units import in_bytes, readable
+
+__all__ = [
+    "CATEGORIES",
+    "SCOPES",
+    "Moment",
+    "Prediction",
+    "Proposal",
+    "Setting",
+    "Shape",
+    "in_bytes",
+    "predict",
+    "print_plan",
+    "propose",
+    "readable",
+]

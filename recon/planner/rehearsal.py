@@ -1,0 +1,317 @@
+"""A model with shapes and without numbers, and training steps on it: what they allocate, keep and compute.
+
+The model is transformers' own, made under torch's `FakeTensorMode`: operators propagate shapes, dtypes and devices,
+take the kernels that real tensors would, autocast as those do, and allocate nothing. So no family has its own formula.
+The meta device would not do: attention falls back to a kernel that keeps the scores there, and nothing is cast.
+Blocks are run by `Replay`, whose check by numbers is left out. Equal blocks are rehearsed once.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from recon.anatomy import Anatomy, Block
+from recon.planner.moment import numel
+from recon.planner.setting import Setting
+from recon.planner.step import Step, checkpointed, distance, model_loss, take_step
+from recon.planner.tracker import Tracker
+from recon.replay import Replay
+from recon.shapes import weight_out_in
+from recon.trainable import chosen
+from recon.windows import (
+    BlockWindow,
+    GroupWindow,
+    MLPWindow,
+    Window,
+    block_windows,
+    group_windows,
+    submodule_windows,
+)
+
+UNPACKED = "transformers.masking_utils.find_packed_sequence_indices"
+"""Looks for packed sequences in the numbers of the positions, and builds a mask where it cannot: there are none."""
+
+
+class Rehearsal:
+    """A fake model and what steps on it take.
+
+    Args:
+        config: Of the model.
+        dtype: Of its working weights.
+        trust_remote_code: Run code that comes with the model.
+
+    Attributes:
+        model: Its parameters are fake tensors on the CPU.
+        parameters: By name, tied ones once.
+        num_parameters: Elements of all of them.
+        anatomy: Its blocks.
+    """
+
+    def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> None:
+        self._mode = FakeTensorMode()
+        self._found: dict[Any, Any] = {}
+        with self.faked():
+            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=trust_remote_code
+            ).eval()
+            self.model.config.use_cache = False
+            self.model.requires_grad_(False)
+            self.parameters = dict(self.model.named_parameters())
+            self.anatomy = Anatomy.of(self.model)
+            self.replay = _Unverified(self.model, self.anatomy)
+        self.dtype = dtype
+        self.num_parameters = numel(self.parameters.values())
+
+    @contextmanager
+    def faked(self) -> Iterator[None]:
+        """Tensors made inside have no numbers."""
+        with self._mode, patch(UNPACKED, lambda position_ids: None):
+            yield
+
+    def windows(self, setting: Setting) -> Sequence[Window]:
+        """The windows of a local scope, as its own code lays them out."""
+
+        def lay_out() -> Sequence[Window]:
+            if setting.scope == "matrix":
+                return block_windows(self.anatomy, 1)
+            if setting.scope == "block":
+                return block_windows(self.anatomy, setting.num_blocks, setting.stride)
+            if setting.groups is not None:
+                return group_windows(self.replay, setting.groups)
+            return submodule_windows(self.replay)
+
+        with self.faked():
+            key = "windows", setting.scope, setting.num_blocks, setting.stride, setting.groups
+            return self._once(key, lay_out)
+
+    def kind(self, window: Window, setting: Setting) -> tuple[Any, ...]:
+        """Equal for windows whose steps take the same."""
+        blocks = tuple(self.block_kind(block, setting) for block in window.blocks)
+        offset = len(window.blocks[0].name)
+        own = tuple(name[offset:] for name in window.owned) if len(blocks) == 1 else ()
+        return type(window).__name__, blocks, own
+
+    def block_kind(self, block: Block, setting: Setting) -> tuple[str, str]:
+        """Equal for blocks that hold and are given the same."""
+
+        def describe() -> tuple[str, str]:
+            call = self.replay._calls_for(self._hidden(setting))[block.index]
+            return str(block.module), str([_shape(one) for one in (call.args, call.kwargs)])
+
+        with self.faked():
+            return self._once(("kind", block.index, setting.batch_size, setting.seq_len), describe)
+
+    def given(self, setting: Setting) -> int:
+        """Bytes of what the blocks are given beside hidden states, for the batch of this setting."""
+        with self.faked():
+            tensors = self._once(("given", setting.batch_size, setting.seq_len), lambda: self._given(setting))
+            return sum({one.untyped_storage()._cdata: one.untyped_storage().nbytes() for one in tensors}.values())
+
+    def learning(self, names: Sequence[str], setting: Setting) -> list[str]:
+        """Those of some parameters that learn."""
+        if setting.parameters == "all":
+            return list(names)
+        return chosen({name: self.parameters[name] for name in names}, self.prunable(), setting.parameters)
+
+    def prunable(self, exclude: Sequence[str] = ()) -> dict[str, nn.Module]:
+        """Parameter name -> linear map that may be pruned."""
+        return self._once(("prunable", tuple(exclude)), lambda: self.anatomy.prunable(exclude))
+
+    def products(self, name: str) -> int:
+        """Multiplications of a matrix with the Gram matrix of its inputs: rows times width squared."""
+
+        def count() -> int:
+            rows, width = weight_out_in(self.prunable()[name]).shape
+            return rows * width**2
+
+        with self.faked():
+            return self._once(("products", name), count)
+
+    def inputs(self, block: Block, matrices: Sequence[str], setting: Setting) -> list[int]:
+        """Width of every distinct input of some matrices of a block: as many Gram matrices are collected."""
+
+        def watch() -> list[int]:
+            seen: list[tuple[Tensor, int]] = []
+
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                x = (*args, *kwargs.values())[0]
+                if not any(one is x for one, _ in seen):
+                    seen.append((x, weight_out_in(module).shape[1]))
+
+            handles = [
+                block.matrices[name].register_forward_pre_hook(hook, with_kwargs=True)
+                for name in block.matrices
+                if f"{name}.weight" in matrices
+            ]
+            with torch.no_grad():
+                self.replay.run(block.index, self._hidden(replace(setting, batch_size=1, seq_len=4)))
+            for handle in handles:
+                handle.remove()
+            return [width for _, width in seen]
+
+        own = tuple(name.removeprefix(block.name) for name in matrices)
+        with self.faked():
+            return self._once(("inputs", str(block.module), own), watch)
+
+    def passed(self, block: Block, setting: Setting) -> Step:
+        """One batch through a block, nothing trained; attention recorded if the scope does."""
+
+        def run() -> Step:
+            hidden = self._hidden(setting)
+            with Tracker([*self.parameters.values(), hidden]) as tracker, torch.no_grad():
+                output = (self.replay.run_and_tap if setting.taps else self.replay.run)(block.index, hidden)
+                del output
+            return Step(0, tracker.peak, Counter(), tracker.flops, tracker.flops)
+
+        kind = self.block_kind(block, setting)
+        with self.faked():
+            return self._once(("passed", kind, setting.taps, *_sizes(setting)), run)
+
+    def window(self, window: Window, setting: Setting) -> Step:
+        """A training step of a window, its optimizer having stepped before."""
+        names = self.learning(window.owned, setting)
+        shape = setting.batch_size, setting.seq_len, self.dim
+
+        features = self.features(window, setting)
+        target_shape = *shape[:2], features
+
+        def loss(batch: list[Tensor]) -> Tensor:
+            batch += [torch.empty(target_shape, dtype=self.dtype), torch.empty(shape, dtype=self.dtype)]
+            batch += [torch.empty(shape, dtype=self.dtype)] if isinstance(window, MLPWindow) else []
+            with self._casting(setting):
+                output = window.forward(self.replay, *batch[1:]).float()
+                return distance(output, batch[0].float(), setting.loss)
+
+        kind = self.kind(window, setting)
+        with self.faked():
+            key = "window", kind, setting.loss, setting.parameters, setting.accumulate > 1, *_sizes(setting)
+            return self._once(key, lambda: self._step(names, loss, setting, self._given(setting)))
+
+    def features(self, window: Window, setting: Setting) -> int:
+        """Width of what a window returns."""
+
+        def run() -> int:
+            hidden = self._hidden(replace(setting, batch_size=1, seq_len=4))
+            with torch.no_grad():
+                return window.forward(self.replay, hidden, hidden).shape[-1]
+
+        if not isinstance(window, GroupWindow):
+            return self.dim
+        with self.faked():
+            return self._once(("features", window.name), run)
+
+    def block(self, block: Block, setting: Setting) -> Step:
+        """What one more block adds to a training step of the whole model."""
+        names = self.learning(list(block.parameters()), setting)
+        window = BlockWindow(block.name, [block], names, [])
+
+        def loss(batch: list[Tensor]) -> Tensor:
+            hidden = torch.empty((setting.batch_size, setting.seq_len, self.dim), dtype=self.dtype, requires_grad=True)
+            forward = partial(window.forward, self.replay)
+            with self._casting(setting):
+                return (checkpointed(forward) if setting.gradient_checkpointing else forward)(hidden).sum()
+
+        kind = self.block_kind(block, setting)
+        with self.faked():
+            key = "block", kind, setting.parameters, setting.gradient_checkpointing, *_sizes(setting)
+            return self._once(key, lambda: self._step(names, loss, setting, self._given(setting)))
+
+    def head(self, setting: Setting) -> Step:
+        """A training step of the model as if it had its first block only."""
+
+        def loss(batch: list[Tensor]) -> Tensor:
+            tokens = torch.zeros((setting.batch_size, setting.seq_len), dtype=torch.long)
+            with self._casting(setting):
+                return model_loss(lambda ids: self.model(input_ids=ids, use_cache=False).logits, tokens, setting.loss)
+
+        def run() -> Step:
+            first = self.anatomy.blocks[0]
+            parent, _, name = first.name.rpartition(".")[0].rpartition(".")
+            owner = self.model.get_submodule(parent)
+            blocks = getattr(owner, name)
+            names = self.learning(list(first.parameters()), setting)
+            if setting.train == "all":
+                outside = [name for name in self.parameters if not self._in_blocks(name)]
+                names += self.learning(outside, setting)
+            forward = first.module.forward
+            try:
+                setattr(owner, name, nn.ModuleList([first.module]))
+                if setting.gradient_checkpointing:
+                    first.module.forward = checkpointed(forward)
+                return self._step(names, loss, setting)
+            finally:
+                setattr(owner, name, blocks)
+                vars(first.module).pop("forward", None)
+
+        with self.faked():
+            key = "head", setting.loss, setting.parameters, setting.train, setting.gradient_checkpointing
+            return self._once((*key, setting.accumulate > 1, *_sizes(setting)), run)
+
+    @property
+    def dim(self) -> int:
+        """Width of the hidden states."""
+        with self.faked():
+            return self._once("dim", lambda: self.replay.embed(torch.zeros((1, 4), dtype=torch.long)).shape[-1])
+
+    def _in_blocks(self, name: str) -> bool:
+        return any(name.startswith(f"{block.name}.") for block in self.anatomy.blocks)
+
+    def _step(
+        self,
+        names: Sequence[str],
+        loss_of: Callable[[list[Tensor]], Tensor],
+        setting: Setting,
+        known: Sequence[Tensor] = (),
+    ) -> Step:
+        learning = {name: self.parameters[name] for name in names}
+        pruned = self.prunable() if setting.masked else ()
+        return take_step(learning, pruned, loss_of, setting.accumulate > 1, [*self.parameters.values(), *known])
+
+    def _given(self, setting: Setting) -> list[Tensor]:
+        return _tensors([(call.args, call.kwargs) for call in self.replay._calls_for(self._hidden(setting))])
+
+    def _hidden(self, setting: Setting) -> Tensor:
+        return torch.empty((setting.batch_size, setting.seq_len, self.dim), dtype=self.dtype)
+
+    def _casting(self, setting: Setting) -> torch.autocast:
+        return torch.autocast("cpu", dtype=setting.half, enabled=setting.autocasts)
+
+    def _once(self, key: Any, find: Callable[[], Any]) -> Any:
+        if key not in self._found:
+            self._found[key] = find()
+        return self._found[key]
+
+
+class _Unverified(Replay):
+    """Replay without its check: there are no numbers to compare."""
+
+    def verify(self) -> None:
+        """Nothing: `recon fit` verifies the real model."""
+
+
+def _sizes(setting: Setting) -> tuple[Any, ...]:
+    return setting.batch_size, setting.seq_len, setting.precision, setting.autocasts, setting.masked
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [one for one in tree_leaves(value) if isinstance(one, Tensor)]
+
+
+def _shape(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return list(value.shape), str(value.dtype)
+    if isinstance(value, tuple | list):
+        return [_shape(one) for one in value]
+    if isinstance(value, dict):
+        return {key: _shape(one) for key, one in value.items()}
+    return value

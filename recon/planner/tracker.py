@@ -1,0 +1,105 @@
+"""Live bytes and FLOPs of tensors that have shapes and no numbers, operator by operator.
+
+Every storage that an operator returns is counted from then on until it is freed, views once; categories are labels
+that are put on storages. What lived before is not counted. Memory that a kernel takes for itself does not show.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+OTHER = "other"
+
+ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+"""The fused attention of a CPU keeps what that of a GPU does; torch's registry of FLOPs lacks it."""
+
+
+class Tracker(TorchDispatchMode):
+    """Counts what is allocated inside.
+
+    Args:
+        known: Tensors whose storages lived before and are not to be counted, such as parameters.
+
+    Attributes:
+        now: Category -> live bytes.
+        peak: The same at the moment when their sum was largest, since the last `reset`.
+        flops: Of matrix products and attention, as `recon.flops` counts them, but work done twice counts twice.
+    """
+
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.now: Counter[str] = Counter()
+        self.peak: Counter[str] = Counter()
+        self.flops = 0
+        self._live: dict[int, tuple[int, str]] = {}
+        self._known = list(known)  # alive as long as this, for addresses are used again
+        self._known_storages = {tensor.untyped_storage()._cdata for tensor in self._known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operator and count what it returns."""
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._see(tensor)
+        self.flops += _flops(func, args, kwargs, out)
+        if self.now.total() > self.peak.total():
+            self.peak = self.now.copy()
+        return out
+
+    def reset(self) -> None:
+        """Forget the peak, not what lives."""
+        self.peak = self.now.copy()
+
+    def label(self, tensor: Tensor, category: str) -> None:
+        """Count the storage of `tensor` under `category` from now on, if it is counted."""
+        key = tensor.untyped_storage()._cdata
+        if key in self._live:
+            size, before = self._live[key]
+            self.now[before] -= size
+            self.now[category] += size
+            self._live[key] = size, category
+
+    @contextmanager
+    def saving(self, category: str) -> Iterator[None]:
+        """Label what autograd saves for the backward pass."""
+
+        def pack(tensor: Tensor) -> Tensor:
+            self.label(tensor, category)
+            return tensor.detach()  # an operator that saves its own output would keep itself alive
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._live or key in self._known_storages:
+            return
+        self._live[key] = storage.nbytes(), OTHER
+        self.now[OTHER] += storage.nbytes()
+        weakref.finalize(storage, self._free, key).atexit = False
+
+    def _free(self, key: int) -> None:
+        size, category = self._live.pop(key)
+        self.now[category] -= size
+
+
+def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
+    packet = func._overloadpacket
+    if packet is ATTENTION:
+        return sdpa_flop_count(*(tensor.shape for tensor in args[:3]))
+    if packet is ATTENTION_BACKWARD:
+        return sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4]))
+    if packet in flop_registry:
+        return int(flop_registry[packet](*args, **kwargs, out_val=out))
+    return 0

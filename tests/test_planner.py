@@ -1,0 +1,396 @@
+"""Predictions against counts by hand and against live bytes of real training on the CPU."""
+
+import gc
+import json
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from families import FAMILIES, tiny
+from scope_fixtures import IGNORED, data_of, prepared, trainer_of
+from torch import Tensor
+
+from callbacks import MaskEnforcer
+from recon.anatomy import Anatomy
+from recon.cli import main
+from recon.cli.fit import parse_only
+from recon.configs import config_directory
+from recon.planner import Setting, Shape, in_bytes, predict, propose, readable
+from recon.planner.rehearsal import Rehearsal
+from recon.planner.tracker import Tracker
+from recon.pretrained import ModelSource
+from recon.replay import Replay
+from recon.scopes import BlockDistillation, FullRetraining, MatrixReconstruction, Pretraining, SubmoduleDistillation
+from recon.windows import submodule_windows
+
+pytestmark = [pytest.mark.filterwarnings(warning) for warning in IGNORED]
+
+V, D, H, L = 2048, 64, 160, 3
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": V,
+    "hidden_size": D,
+    "intermediate_size": H,
+    "num_hidden_layers": L,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+}
+GPT2: dict[str, Any] = {"model_type": "gpt2", "vocab_size": V, "n_embd": D, "n_layer": L, "n_head": 4}
+MATRICES = 4 * D * D + 3 * D * H
+BLOCK = MATRICES + 2 * D
+N = 2 * V * D + L * BLOCK + D
+
+MODELS = sorted((config_directory() / "models").glob("*.yaml"))
+TOTALS = {
+    "opt-125m": 125_239_296,
+    "opt-350m": 331_196_416,
+    "opt-1.3b": 1_315_758_080,
+    "opt-2.7b": 2_651_596_800,
+    "opt-6.7b": 6_658_473_984,
+    "opt-13b": 12_853_473_280,
+    "opt-30b": 29_974_540_288,
+    "opt-66b": 65_719_701_504,
+    "llama-2-7b": 6_738_415_616,
+    "llama-2-13b": 13_015_864_320,
+    "llama-2-70b": 68_976_648_192,
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.1-70b": 70_553_706_496,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen2.5-14b": 14_770_033_664,
+    "qwen2.5-32b": 32_763_876_352,
+    "qwen2.5-72b": 72_706_203_648,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
+    "qwen3-32b": 32_762_123_264,
+    "mistral-7b": 7_241_732_096,
+}
+
+
+def shape_of(sizes: dict[str, Any] = LLAMA, **options: Any) -> Shape:
+    return Shape(ModelSource("random", sizes, **options))
+
+
+@pytest.fixture(scope="module")
+def llama() -> Shape:
+    return shape_of()
+
+
+# --- configurations ----------------------------------------------------------------------------------
+
+
+def test_every_model_has_a_total() -> None:
+    assert {path.stem for path in MODELS} == set(TOTALS)
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+def test_a_model_has_the_published_size_and_plans(path: Any) -> None:
+    sizes = yaml.safe_load(path.read_text())["model"]["shape"]
+    shape = shape_of(sizes)
+    assert shape.num_parameters == TOTALS[path.stem]
+    found = predict(shape, Setting("block", batch_size=1, seq_len=128, num_sequences=2, num_validation=1))
+    assert found.peak.held["weights"] == 4 * TOTALS[path.stem]
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_a_model_goes_with_a_scope_in_either_order(order: int) -> None:
+    names = ["models/llama-2-7b", "scopes/block"]
+    args = [arg for name in (names[order], names[1 - order]) for arg in ("-c", name)]
+    config = parse_only([*args, "--model.num_blocks", "2"])
+    assert config.model.class_path.endswith("BlockDistillation")
+    assert config.model.init_args.shape["hidden_size"] == 4096
+    assert config.model.init_args.num_blocks == 2
+
+
+# --- by hand -----------------------------------------------------------------------------------------
+
+
+def test_a_block_by_hand(llama: Shape) -> None:
+    setting = Setting("block", batch_size=2, seq_len=16, num_sequences=8, num_validation=4, start="pruned")
+    assert llama.num_parameters == N
+    found = predict(llama, setting)
+    by_name = {moment.name: moment.held for moment in found.moments}
+    assert by_name.keys() == {"collect", "forward", "backward", "step"}
+    for moment in by_name.values():
+        assert moment["weights"] == 4 * N
+        assert moment["calibration"] == 2 * (8 + 4) * 16 * D * 4
+    forward = by_name["forward"]
+    assert forward["gradients"] == 4 * BLOCK
+    assert forward["optimizer"] == 8 * BLOCK + 4 * 9  # seven matrices and two norms
+    assert forward["masks"] == L * MATRICES
+    assert forward["gram"] == 0
+    assert by_name["step"]["other"] >= 4 * BLOCK  # on CUDA
+    assert found.disk["windows"] == 4 * L * BLOCK
+    assert found.disk["masks"] == found.host["masks"] == L * MATRICES // 8
+    assert found.host["weights"] == found.disk["model"] == 4 * N
+
+
+def test_gram_matrices_by_hand(llama: Shape) -> None:
+    setting = Setting("matrix", batch_size=2, seq_len=16, num_sequences=8, num_validation=4, start="pruned", epochs=1)
+    held = {moment.name: moment.held for moment in predict(llama, setting).moments}
+    gram = 4 * (3 * D * D + H * H)  # query, key and value share theirs, gate and up too
+    assert held["solve"]["gram"] == held["collect"]["gram"] == gram
+    assert held["solve"]["optimizer"] == held["solve"]["gradients"] == 0
+    two = predict(llama, replace(setting, scope="block", start="exact", num_blocks=2))
+    assert {moment.name: moment.held for moment in two.moments}["solve"]["gram"] == 2 * gram
+    cross = predict(llama, replace(setting, propagation="recovered"))
+    assert cross.peak.held["gram"] == 3 * gram
+
+
+@pytest.mark.parametrize(
+    ("sharding", "precision", "weights", "gradients", "optimizer"),
+    [
+        ("ddp", "32-true", 4 * N, 4 * L * BLOCK, 8 * L * BLOCK + 4 * 9 * L),
+        ("zero1", "bf16-mixed", 2 * N, 2 * L * BLOCK, 6 * L * BLOCK),
+        ("zero2", "bf16-mixed", 2 * N, L * BLOCK, 6 * L * BLOCK),
+        ("zero3", "bf16-mixed", N, L * BLOCK, 6 * L * BLOCK),
+        ("fsdp2", "32-true", 2 * N, 2 * L * BLOCK, 4 * L * BLOCK + 2 * 9 * L),
+    ],
+)
+def test_two_processes_by_hand(
+    llama: Shape, sharding: Any, precision: str, weights: int, gradients: int, optimizer: int
+) -> None:
+    setting = Setting("full", 2, 16, 8, 4, start="pruned", loss="cross_entropy", sharding=sharding, world_size=2)
+    found = predict(llama, replace(setting, precision=precision, accumulate=2))
+    forward = next(moment.held for moment in found.moments if moment.name == "forward")
+    assert (forward["weights"], forward["gradients"], forward["optimizer"]) == (weights, gradients, optimizer)
+
+
+def test_offloaded_training_is_on_the_host(llama: Shape) -> None:
+    options: dict[str, Any] = {"sharding": "zero3", "offload_optimizer": True, "offload_parameters": True}
+    setting = Setting("full", 2, 16, 8, 4, start="pruned", loss="cross_entropy", precision="bf16-mixed", **options)
+    found = predict(llama, setting)
+    assert found.peak.held["weights"] == found.peak.held["optimizer"] == found.peak.held["gradients"] == 0
+    assert found.host["optimizer"] == 12 * L * BLOCK
+    assert found.host["gradients"] == 6 * L * BLOCK
+
+
+# --- against real training ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("half", [False, True])
+def test_what_backward_keeps_is_what_real_windows_keep(family: str, half: bool) -> None:
+    model = tiny(family)
+    setting = Setting("submodule", batch_size=3, seq_len=24, precision="bf16-mixed" if half else "32-true")
+    rehearsal = Rehearsal(model.config, torch.float32)
+    replay = Replay(model, Anatomy.of(model))
+    for window, fake in zip(submodule_windows(replay)[:2], rehearsal.windows(setting)[:2], strict=True):
+        assert window.owned == fake.owned
+        model.requires_grad_(False)
+        hidden = torch.randn(3, 24, rehearsal.dim)
+        attention, target = torch.randn_like(hidden), torch.randn_like(hidden)
+        replay._calls_for(hidden)
+        left_out = {one.data_ptr() for one in model.parameters()}
+        for call in replay._calls_for(hidden):
+            left_out |= {one.data_ptr() for one in torch.utils._pytree.tree_leaves(call.kwargs) if torch.is_tensor(one)}
+        for name in window.owned:
+            model.get_parameter(name).requires_grad_(True)
+        kept: dict[int, Tensor] = {}
+
+        def pack(tensor: Tensor, kept: dict[int, Tensor] = kept, left_out: set[int] = left_out) -> Tensor:
+            if tensor.untyped_storage().data_ptr() not in left_out:
+                kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                output = window.forward(replay, hidden, attention).float()
+            _ = (output - target).square().sum() / target.square().sum()
+            measured = sum(one.untyped_storage().nbytes() for one in kept.values())
+        assert rehearsal.window(fake, setting).kept == pytest.approx(measured, rel=0.02)
+
+
+SCOPES = {
+    "matrix": lambda **options: MatrixReconstruction(**options),
+    "submodule": lambda **options: SubmoduleDistillation(epochs=2, **options),
+    "two blocks": lambda **options: BlockDistillation(epochs=2, num_blocks=2, **options),
+    "full": lambda **options: FullRetraining(epochs=2, **options),
+    "distilled": lambda **options: FullRetraining(
+        epochs=1, loss="distillation", gradient_checkpointing=True, **options
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "precision"),
+    [(kind, LLAMA, "32-true") for kind in SCOPES]
+    + [("submodule", GPT2, "32-true"), ("two blocks", LLAMA, "bf16-mixed"), ("full", GPT2, "bf16-mixed")],
+)
+def test_the_peak_of_a_real_fit(kind: str, sizes: dict[str, Any], precision: Any) -> None:
+    scope = SCOPES[kind](name="random", shape=sizes)
+    data = data_of(num=24, validation=8, seq=32, batch_size=8)
+    trainer = trainer_of(MaskEnforcer(), precision=precision)
+    gc.collect()
+    with Tracker() as tracker:
+        prepared(scope, data)
+        gc.collect()
+        tracker.reset()
+        trainer.fit(scope)
+    found = predict(Shape(scope.source), Setting.of(scope, data, trainer))
+    predicted = found.peak.total + found.host["masks"]
+    assert predicted == pytest.approx(tracker.peak.total(), rel=0.05)
+    if kind in ("full", "distilled"):
+        assert found.flops == pytest.approx(tracker.flops, rel=0.01)
+
+
+def test_the_tracker_counts_storages_once_and_until_they_are_freed() -> None:
+    kept = torch.zeros(100)
+    with Tracker([kept]) as tracker:
+        kept.add_(1)
+        one = torch.ones(10, 10)
+        view = one.t()[:5]
+        assert tracker.now == Counter(other=400)
+        tracker.label(view, "gradients")
+        del one
+        assert tracker.now["gradients"] == 400
+        del view
+        assert tracker.now.total() == 0
+        assert tracker.peak.total() == 400
+        a = torch.zeros(3, 5)
+        _ = a @ a.T
+        assert tracker.flops == 2 * 3 * 5 * 3
+
+
+# --- relations ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", ["submodule", "block", "full"])
+def test_more_of_anything_needs_no_less(llama: Shape, scope: Any) -> None:
+    loss = "cross_entropy" if scope == "full" else "normalised"
+    setting = Setting(scope, 2, 16, 8, 4, start="pruned", loss=loss)
+    base = predict(llama, setting).peak.total
+    for option in ("batch_size", "seq_len"):
+        assert predict(llama, replace(setting, **{option: 2 * getattr(setting, option)})).peak.total > base
+    deeper = shape_of({**LLAMA, "num_hidden_layers": 2 * L})
+    assert predict(deeper, setting).peak.total > base
+    more = predict(llama, replace(setting, num_sequences=16))
+    assert more.flops > predict(llama, setting).flops
+    assert (more.peak.total > base) == setting.is_local
+
+
+def test_offload_does_not_grow_with_depth(llama: Shape) -> None:
+    deeper = shape_of({**LLAMA, "num_hidden_layers": 2 * L})
+    for scope in ("matrix", "submodule", "block"):
+        setting = Setting(scope, 2, 16, 8, 4, start="pruned", offload="host")
+        moments = [{one.name: one.total for one in predict(shape, setting).moments} for shape in (llama, deeper)]
+        assert moments[0].keys() == moments[1].keys()
+        for name in moments[0].keys() - {"embed"}:
+            assert moments[1][name] == pytest.approx(moments[0][name], rel=0.02)
+        disk = predict(llama, replace(setting, offload="disk"))
+        assert disk.disk["calibration"] == predict(llama, setting).host["calibration"] > 0
+        assert sum(disk.host.values()) < sum(predict(llama, setting).host.values())
+
+
+def test_time_follows_the_rate(llama: Shape) -> None:
+    setting = Setting("full", 2, 16, 8, 4, start="pruned", loss="cross_entropy", sharding="ddp", world_size=2)
+    found = predict(llama, setting, flop_rate=1e9)
+    assert found.seconds == found.flops / 2e9
+    assert predict(llama, setting).seconds is None
+
+
+@pytest.mark.parametrize("scope", ["submodule", "block", "full"])
+def test_proposals_fit_and_are_sorted(llama: Shape, scope: Any) -> None:
+    loss = "cross_entropy" if scope == "full" else "normalised"
+    setting = Setting(scope, 8, 64, 16, 4, start="pruned", loss=loss, num_blocks=2 if scope == "block" else 1)
+    peak = predict(llama, setting).peak.total
+    assert propose(llama, setting, peak) == []
+    found = propose(llama, setting, int(0.9 * peak))
+    assert found
+    assert [one.cost for one in found] == sorted(one.cost for one in found)
+    for one in found:
+        changed = one.prediction.setting
+        assert one.options
+        assert predict(llama, changed).peak.total == one.prediction.peak.total <= 0.9 * peak
+        together = [each.batch_size * each.accumulate * each.world_size for each in (setting, changed)]
+        assert setting.is_local or together[0] == together[1]
+    assert propose(llama, setting, 1000) == []
+
+
+# --- what is refused ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("text", "amount"), [("24GiB", 24 * 2**30), ("80 GB", 80 * 10**9), ("1.5MiB", 3 * 2**19)])
+def test_units(text: str, amount: int) -> None:
+    assert in_bytes(text) == amount
+
+
+@pytest.mark.parametrize("text", ["24", "24Gib", "GiB", "-1GiB", "0GiB", "24 GiB x"])
+def test_an_amount_without_a_known_unit_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="one of the units B, KiB"):
+        in_bytes(text)
+
+
+def test_amounts_are_readable() -> None:
+    assert [readable(n) for n in (12, 2**20, 24 * 2**30, 300 * 2**30)] == ["12 B", "1.0 MiB", "24.0 GiB", "300 GiB"]
+
+
+def test_what_cannot_be_planned_is_refused(llama: Shape) -> None:
+    data = data_of()
+    with pytest.raises(ValueError, match="got Pretraining"):
+        Setting.of(Pretraining(LLAMA), data)
+    data.num["train"] = None
+    with pytest.raises(ValueError, match=r"data\.num_sequences, got null"):
+        Setting.of(MatrixReconstruction(), data)
+    with pytest.raises(ValueError, match="lora"):
+        Setting("block", parameters="lora")
+    with pytest.raises(ValueError, match="64-true"):
+        Setting("block", precision="64-true")
+    with pytest.raises(ValueError, match="one process"):
+        Setting("block", world_size=2)
+    with pytest.raises(ValueError, match="zero2_offload"):
+        Setting("full", offload="host")
+    with pytest.raises(ValueError, match="no pattern"):
+        predict(llama, Setting("block", masked=False))
+
+
+# --- the command -------------------------------------------------------------------------------------
+
+COMMAND = ["plan", "-c", "scopes/submodule", "--data.seq_len", "16", "--model.name", "random", "--model.shape"]
+SMALL = json.dumps({**LLAMA, **{key: value for key, value in FAMILIES["llama"].items() if key == "hidden_size"}})
+
+
+def test_the_command_prints_a_row_a_scope(capsys: Any) -> None:
+    assert main([*COMMAND, SMALL, "--device_memory", "2MiB", "--flop_rate", "1e9"]) == 0
+    out = capsys.readouterr().out
+    rows = [line.split()[0] for line in out.splitlines() if line.strip()]
+    assert [name for name in rows if name in ("matrix", "submodule", "block", "full")][:4] == [
+        "matrix",
+        "submodule",
+        "block",
+        "full",
+    ]
+    assert " no " in out
+
+
+def test_the_command_prints_json(capsys: Any) -> None:
+    options = ["--json", "true", "--scopes", "[full]", "--trainer.devices", "2", "-c", "strategies/zero2"]
+    assert main([*COMMAND, SMALL, *options]) == 0
+    out = capsys.readouterr().out
+    found = json.loads(out[out.index("{") :])
+    (row,) = found["scopes"]
+    assert (row["scope"], row["setting"]["sharding"], row["setting"]["world_size"]) == ("full", "zero2", 2)
+    assert sum(row["categories"].values()) == row["peak_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--device_memory", "24"], "one of the units"),
+        (["--scopes", "[everything]"], "got everything"),
+        (["--data.num_validation", "null"], "data.num_validation, got null"),
+        (["--trainer.devices", "auto"], "a number of trainer.devices"),
+    ],
+)
+def test_the_command_says_what_is_wrong(options: list[str], said: str, capsys: Any) -> None:
+    assert main([*COMMAND, SMALL, *options]) == 1
+    assert said in capsys.readouterr().err
