@@ -6,7 +6,7 @@ of what was found; no block and no matrix is ever skipped in silence. Embeddings
 outside the blocks and are therefore never prunable.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -37,6 +37,11 @@ class Block:
     attention_name: str
     attention: nn.Module
     matrices: dict[str, nn.Module]
+
+    def weights_among(self, names: Container[str]) -> dict[str, nn.Module]:
+        """Parameter name -> linear map, for those of its matrices whose weight is one of `names`."""
+        matrices = {f"{name}.weight": module for name, module in self.matrices.items()}
+        return {name: module for name, module in matrices.items() if name in names}
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """All floating-point parameters, under their names in `model.named_parameters()`."""

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from recon.activations import Activations
-from recon.anatomy import Anatomy, Block
+from recon.anatomy import Anatomy
 from recon.masks import Masks
 from recon.replay import Replay
 from recon.shapes import as_out_in, weight_out_in
@@ -16,12 +16,6 @@ from recon.statistics import InputStatistics, collect
 
 EXACT_SOLVER = ConjugateGradients()
 """As exact as fp32 allows."""
-
-
-def pruned_matrices(block: Block, masks: Masks) -> dict[str, nn.Module]:
-    """Parameter name -> linear map, for those of `block` that have a mask."""
-    matrices = {f"{name}.weight": module for name, module in block.matrices.items()}
-    return {name: module for name, module in matrices.items() if name in masks}
 
 
 def solve(
@@ -72,7 +66,7 @@ def solve_all(
         FloatingPointError: If hidden states are no numbers.
     """
     anatomy = Anatomy.of(model)
-    by_block = [pruned_matrices(block, masks) for block in anatomy.blocks]
+    by_block = [block.weights_among(masks) for block in anatomy.blocks]
     orphans = masks.keys() - {name for matrices in by_block for name in matrices}
     if orphans:
         raise ValueError(

@@ -36,10 +36,6 @@ class Interleaved:
     prunable: Mapping[str, nn.Module]
     directory: Path | None = None
 
-    def matrices(self, block: Block) -> dict[str, nn.Module]:
-        """Those of `block` that are pruned."""
-        return {name: one for name, one in self.prunable.items() if name.removesuffix(".weight") in block.matrices}
-
     def held(self, block: Block) -> Masks | None:
         """The masks of a block that were chosen before; None if there are none."""
         path = self._path(block)
@@ -47,7 +43,7 @@ class Interleaved:
 
     def prune(self, block: Block, statistics: Mapping[str, InputStatistics]) -> tuple[Masks, dict[str, Tensor]]:
         """Choose the survivors of a dense block; their moved weights too, if the criterion moves them."""
-        matrices = self.matrices(block)
+        matrices = block.weights_among(self.prunable)
         found = {name: statistics[name] for name in matrices}
         keep, moved = prune_block(matrices, found, self.criterion, self.patterns[block.index])
         masks = Masks({name: chosen.cpu().contiguous() for name, chosen in keep.items()})

@@ -191,10 +191,7 @@ def matrices_by_block(anatomy: Anatomy, exclude: Sequence[str] = ()) -> list[dic
         ValueError: If an exclusion matches nothing or nothing is left to prune.
     """
     prunable = anatomy.prunable(exclude)
-    return [
-        {name: module for name, module in prunable.items() if name.removesuffix(".weight") in block.matrices}
-        for block in anatomy.blocks
-    ]
+    return [block.weights_among(prunable) for block in anatomy.blocks]
 
 
 def prune_to(

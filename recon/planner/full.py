@@ -96,7 +96,7 @@ def full_flops(rehearsal: Rehearsal, setting: Setting) -> int:
     if setting.solves:
         pruned = rehearsal.prunable(setting.exclude)
         for block in rehearsal.anatomy.blocks:
-            names = [name for name in pruned if name.removesuffix(".weight") in block.matrices]
+            names = list(block.weights_among(pruned))
             widths = rehearsal.inputs(block, names, setting) if names else []
             total += batches * rehearsal.passed(block, setting).flops
             total += 2 * setting.num_sequences * setting.seq_len * sum(width**2 for width in widths)
@@ -150,7 +150,7 @@ def _start_moments(rehearsal: Rehearsal, setting: Setting) -> Iterator[Moment]:
     tokens = setting.num_sequences * setting.seq_len
     calibration = 2 * tokens * rehearsal.dim * rehearsal.dtype.itemsize
     for block in rehearsal.anatomy.blocks:
-        names = [name for name in pruned if name.removesuffix(".weight") in block.matrices]
+        names = list(block.weights_among(pruned))
         if not names:
             continue
         gram = FP32 * sum(width**2 for width in rehearsal.inputs(block, names, setting))

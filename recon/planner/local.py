@@ -105,7 +105,7 @@ def local_flops(rehearsal: Rehearsal, setting: Setting) -> int:
                 continue
             seen.add(block.index)
             total += walks * (batches + held_out) * rehearsal.passed(block, setting).flops
-            names = [name for name in pruned if name.removesuffix(".weight") in block.matrices]
+            names = list(block.weights_among(pruned))
             if setting.collects:
                 tokens = setting.num_sequences * setting.seq_len
                 total += 2 * tokens * sum(width**2 for width in rehearsal.inputs(block, names, setting))

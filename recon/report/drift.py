@@ -6,8 +6,7 @@ The table stands beside that of the memory; the picture is drawn by `recon.repor
 from dataclasses import dataclass
 from pathlib import Path
 
-from recon.report.groups import Estimate, Group, Row, estimate, group_cells
-from recon.report.pareto import stems
+from recon.report.groups import Estimate, Group, Row, estimate
 from recon.report.schema import Report, Results
 from recon.report.sections import MISSING, Section, show
 
@@ -84,15 +83,9 @@ def draw_drift(results: Results, directory: Path | str) -> list[Path]:
     """
     # matplotlib costs a second and 50 MiB that only this function should pay
     from recon.report.depth import draw_depth
-    from recon.report.picture import plain_style, save
+    from recon.report.picture import draw_groups
 
-    groups = group_cells(results)
-    written = []
-    for group, stem in zip(groups, stems("drift", groups), strict=True):
-        with plain_style():
-            if (figure := draw_depth(group)) is not None:
-                written += save(figure, Path(directory), stem)
-    return written
+    return draw_groups(results, Path(directory), "drift", draw_depth)
 
 
 def evenly_spaced(depth: int, most: int) -> list[int]:

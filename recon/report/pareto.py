@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from recon.report.groups import Group, group_cells
+from recon.report.groups import Group
 from recon.report.schema import Results
 
 PNG_DPI = 150
@@ -31,15 +31,9 @@ def draw_pareto(results: Results, directory: Path | str) -> list[Path]:
         The files written. A group in which no recovery was measured has none.
     """
     # matplotlib costs a second and 50 MiB that only this function should pay
-    from recon.report.picture import draw_group, plain_style, save
+    from recon.report.picture import draw_group, draw_groups
 
-    groups = group_cells(results)
-    written = []
-    for group, stem in zip(groups, stems("pareto", groups), strict=True):
-        with plain_style():
-            if (figure := draw_group(group)) is not None:
-                written += save(figure, Path(directory), stem)
-    return written
+    return draw_groups(results, Path(directory), "pareto", draw_group)
 
 
 def stems(kind: str, groups: list[Group]) -> list[str]:

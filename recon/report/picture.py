@@ -5,7 +5,7 @@ nothing left behind in the process that draws.
 """
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise, product
@@ -18,9 +18,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
 from recon.atomic import atomic_write
-from recon.report.groups import Estimate, Group
+from recon.report.groups import Estimate, Group, group_cells
 from recon.report.labels import LabelPlacer
-from recon.report.pareto import PNG_DPI, pareto_front
+from recon.report.pareto import PNG_DPI, pareto_front, stems
+from recon.report.schema import Results
 from recon.report.sections import format_number
 
 WIDTH = 9.6
@@ -111,6 +112,17 @@ def save(figure: Figure, directory: Path, stem: str) -> list[Path]:
         with atomic_write(paths[-1]) as temporary:
             figure.savefig(temporary, format=kind, dpi=PNG_DPI, metadata=metadata)
     return paths
+
+
+def draw_groups(results: Results, directory: Path, kind: str, draw: Callable[[Group], Figure | None]) -> list[Path]:
+    """Write one picture of a `kind` for each comparable group of which `draw` makes one; return the files."""
+    groups = group_cells(results)
+    written = []
+    for group, stem in zip(groups, stems(kind, groups), strict=True):
+        with plain_style():
+            if (figure := draw(group)) is not None:
+                written += save(figure, directory, stem)
+    return written
 
 
 def draw_group(group: Group) -> Figure | None:

@@ -59,7 +59,6 @@ class Distillation(LocalScope):
         self.which_parameters: Parameters = parameters
         self.lora = lora
         self.lr, self.weight_decay, self.betas, self.warmup = lr, weight_decay, betas, warmup
-        self._learning: Sequence[Tensor] = []
         self._adapters: list[str] = []
 
     def label_notes(self) -> list[str]:
@@ -98,8 +97,7 @@ class Distillation(LocalScope):
         if self.which_parameters == "lora":
             self._adapters = attach(self.model, self.masks, window.owned, self.lora, self.data.seed)
             names = self._adapters
-        self._learning = [self.model.get_parameter(name).requires_grad_(True) for name in names]
-        self._optimizer().param_groups[0]["params"] = self._learning
+        self.learn(names)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """How far the window's output is from its target."""
@@ -116,16 +114,10 @@ class Distillation(LocalScope):
 
     def end(self, window: Window) -> dict[str, Any]:
         """Freeze the window, merge its adapters, drop gradients and optimizer state."""
-        for parameter in self._learning:
-            parameter.requires_grad_(False)
-            parameter.grad = None
-        self._optimizer().state.clear()
+        self.rest()
         merge(self.model, self._adapters)
-        self._learning, self._adapters = [], []
+        self._adapters = []
         return {"holds_nonlinearity": window.holds_nonlinearity} if isinstance(window, GroupWindow) else {}
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        return self.optimizers(use_pl_optimizer=False)  # pyright: ignore[reportReturnType]
 
 
 class SubmoduleDistillation(Distillation):

@@ -7,7 +7,7 @@ and targets, the default, windows do not depend on each other.
 
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,6 @@ from recon.activations import Activations, Observation, Propagation, Storage
 from recon.anatomy import Block
 from recon.atomic import atomic_write, write_json
 from recon.data import TokenData
-from recon.exact import pruned_matrices
 from recon.interleaved import Interleaved
 from recon.masks import Masks
 from recon.scopes.base import Scope, check_finite
@@ -302,7 +301,7 @@ class LocalScope(Scope):
             self.phases.enter("wait")
             self.trainer.strategy.wait()
         if not self.assembles:
-            self.enforced().check(self.model)
+            self.check(self.enforced())
             return
         left = self.windows[len(self.results) :]
         self._require_written(left)
@@ -365,9 +364,11 @@ class LocalScope(Scope):
         need = self.needs
         if self.interleaved is not None:
             need = _larger(need, self.interleaved.criterion.needs)
-            matrices = {name: one for block in fresh for name, one in self.interleaved.matrices(block).items()}
+            matrices = {
+                name: one for block in fresh for name, one in block.weights_among(self.interleaved.prunable).items()
+            }
         elif need != "none":
-            pruned = {name: one for block in fresh for name, one in pruned_matrices(block, self.masks).items()}
+            pruned = {name: one for block in fresh for name, one in block.weights_among(self.masks).items()}
             matrices = {name: one for name, one in pruned.items() if self._is_now(name)}
         statistics = self.calibration.enter(window.indices, matrices, need)
         self.held_out.enter(window.indices)
@@ -393,7 +394,7 @@ class LocalScope(Scope):
 
     def _later_matrices(self, window: Window) -> dict[str, nn.Module]:
         """The pruned matrices of an MLP window, if their inputs were not known when its block was entered."""
-        pruned = pruned_matrices(window.blocks[0], self.masks)
+        pruned = window.blocks[0].weights_among(self.masks)
         return {name: one for name, one in pruned.items() if name in window.owned and self._is_later(name)}
 
     def _is_later(self, name: str) -> bool:
@@ -461,6 +462,22 @@ class LocalScope(Scope):
         self.begin(window)
         self.window, self._epoch = window, 0
         self._before = self.held_out_error()
+
+    def learn(self, names: Iterable[str]) -> None:
+        """Have these parameters learn: the optimizer, which serves all windows in turn, holds them alone."""
+        parameters = [self.model.get_parameter(name).requires_grad_(True) for name in names]
+        self._optimizer().param_groups[0]["params"] = parameters
+
+    def rest(self) -> None:
+        """Freeze what learned; drop gradients and optimizer state, so that memory does not grow with depth."""
+        optimizer = self._optimizer()
+        for parameter in optimizer.param_groups[0]["params"]:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        optimizer.state.clear()
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        return self.optimizers(use_pl_optimizer=False)  # pyright: ignore[reportReturnType]
 
     def end(self, window: Window) -> dict[str, Any]:
         """Let go of what only `window` needed; what is returned becomes part of its results."""

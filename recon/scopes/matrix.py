@@ -91,8 +91,7 @@ class MatrixReconstruction(LocalScope):
         super().begin(window)
         self._began = time.monotonic()
         if self.automatic_optimization:
-            weights = [self.model.get_parameter(name).requires_grad_(True) for name in self._problems]
-            self._optimizer().param_groups[0]["params"] = weights
+            self.learn(self._problems)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """Solve every matrix of the block, or return how far all are from their dense outputs."""
@@ -125,8 +124,6 @@ class MatrixReconstruction(LocalScope):
 
     def _end_descent(self, solver: GradientDescent) -> None:
         for name, problem in self._problems.items():
-            parameter = self.model.get_parameter(name).requires_grad_(False)
-            parameter.grad = None
             error, gradient = problem.measure(weight_out_in(self._module(name)).float(), self._keep(name))
             self._solved[name] = {
                 "iterations": solver.steps,
@@ -134,7 +131,7 @@ class MatrixReconstruction(LocalScope):
                 "relative_error": error,
                 "seconds": (time.monotonic() - self._began) / len(self._problems),  # all are solved at once
             }
-        self._optimizer().state.clear()
+        self.rest()
 
     def _module(self, name: str) -> nn.Module:
         return self.model.get_submodule(name.removesuffix(".weight"))
@@ -145,6 +142,3 @@ class MatrixReconstruction(LocalScope):
 
     def _keep(self, name: str) -> Tensor:
         return as_out_in(self._module(name), self.masks[name].to(self.device))
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        return self.optimizers(use_pl_optimizer=False)  # pyright: ignore[reportReturnType]
