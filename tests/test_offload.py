@@ -42,6 +42,7 @@ from recon.pruning import Pruning, prune
 from recon.replay import Replay
 from recon.scopes import BlockDistillation, FullRetraining, MatrixReconstruction, SubmoduleDistillation
 from recon.scopes.local import LocalScope
+from recon.scopes.precision import Widened
 from recon.windows import Windows
 
 pytestmark = [pytest.mark.filterwarnings(one) for one in IGNORED]
@@ -257,7 +258,7 @@ def test_a_bf16_model_is_trained_in_fp32(kind: str, offload: str, tmp_path: Path
 def test_that_is_better_than_training_in_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"name": save_tiny("llama", tmp_path), "start": "pruned", "epochs": 8, "lr": 3e-4, "dtype": "bfloat16"}
     ours, _ = fitted(KINDS["block"](**options), tmp_path / "fp32")
-    monkeypatch.setattr(LocalScope, "_widen", lambda scope, window: None)
+    monkeypatch.setattr(Widened, "widen", lambda self, blocks: None)
     plain, _ = fitted(KINDS["block"](**options), tmp_path / "bf16")
     assert all(ours[name]["after"] < plain[name]["after"] for name in plain)
 

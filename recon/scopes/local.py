@@ -5,7 +5,6 @@ restarted run skips what is there, recomputing only the activations, and ends bi
 and targets, the default, windows do not depend on each other.
 """
 
-import json
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,18 +12,18 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from recon.activations import Activations, Observation, Propagation, Storage
 from recon.anatomy import Block
-from recon.atomic import atomic_write, write_json
+from recon.atomic import write_json
 from recon.data import TokenData
 from recon.interleaved import Interleaved
 from recon.masks import Masks
 from recon.scopes.base import Scope, check_finite
 from recon.scopes.parking import Parking
+from recon.scopes.precision import Widened
+from recon.scopes.window_files import WindowFiles
 from recon.seeds import derived_seed
 from recon.shares import Share
 from recon.start import apply
@@ -78,7 +77,7 @@ class LocalScope(Scope):
         self.taps = False  # whether windows begin or end where attention returns
         self.windows: Sequence[Window] = []
         self.own_windows: Sequence[Window] = []
-        self.share, self.assembles = Share(), True
+        self.share, self.assembles, self.files = Share(), True, WindowFiles()
         self.window: Window | None = None
         self.results: dict[str, dict[str, Any]] = {}
         self.interleaved: Interleaved | None = None
@@ -185,7 +184,7 @@ class LocalScope(Scope):
 
     def missing(self, windows: Sequence[Window]) -> list[Window]:
         """Those of `windows` that are not written yet."""
-        return [window for window in windows if not self._is_written(window)]
+        return [window for window in windows if window not in self.files]
 
     def prepare(
         self,
@@ -210,7 +209,7 @@ class LocalScope(Scope):
                 "pruning.inputs: recovered chooses masks from recovered inputs, got model.propagation: dense, which "
                 "has none; choose model.propagation: recovered or recovered_local, or pruning.inputs: dense"
             )
-        self.interleaved = interleaved
+        self.interleaved, self.files = interleaved, WindowFiles(directory)
         self.model.requires_grad_(False)
         self.replay = self.open_replay()
         windows = self.build_windows()
@@ -222,7 +221,7 @@ class LocalScope(Scope):
         self._starts: dict[str, Tensor] = {}  # of blocks entered, not yet begun
         self._entered: set[int] = set()
         self._begun: set[str] = set()
-        self._dtypes: dict[str, torch.dtype] = {}  # of parameters that are wider while their window is under way
+        self._precision = Widened()
         owned = {name for window in windows for name in window.owned}
         orphans = [name for name in self.maskable if name not in owned]
         if orphans:
@@ -342,20 +341,7 @@ class LocalScope(Scope):
         self._begun.update(fresh)
         for name in fresh:
             self._starts.pop(name, None)
-        self._widen(window)
-
-    def _widen(self, window: Window) -> None:
-        """Have the blocks of `window` in fp32 until `_narrow`, for steps are often too small for 16 bits."""
-        for name, parameter in ((name, one) for block in window.blocks for name, one in block.parameters().items()):
-            self._dtypes[name] = parameter.dtype
-            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
-
-    def _narrow(self) -> None:
-        """Round to the model's own precision, in which the window is written and what follows sees it."""
-        for name, dtype in self._dtypes.items():
-            parameter = self.model.get_parameter(name)
-            parameter.data = parameter.data.to(dtype)
-        self._dtypes.clear()
+        self._precision.widen(window.blocks)
 
     def _approach(self, window: Window) -> None:
         """Walk to `window`; choose masks and starts of blocks that were not there before."""
@@ -406,7 +392,7 @@ class LocalScope(Scope):
         owner = self._owner(name)
         if owner is None or owner not in self.own_windows:
             return False
-        return not self._is_later(name) and not self._is_written(owner)
+        return not self._is_later(name) and owner not in self.files
 
     def _owner(self, name: str) -> Window | None:
         """The first window that recovers this parameter; None if none does, for nothing around it is pruned."""
@@ -454,7 +440,7 @@ class LocalScope(Scope):
     def _begin_next(self) -> None:
         """Walk through windows that are written already, and begin the first that is not."""
         for window in self.own_windows[len(self.results) :]:
-            if not self._is_written(window):
+            if window not in self.files:
                 break
             self._approach(window)
             self._take(window)
@@ -488,13 +474,11 @@ class LocalScope(Scope):
         window = self.window
         assert window is not None
         result = {"before": self._before, "after": self._after, **self.end(window)}
-        self._narrow()
+        self._precision.narrow()
         weights = {name: self.model.get_parameter(name).detach().cpu().contiguous() for name in window.owned}
         self._masks_of(window).check(self.model)
-        if self.directory is not None:
-            with atomic_write(self._file(window)) as temporary:
-                save_file(weights, temporary, {"result": json.dumps(result)})
-            self._note(window)
+        self.files.write(window, weights, result)
+        self._note(window)
         if self.logger is not None:
             metrics = {f"window/{name}": result[name] for name in ("before", "after")}
             self.logger.log_metrics(metrics, step=self.windows.index(window))
@@ -505,10 +489,9 @@ class LocalScope(Scope):
         """Load the weights of a window that is written already."""
         if isinstance(window, GroupWindow):
             self._parking.keep_dense(window)
-        with safe_open(self._file(window), framework="pt") as file, torch.no_grad():
-            for name in window.owned:
-                self.model.get_parameter(name).copy_(file.get_tensor(name))
-            result = json.loads(file.metadata()["result"])
+        with self.files.read(window) as (weights, result), torch.no_grad():
+            for name, weight in weights:
+                self.model.get_parameter(name).copy_(weight)
         self._note(window)
         self._begun.update(name for name in window.owned if name in self.masks)
         self._leave(window, result)
@@ -516,7 +499,7 @@ class LocalScope(Scope):
     def _note(self, window: Window) -> None:
         """Where blocks are read from disk, read the recovered weights from now on."""
         if self.residence is not None and self.residence.shards is not None:
-            self.residence.shards.note(window.owned, self._file(window))
+            self.residence.shards.note(window.owned, self.files.path(window))
 
     def _leave(self, window: Window, result: dict[str, Any]) -> None:
         """Note the results; a group steps aside until all of its block are done, for they take dense inputs."""
@@ -549,13 +532,6 @@ class LocalScope(Scope):
 
     def _masks_of(self, window: Window) -> Masks:
         return self.masks.subset([name for name in window.owned if name in self.masks])
-
-    def _is_written(self, window: Window) -> bool:
-        return self.directory is not None and self._file(window).exists()
-
-    def _file(self, window: Window) -> Path:
-        assert self.directory is not None
-        return self.directory / "windows" / f"{window.name}.safetensors"
 
 
 class WindowBatches:
