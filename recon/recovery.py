@@ -139,7 +139,7 @@ def recover(
                 phases.enter("evaluate dense and pruned")
                 dense, pruned = _baselines(scope, data, masks, moved, run, device, say)
             phases.enter("prepare")
-            if (scope.start == "exact" or scope.offload != "none") and ranks.rank() == 0:
+            if scope.offload != "none" or (scope.start == "exact" and ranks.rank() == 0):
                 scope.to(device)
             scope.prepare(data, masks, run.path, moved, say, interleaved)
         if merge:

@@ -379,8 +379,3 @@ def test_what_cannot_be_is_refused_with_a_cure(tmp_path: Path) -> None:
     shape = {"model_type": "llama", "vocab_size": 96}
     with pytest.raises(ValueError, match="got no directory"):
         open_offloaded(ModelSource("random", shape), "disk", CPU)
-
-
-def test_processes_do_not_share_an_offloaded_model() -> None:
-    with pytest.raises(ValueError, match=r"--windows needs the whole model in each process, got model.offload: disk"):
-        SubmoduleDistillation(offload="disk").require_independent("--windows")

@@ -190,8 +190,9 @@ class Scope(L.LightningModule, ABC):
         if self.residence is None or self.residence.shards is None:
             return masks.check(self.model)
         for block in self.residence.anatomy.blocks:
-            self.residence.visit(block.index)
-            masks.subset(name for name in block.parameters() if name in masks).check(self.model)
+            if names := [name for name in block.parameters() if name in masks]:
+                self.residence.visit(block.index)
+                masks.subset(names).check(self.model)
 
     def prepare(
         self,

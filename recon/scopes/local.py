@@ -171,13 +171,8 @@ class LocalScope(Scope):
             what: Needs them not to, in the words of the message.
 
         Raises:
-            ValueError: If recovered weights enter a window, or processes would have to share an offloaded model.
+            ValueError: If recovered weights enter a window.
         """
-        if self.offload != "none":
-            raise ValueError(
-                f"{what} needs the whole model in each process, got model.offload: {self.offload}; choose "
-                f"model.offload: none, or recover all windows in one process"
-            )
         if self.propagation != "dense":
             raise ValueError(
                 f"{what} needs windows that do not depend on each other, got model.propagation: {self.propagation}, "
