@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from recon.activations import Observation
 from recon.ledger import followed
-from recon.scopes.base import StartName, check_finite, warmup_and_linear_decay
+from recon.scopes.base import StartName, warmup_and_linear_decay
 from recon.scopes.local import LocalScope
 from recon.shapes import as_out_in, weight_out_in
 from recon.solvers import ConjugateGradients, GradientDescent, LeastSquares, Solver, relative_objective
@@ -102,8 +102,7 @@ class MatrixReconstruction(LocalScope):
         assert self.window is not None
         errors = [relative_objective(one, self._learning(name)) for name, one in self._problems.items()]
         loss = torch.stack(errors).mean()
-        check_finite(loss, f"window {self.window.name}, step {batch_idx}")
-        self.log("matrix_error", loss)
+        self.log_loss("matrix_error", loss, f"window {self.window.name}, step {batch_idx}")
         return loss
 
     @torch.no_grad()
