@@ -5,16 +5,17 @@ are at most two copies of the hidden states (what enters, and what should come o
 overlapping windows on dense inputs keep one copy more for each window that begins inside another.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from recon.prefetch import Batch, Key, Prefetch
 from recon.replay import Replay
 from recon.statistics import InputStatistics, Need, collect, collect_pairs
+from recon.storage import ON_DEVICE, Storage
 from recon.windows import Window
 
 Propagation = Literal["dense", "recovered_local", "recovered"]
@@ -29,24 +30,6 @@ Propagation = Literal["dense", "recovered_local", "recovered"]
 
 Observation = Need | Literal["cross"]
 """What can be collected of the inputs of matrices; `cross`: Gram matrices of recovered and dense ones together."""
-
-
-@dataclass(frozen=True)
-class Storage:
-    """Where and how hidden states are kept between two passes.
-
-    Args:
-        place: `device`, where the model computes; `host`, from which each batch is copied when it is used, out of
-            pinned memory if that is a CUDA device.
-        dtype: Of what is kept; that in which the model computes if None.
-    """
-
-    place: Literal["device", "host"] = "device"
-    dtype: torch.dtype | None = None
-
-
-ON_DEVICE = Storage()
-"""For signatures; it cannot change."""
 
 
 class Activations:
@@ -85,9 +68,8 @@ class Activations:
     ) -> None:
         self.replay, self.batch_size, self.propagation = replay, batch_size, propagation
         self.tap, self.starts = tap, frozenset(starts)
-        self.device = device
-        self._place = device if storage.place == "device" else torch.device("cpu")
-        self._pinned = self._place != device and device.type == "cuda"
+        self.device, self.storage = device, storage
+        self._prefetch = Prefetch(device) if device.type == "cuda" and storage.may_leave else None
         self.hidden: Float[Tensor, "num seq dim"] = self._embed(tokens, storage.dtype)
         self.attention: Float[Tensor, "num seq dim"] | None = None
         self.output: Float[Tensor, "num seq dim"] | None = None
@@ -104,8 +86,7 @@ class Activations:
             piece = self.replay.embed(tokens[start : start + self.batch_size].to(self.device))
             if start == 0:
                 self.dtype = piece.dtype  # in which the model computes
-                shape = (len(tokens), *piece.shape[1:])
-                hidden = torch.empty(shape, dtype=dtype or piece.dtype, device=self._place, pin_memory=self._pinned)
+                hidden = self.storage.empty((len(tokens), *piece.shape[1:]), dtype or piece.dtype, self.device)
             hidden[start : start + self.batch_size] = piece
         return hidden
 
@@ -113,12 +94,25 @@ class Activations:
         """Some sequences of what is kept, where the model computes and in the precision in which it does."""
         if isinstance(rows, slice):
             found = kept[rows]
-        elif self._pinned:  # gathered into pinned memory: only from there does a copy go on beside the computation
-            found = torch.empty((len(rows), *kept.shape[1:]), dtype=kept.dtype, pin_memory=True)
-            torch.index_select(kept, 0, rows, out=found)
-        else:
-            found = kept[rows.to(kept.device)]
-        return found.to(self.device, self.dtype, non_blocking=True)
+        elif kept.device == self.device:
+            found = kept[rows.to(self.device)]
+        else:  # one by one: put together first they would not be pinned, and copied twice
+            found = torch.empty((len(rows), *kept.shape[1:]), dtype=kept.dtype, device=self.device)
+            for room, row in zip(found, rows.tolist(), strict=True):
+                room.copy_(kept[row], non_blocking=True)
+        # The precision changes where the model computes: a copy that changed it would not go on beside anything.
+        return found.to(self.device, non_blocking=True).to(self.dtype)
+
+    def batches(self, keys: Iterable[Key], load: Callable[[Key], Batch]) -> Iterator[tuple[Key, Batch]]:
+        """Each of `keys` with what `load` makes of it; loaded one ahead where that is a copy to a CUDA device."""
+        if self._prefetch is not None:
+            return self._prefetch.batches(keys, load)
+        return ((key, load(key)) for key in keys)
+
+    def rows(self) -> Iterator[slice]:
+        """All sequences in order, batch by batch."""
+        for start in range(0, len(self.hidden), self.batch_size):
+            yield slice(start, start + self.batch_size)
 
     @torch.no_grad()
     def enter(
@@ -145,7 +139,8 @@ class Activations:
         assert start >= self._at, f"blocks are walked in order: {blocks} cannot follow {self.blocks}"
         assert stop > self._ahead, f"blocks are walked in order: {blocks} cannot follow {self.blocks}"
         self.replay.keep(range(start, stop))
-        self.attention = self._room(self.attention) if self.tap and len(blocks) == 1 else None
+        tapped = self.tap and len(blocks) == 1
+        self.attention = (self.attention if self.attention is not None else self._room()) if tapped else None
         if self.propagation != "dense":
             for index in range(self._at, start):
                 self._pass(index, self.hidden, self.hidden)
@@ -164,8 +159,11 @@ class Activations:
     def record(self, window: Window) -> None:
         """Compute what `window`, with the weights that it has now, makes of what enters the current blocks."""
         self.recorded = None  # lets go of the last one
-        pieces = (window.forward(self.replay, self.load(self.hidden, rows)) for rows in self._rows())
-        self.recorded = torch.cat([piece.to(self._place, self.hidden.dtype) for piece in pieces])
+        for rows, hidden in self._loaded(self.hidden):
+            piece = window.forward(self.replay, hidden)
+            if self.recorded is None:
+                self.recorded = self._room(piece.shape[1:])
+            self.recorded[rows] = piece
 
     @torch.no_grad()
     def pass_attention(
@@ -188,8 +186,7 @@ class Activations:
         assert self.output is not None
         matrices, (block,) = dict(matrices or {}), self.blocks
         with collect(matrices, need) as found:
-            for rows in self._rows():
-                hidden = self.load(self.hidden, rows)
+            for rows, hidden in self._loaded(self.hidden):
                 attention = self.replay.tap(block, hidden)
                 self.attention[rows] = attention
                 if self.propagation == "recovered_local":
@@ -220,7 +217,7 @@ class Activations:
             output = stream
             if index == start or index in self.starts:
                 self._kept[index] = stream
-                output = self._room(None)
+                output = self._room()
             self._pass(index, stream, output, self.attention if index == start else None)
             stream = output
         self.hidden, self.output = self._kept.pop(start), stream
@@ -228,7 +225,7 @@ class Activations:
     def _pass_local(self, start: int, stop: int) -> None:
         """What the dense blocks make of recovered hidden states."""
         assert start >= self._ahead, "windows overlap: the dense weights are gone"
-        self.output = self._room(self.output)
+        self.output = self.output if self.output is not None else self._room()
         source = self.hidden
         for index in range(start, stop):
             self._pass(index, source, self.output, self.attention)
@@ -239,33 +236,32 @@ class Activations:
     ) -> dict[str, InputStatistics]:
         """Walk the dense stream on, and send the recovered one through the dense blocks if it is to be observed."""
         if self.output is None:
-            self.output = self._room(None).copy_(self.hidden)
+            self.output = self._room().copy_(self.hidden)
         for index in range(self._ahead, start):
             self._pass(index, self.output, self.output)
         self._adds = self.attention is not None and self.replay.adds_attention(start)
         passed, fresh = range(start, self._ahead), range(max(start, self._ahead), stop)
         if need == "cross":
             with collect_pairs(matrices) as pairs:
-                for rows in self._rows():
-                    hidden = self._through(passed, self.load(self.hidden, rows))
+                for rows, hidden in self._loaded(self.hidden):
+                    hidden = self._through(passed, hidden)
                     for index in fresh:  # both streams block by block: only one block's dense inputs are held
                         with pairs.dense():
-                            self._pass_rows(index, rows)
+                            self._pass_rows(index, rows, self.load(self.output, rows))
                         with pairs.recovered():
                             hidden = self.replay.run(index, hidden)
             return pairs.statistics
         with collect(matrices, need) as found:
-            for rows in self._rows() if need != "none" else ():
-                self._through([*passed, *fresh], self.load(self.hidden, rows))
-        for rows in self._rows():
-            for index in fresh:
-                self._pass_rows(index, rows)
+            for _, hidden in self._loaded(self.hidden) if need != "none" else ():
+                self._through([*passed, *fresh], hidden)
+        for index in fresh:
+            for rows, dense in self._loaded(self.output):
+                self._pass_rows(index, rows, dense)
         return found
 
-    def _pass_rows(self, index: int, rows: slice) -> None:
+    def _pass_rows(self, index: int, rows: slice, dense: Tensor) -> None:
         """Send some sequences of the dense stream through a block, in place, and note what attention should return."""
         assert self.output is not None
-        dense = self.load(self.output, rows)
         if self.attention is not None and self._adds:
             # So that the stream behind attention becomes the dense one: what entered is made up for.
             attention, output = self.replay.run_and_tap(index, dense)
@@ -281,8 +277,8 @@ class Activations:
         return hidden
 
     def _pass(self, index: int, source: Tensor, output: Tensor, attention: Tensor | None = None) -> None:
-        for rows in self._rows():
-            output[rows] = self._run(index, rows, self.load(source, rows), attention)
+        for rows, hidden in self._loaded(source):
+            output[rows] = self._run(index, rows, hidden, attention)
 
     def _run(self, index: int, rows: slice, hidden: Tensor, attention: Tensor | None) -> Tensor:
         """Run one block on some sequences, and record its attention if there is room for it."""
@@ -300,9 +296,11 @@ class Activations:
                 f"with sequence {rows.start}; check the weights, or load the model in a wider dtype"
             )
 
-    def _rows(self) -> Iterator[slice]:
-        for start in range(0, len(self.hidden), self.batch_size):
-            yield slice(start, start + self.batch_size)
+    def _loaded(self, kept: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """All of what is kept, batch by batch; a batch may be overwritten while it is in use, but none behind it."""
+        return self.batches(self.rows(), lambda rows: self.load(kept, rows))
 
-    def _room(self, tensor: Tensor | None) -> Tensor:
-        return torch.empty_like(self.hidden, pin_memory=self._pinned) if tensor is None else tensor
+    def _room(self, shape: Sequence[int] | None = None) -> Tensor:
+        """Room for one copy; of the hidden states, or of `shape` for each sequence."""
+        shape = self.hidden.shape if shape is None else (len(self.hidden), *shape)
+        return self.storage.empty(shape, self.hidden.dtype, self.device)

@@ -9,10 +9,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from recon.activations import ON_DEVICE, Activations, Storage
+from recon.activations import Activations
 from recon.drift import Drift, divergence, energy, require_finite, require_same_depth
 from recon.evaluation import Evaluation, score
 from recon.replay import Replay
+from recon.storage import ON_DEVICE, Storage
 
 Sequences = Int[Tensor, "num seq"]
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from recon.anatomy import Anatomy, Block
+from recon.atomic import locked
 from recon.masks import Masks
 from recon.pretrained import ModelSource
 from recon.residence import Residence
@@ -69,11 +70,12 @@ def amend_by(masks: Masks, start: Mapping[str, Tensor] | None, residence: Reside
 
 
 def _written(source: ModelSource, directory: Path) -> ModelSource:
-    if not directory.exists():
-        temporary = directory.with_name(f".{directory.name}.partial")
-        shutil.rmtree(temporary, ignore_errors=True)
-        source.model().save_pretrained(temporary)
-        temporary.rename(directory)
+    with locked(directory.with_name(f".{directory.name}.lock")):  # several jobs may begin one run at a time
+        if not directory.exists():
+            temporary = directory.with_name(f".{directory.name}.partial")
+            shutil.rmtree(temporary, ignore_errors=True)
+            source.model().save_pretrained(temporary)
+            temporary.rename(directory)
     return ModelSource(str(directory), dtype="float32" if source.dtype == "auto" else source.dtype)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from recon.activations import ON_DEVICE, Activations, Storage
+from recon.activations import Activations
 from recon.allocation import Allocation
 from recon.anatomy import Anatomy
 from recon.criteria import Criterion
@@ -19,6 +19,7 @@ from recon.replay import Replay
 from recon.shapes import as_out_in, weight_out_in
 from recon.start import MOVED, Sink, Start, apply, written
 from recon.statistics import InputStatistics, collect
+from recon.storage import ON_DEVICE, Storage
 
 CAME_WITH_MOVED = "moved"
 """Key in the metadata of masks: where the moved weights are that were written with them, seen from their directory."""

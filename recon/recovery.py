@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,6 @@ import lightning as L
 import torch
 
 from recon import checkpoints, ranks
-from recon.activations import Storage
 from recon.atomic import locked
 from recon.blockwise import evaluate_blockwise, measure_drift_blockwise
 from recon.criteria import Criterion
@@ -140,7 +139,7 @@ def recover(
                 phases.enter("evaluate dense and pruned")
                 dense, pruned = _baselines(scope, data, masks, moved, run, device, say)
             phases.enter("prepare")
-            if (scope.start == "exact" or scope.offload != "none") and ranks.rank() == 0:
+            if scope.offload != "none" or (scope.start == "exact" and ranks.rank() == 0):
                 scope.to(device)
             scope.prepare(data, masks, run.path, moved, say, interleaved)
         if merge:
@@ -340,7 +339,7 @@ def _drift(scope: Scope, data: TokenData, run: RunDirectory, device: torch.devic
         return measure_drift(scope.source.model(device), written.model(device), data.val_dataloader())
     dense, recovered = (_reopened(scope, source, run, device) for source in (scope.source, written))
     return measure_drift_blockwise(
-        dense, recovered, data.tokens("validation"), data.batch_size, storage=Storage(scope.storage.place)
+        dense, recovered, data.tokens("validation"), data.batch_size, storage=replace(scope.storage, dtype=None)
     )
 
 
@@ -350,7 +349,8 @@ def _reopened(scope: Scope, source: ModelSource, run: RunDirectory, device: torc
 
 
 def _evaluate_blockwise(replay: Replay, scope: Scope, data: TokenData) -> Evaluation:
-    storage = Storage(scope.storage.place)  # in the model's own precision: a perplexity does not depend on options
+    # In the model's own precision: a perplexity does not depend on options.
+    storage = replace(scope.storage, dtype=None)
     return evaluate_blockwise(replay, data.tokens(data.evaluate_on), data.batch_size, data.evaluate_on, storage)
 
 

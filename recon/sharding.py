@@ -7,8 +7,6 @@ it, for the same parameters in the same order, or all of them wait for ever.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from mmap import ALLOCATIONGRANULARITY, mmap
-from os import SEEK_END
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO
@@ -16,6 +14,8 @@ from typing import IO
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from recon.mapped import mapped
 
 
 def whole_shape(parameter: Tensor) -> torch.Size:
@@ -94,8 +94,4 @@ def gather(model: nn.Module, dtype: torch.dtype, directory: Path, keep: bool) ->
 
 def spilled(value: Tensor, dtype: torch.dtype, file: IO[bytes]) -> Tensor:
     """A copy of `value` that lives at the end of `file`."""
-    start = -(-file.seek(0, SEEK_END) // ALLOCATIONGRANULARITY) * ALLOCATIONGRANULARITY
-    length = value.numel() * dtype.itemsize
-    file.truncate(start + length)
-    mapped = torch.frombuffer(mmap(file.fileno(), length, offset=start), dtype=dtype)
-    return mapped.view(value.shape).copy_(value)
+    return mapped(file, value.shape, dtype).copy_(value)

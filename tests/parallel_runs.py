@@ -91,5 +91,20 @@ def fit_without_masks(run_dir: Path, *more: str) -> str:
     return said.getvalue()
 
 
+def fit_random(run_dir: Path, offload: str, *more: str) -> list[str]:
+    """As `fit`, of groups of matrices in two blocks of a random model; masks are chosen first."""
+    shape = (
+        "{model_type: llama, vocab_size: 2048, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, "
+        "num_attention_heads: 2, num_key_value_heads: 2, max_position_embeddings: 64}"
+    )
+    args = options("submodule", 1, run_dir)
+    where = args.index("--model.name")
+    args = [*args[:where], "--model.name", "random", "--model.shape", shape, *args[where + 4 :]]
+    groups = ["--model.windows.groups", '[["*.q_proj","*.k_proj","*.v_proj"],["*.o_proj"],["*.mlp.*"]]']
+    watch = Watch()
+    main_with(watch, [*args, *groups, "--model.offload", offload, *more])
+    return watch.trained
+
+
 def report(run_dir: Path) -> dict[str, Any]:
     return json.loads((run_dir / "report.json").read_text())

@@ -9,7 +9,9 @@ from transformers import PreTrainedModel
 
 from recon.activations import Activations
 from recon.anatomy import Anatomy
-from recon.windows import Replay
+from recon.replay import Replay
+from recon.storage import Storage
+from recon.windows import GroupWindow, group_windows
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -101,40 +103,79 @@ def test_the_outputs_of_dense_blocks_survive_pruning_them() -> None:
     torch.testing.assert_close(walk.output, expected[-1]["hidden"])  # an empty block adds nothing
 
 
+NUM, SEQ = 16, 32
+COPY = NUM * SEQ * DIM * 4
+
+
+def num_copies() -> int:
+    """How many tensors there are that are at least as large as one copy of the hidden states."""
+    storages = {
+        one.untyped_storage().data_ptr()
+        for one in gc.get_objects()
+        if issubclass(type(one), Tensor) and one.untyped_storage().nbytes() >= COPY
+    }
+    return len(storages)
+
+
+@pytest.mark.parametrize("place", ["device", "disk"])
 @pytest.mark.parametrize(("windows", "most"), [([[0], [1], [2]], 3), ([[0, 1], [2]], 3), ([[0, 1, 2]], 2)])
+@pytest.mark.parametrize("propagation", ["dense", "recovered_local", "recovered"])
 def test_two_copies_of_the_hidden_states_and_one_attention_output_at_most(
-    windows: list[list[int]], most: int, monkeypatch: pytest.MonkeyPatch
+    propagation: Any, windows: list[list[int]], most: int, place: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gc.freeze()  # what pytest holds is none of ours, and slow to look through
-    tokens = token_ids(batch=16, seq=32)
     model = tiny("llama")
-    walk = Activations(Replay(model, Anatomy.of(model)), tokens, 2, CPU, tap=True)
-    size = 16 * 32 * DIM * 4
+    others = num_copies()
+    tokens = token_ids(batch=NUM, seq=SEQ)
+    replay, storage = Replay(model, Anatomy.of(model)), Storage(place)
+    walk = Activations(replay, tokens, 2, CPU, propagation, tap=True, storage=storage)
     counts = []
-
-    def count() -> int:
-        storages = {
-            one.untyped_storage().data_ptr()
-            for one in gc.get_objects()
-            if issubclass(type(one), Tensor) and one.untyped_storage().nbytes() >= size
-        }
-        return len(storages)
-
-    others = count() - 1
     run = Replay.run
 
     def counting(replay: Replay, index: int, hidden: Tensor) -> Tensor:
-        counts.append(count() - others)
+        counts.append(num_copies() - others)
         return run(replay, index, hidden)
 
     monkeypatch.setattr(Replay, "run", counting)
     try:
         for window in windows:
             walk.enter(window)
+            if len(window) == 1:
+                walk.pass_attention()
+            counts.append(num_copies() - others)
+        walk.compute()
     finally:
         gc.unfreeze()
-    assert len(counts) == 8 * DEPTH
+    assert len(counts) >= 8 * DEPTH
     assert max(counts) == most
+
+
+def test_one_copy_more_is_recorded_for_a_group_of_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    gc.freeze()
+    model = tiny("llama")
+    others = num_copies()
+    replay = Replay(model, Anatomy.of(model))
+    window = group_windows(replay, [["*.q_proj", "*.k_proj", "*.v_proj"], ["*.o_proj"], ["*.mlp.*"]])[0]
+    walk = Activations(replay, token_ids(batch=NUM, seq=SEQ), 2, CPU)
+    walk.enter([0])
+    forward, counts = GroupWindow.forward, []
+
+    def counting(*args: Any) -> Tensor:
+        counts.append(num_copies() - others)
+        return forward(*args)
+
+    monkeypatch.setattr(GroupWindow, "forward", counting)
+    try:
+        for _ in range(2):  # the second lets go of the first
+            walk.record(window)
+            counts.append(num_copies() - others)
+    finally:
+        gc.unfreeze()
+    assert max(counts) == 3
+    with torch.no_grad():
+        expected = torch.cat([window.forward(replay, hidden) for hidden in walk.hidden.split(2)])
+    assert walk.recorded is not None
+    assert torch.equal(walk.recorded, expected)
 
 
 class FixedReplay(Replay):

@@ -37,14 +37,21 @@ def in_one(directory: Path, scope: str, masks: str = "masks") -> Path:
 
 
 def assert_same_run(ours: Path, theirs: Path) -> None:
+    assert_same_result(ours, theirs)
+    assert runs.report(ours)["perplexity"] == runs.report(theirs)["perplexity"]
+    assert (ours / "fingerprint.json").read_text() == (theirs / "fingerprint.json").read_text()
+
+
+def assert_same_result(ours: Path, theirs: Path) -> None:
+    """The same bits; the perplexity to rounding, as an offloaded model is evaluated block by block."""
     assert same(weights(ours), weights(theirs))
     ours_results, theirs_results = (json.loads((run / "windows.json").read_text()) for run in (ours, theirs))
     assert list(ours_results) == list(theirs_results)
     assert untimed(ours_results) == untimed(theirs_results)
     one, other = runs.report(ours), runs.report(theirs)
-    for name in ("perplexity", "mask_violations", "train_tokens", "sparsity", "label", "scope"):
+    assert one["perplexity"] == pytest.approx(other["perplexity"], rel=1e-5)
+    for name in ("mask_violations", "train_tokens", "sparsity", "label", "scope"):
         assert one[name] == other[name], name
-    assert (ours / "fingerprint.json").read_text() == (theirs / "fingerprint.json").read_text()
 
 
 @pytest.mark.parametrize("of", [1, 2, 3, 16])
@@ -92,6 +99,33 @@ def test_groups_of_matrices_and_accumulated_gradients_too(directory: Path) -> No
     trained = in_processes(runs.fit, "submodule", 2, two, "three", *more)
     assert [len(names) for names in trained] == [2, 3]  # the second begins with the last group of block 0
     assert_same_run(two, one)
+
+
+@pytest.mark.parametrize(("scope", "masks", "offload"), [("submodule", "three", "disk"), ("block", "masks", "host")])
+def test_an_offloaded_model_is_recovered_by_two_processes_too(
+    scope: str, masks: str, offload: str, directory: Path
+) -> None:
+    run = directory / f"{scope}-{masks}-{offload}"
+    trained = in_processes(runs.fit, scope, 2, run, masks, "--model.offload", offload)
+    assert trained == TRAINED[scope, masks]
+    assert_same_result(run, in_one(directory, scope, masks))
+    report = runs.report(run)
+    assert (report["environment"]["strategy"], report["environment"]["processes"]) == ("window_parallel", 2)
+
+
+def test_jobs_read_a_random_model_from_disk(directory: Path) -> None:
+    run, one = directory / "random-jobs", directory / "random-one"
+    with ThreadPoolExecutor(2) as pool:  # at once: one of them writes the model, the other waits for it
+        ends = [
+            pool.submit(in_processes, runs.fit_random, run, "disk", "--windows", f"{part}/2", world=1)
+            for part in (1, 2)
+        ]
+        trained = [end.result()[0] for end in ends]
+    assert [len(names) for names in trained] == [3, 3]  # of three groups in each of two blocks
+    in_processes(runs.merge, run, world=1)
+    in_processes(runs.fit_random, one, "none", world=1)
+    assert_same_result(run, one)
+    assert not (run / "dense").exists()
 
 
 @pytest.mark.parametrize(("killed", "kept"), [(0, {"001"}), (1, {"000"})])

@@ -37,6 +37,9 @@ NOT_FINGERPRINTED = (
 )
 """Parts of the configuration that do not decide what a run computes, or whose content is taken instead."""
 
+NOT_FINGERPRINTED_OF_MODEL = ("activations", "activations_budget", "activations_host_budget")
+"""As above: a run whose disk was full goes on with its activations elsewhere."""
+
 DECISIVE = (
     "precision",
     "accumulate_grad_batches",
@@ -102,6 +105,8 @@ class FitCLI(LightningCLI):
         self.config.windows = None  # of this job, not of the run
         options = {key: value for key, value in self.config.as_dict().items() if key not in NOT_FINGERPRINTED}
         options["trainer"] = {name: self.config.trainer[name] for name in DECISIVE}
+        for name in NOT_FINGERPRINTED_OF_MODEL:
+            options["model"]["init_args"].pop(name, None)
         self.fingerprint: dict[str, Any] = {"options": options, "versions": versions()}
         if masks is not None and Path(masks).is_file():
             self.fingerprint["masks"] = digest(Path(masks).read_bytes().hex())

@@ -4,7 +4,7 @@ from recon.planner.fitting import Proposal, propose
 from recon.planner.memory import CATEGORIES, Moment, Prediction, Shape, predict
 from recon.planner.setting import SCOPES, Setting
 from recon.planner.table import print_plan
-from recon.planner.units import in_bytes, readable
+from recon.units import in_bytes, readable
 
 __all__ = [
     "CATEGORIES",

@@ -11,9 +11,9 @@ from rich.text import Text
 from recon.planner.fitting import Proposal, fits
 from recon.planner.memory import Prediction
 from recon.planner.moment import CATEGORIES
-from recon.planner.units import UNITS, readable
 from recon.report.sections import MISSING, format_number
 from recon.report.table import WIDEST
+from recon.units import UNITS, readable
 
 HEADERS = {"optimizer": "optim.", "activations": "activ.", "calibration": "calib.", "gradients": "grads"}
 

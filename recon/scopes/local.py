@@ -8,6 +8,7 @@ and targets, the default, windows do not depend on each other.
 import json
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from recon.activations import Activations, Observation, Propagation, Storage
+from recon.activations import Activations, Observation, Propagation
 from recon.anatomy import Block
 from recon.atomic import atomic_write, write_json
 from recon.data import TokenData
@@ -29,6 +30,7 @@ from recon.seeds import derived_seed
 from recon.shares import Share
 from recon.start import apply
 from recon.statistics import InputStatistics
+from recon.storage import Budget, Place, Storage
 from recon.strategies import WindowParallelStrategy
 from recon.windows import AttentionWindow, GroupWindow, MLPWindow, Window
 
@@ -47,7 +49,12 @@ class LocalScope(Scope):
             the dense model has behind the window, so that the error that enters is made up for. Where a block
             adds what attention returns to what entered it, this makes up for it from attention on, elsewhere
             from the block's output on.
-        activations: Where hidden states are between two passes: `device`, or `host`, from which each batch is copied.
+        activations: Where hidden states are between two passes: `device`; `host`, in its memory, from which each batch
+            is copied (to a CUDA device from pinned memory, while the batch in front trains); `disk`, in files without
+            names in the run directory, mapped into memory; `auto`, each copy in the first of these with room for it.
+            The results are the same. At most two copies are there at a time, and one of what attention returns.
+        activations_budget: For `auto`: what copies may take on the device of each process, such as 4GiB.
+        activations_host_budget: For `auto`: what they may take of the host's memory in each process; no limit if null.
         activations_dtype: In which precision they are kept; that of the model if null.
         **options: Which model: see `Scope`.
 
@@ -65,12 +72,16 @@ class LocalScope(Scope):
         epochs: int = 4,
         batch_size: int = 8,
         propagation: Propagation = "dense",
-        activations: Literal["device", "host"] = "device",
+        activations: Place = "device",
+        activations_budget: str | None = None,
+        activations_host_budget: str | None = None,
         activations_dtype: Literal["float32", "bfloat16"] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(epochs=epochs, **options)
-        self.storage = Storage(activations, None if activations_dtype is None else getattr(torch, activations_dtype))
+        budget = Budget.of(activations, activations_budget, activations_host_budget)
+        dtype = None if activations_dtype is None else getattr(torch, activations_dtype)
+        self._storage = Storage(activations, dtype, budget)
         if batch_size < 1:
             raise ValueError(f"model.batch_size must be at least 1, got {batch_size}")
         self.batch_size = batch_size
@@ -160,13 +171,8 @@ class LocalScope(Scope):
             what: Needs them not to, in the words of the message.
 
         Raises:
-            ValueError: If recovered weights enter a window, or processes would have to share an offloaded model.
+            ValueError: If recovered weights enter a window.
         """
-        if self.offload != "none":
-            raise ValueError(
-                f"{what} needs the whole model in each process, got model.offload: {self.offload}; choose "
-                f"model.offload: none, or recover all windows in one process"
-            )
         if self.propagation != "dense":
             raise ValueError(
                 f"{what} needs windows that do not depend on each other, got model.propagation: {self.propagation}, "
@@ -443,11 +449,10 @@ class LocalScope(Scope):
         """
         assert self.window is not None
         sums = torch.zeros(2, dtype=torch.float64)
-        for start in range(0, len(self.held_out.hidden), self.batch_size):
-            batch = self.batch(self.held_out, slice(start, start + self.batch_size))
+        for rows, batch in self.held_out.batches(self.held_out.rows(), partial(self.batch, self.held_out)):
             output, target = self.outputs(batch)
             error = (output - target).square().sum()
-            check_finite(error, f"window {self.window.name}, held-out batch that begins with sequence {start}")
+            check_finite(error, f"window {self.window.name}, held-out batch that begins with sequence {rows.start}")
             sums += torch.stack((error, target.square().sum())).cpu()
         return float(sums[0] / sums[1])
 
@@ -572,8 +577,8 @@ class WindowBatches:
         assert scope.window is not None
         seed = derived_seed(scope.data.seed, scope.windows.index(scope.window), scope._epoch)
         order = torch.randperm(len(scope.calibration.hidden), generator=torch.Generator().manual_seed(seed))
-        for rows in order.split(scope.batch_size):
-            yield scope.batch(scope.calibration, rows)
+        walk = scope.calibration
+        yield from (batch for _, batch in walk.batches(order.split(scope.batch_size), partial(scope.batch, walk)))
 
 
 def _larger(*needs: Observation) -> Observation:
