@@ -24,6 +24,7 @@ from recon.planner.moment import (
 from recon.planner.rehearsal import Rehearsal
 from recon.planner.setting import Setting
 from recon.replay import MAX_RECORDED_SHAPES
+from recon.storage import Budget, Place
 from recon.windows import AttentionWindow, GroupWindow, MLPWindow, Window
 
 
@@ -55,20 +56,30 @@ def windows_to_recover(rehearsal: Rehearsal, setting: Setting) -> list[Window]:
     return [window for window in rehearsal.windows(setting) if pruned.intersection(window.owned)]
 
 
-def calibration_bytes(rehearsal: Rehearsal, setting: Setting) -> int:
-    """Bytes of what enters and should leave the windows, for all calibration and held-out sequences."""
+def calibration_bytes(rehearsal: Rehearsal, setting: Setting) -> Counter[Place]:
+    """Where there is how much of what enters and should leave the windows, for all sequences."""
     copies = 2 + setting.taps
     if setting.scope == "block" and setting.stride is not None and setting.propagation == "dense":
         copies += -(-setting.num_blocks // setting.stride) - 1  # what enters windows that begin inside this one
-    width = copies * rehearsal.dim + _recorded_width(rehearsal, setting)
-    return _tokens(setting) * width * _kept_dtype(rehearsal, setting).itemsize
+    widths = [rehearsal.dim] * copies
+    if setting.groups is not None:
+        widths += [max(rehearsal.features(window, setting) for window in windows_to_recover(rehearsal, setting))]
+    budget = Budget(setting.activations_budget, setting.activations_host_budget)
+    placed: Counter[Place] = Counter()
+    for width in widths:
+        for number in (setting.num_sequences, setting.num_validation):
+            nbytes = number * setting.seq_len * width * _kept_dtype(rehearsal, setting).itemsize
+            place = budget.choose(nbytes) if setting.activations == "auto" else setting.activations
+            budget.left[place] -= nbytes
+            placed[place] += nbytes
+    return placed
 
 
 def local_moments(cast: Cast, setting: Setting) -> Iterator[Moment]:
     """The moments of one window of every kind."""
     stored = cast.stored
     given = _given(cast, setting)
-    calibration = calibration_bytes(stored, setting) if setting.activations == "device" else 0
+    calibration = calibration_bytes(stored, setting)["device"]
     pruned = stored.prunable(setting.exclude)
     for window in one_of_each(stored, setting):
         blocks = sum(stored.block_numel(block) for block in window.blocks)
@@ -82,8 +93,6 @@ def local_moments(cast: Cast, setting: Setting) -> Iterator[Moment]:
         matrices = [pruned[name].get_parameter("weight") for name in names]
         gram = _gram_bytes(stored, window, names, setting) if setting.collects else 0
         yield Moment("collect", held(passing, _passed(stored, window, names, setting), gram=gram))
-        if isinstance(window, GroupWindow):
-            yield Moment("record", held(passing, other=_record_bytes(stored, window, setting)))
         if setting.scope == "matrix":
             yield from _matrix_moments(cast, window, matrices, held(training, gram=gram), setting)
             continue
@@ -100,19 +109,19 @@ def solver_bytes(numel: int, casts: bool) -> int:
 def _training_moments(cast: Cast, window: Window, base: Counter[str], setting: Setting) -> Iterator[Moment]:
     trained = cast.trained
     learning = list(trained.learning(window.owned, setting).values())
+    batch = _batch_bytes(cast.stored, window, setting)
     # A gradient's mask is unpacked when it is first needed, and dropped when the epoch ends.
     base = held(
         base,
         weights=trained.adapter_bytes(window.owned, setting),
         masks=sum(trained.parameters[name].numel() for name in trained.masked(window.owned, setting)),
         optimizer=adamw_bytes(learning),
-        other=_waiting(cast.stored, window, setting),
+        other=_waiting(cast.stored, window, setting) + _is_fetched(setting) * batch,
     )
     step = trained.window(window, setting, cast.stored.dtype)
     yield Moment("forward", held(base, step.forward))
     yield Moment("backward", held(base, step.backward))
     gradients = sum(one.nbytes for one in learning)
-    batch = _batch_bytes(cast.stored, window, setting)
     yield Moment("step", held(base, gradients=gradients, other=adamw_temporary(learning, setting.device) + batch))
 
 
@@ -145,7 +154,7 @@ def _passed(stored: Rehearsal, window: Window, names: Sequence[str], setting: Se
     worst = max((stored.passed(block, setting).forward for block in window.blocks), key=Counter.total)
     other = 0
     if _is_copied(stored, setting):
-        other += _one_copy(stored, setting) * stored.item
+        other += (1 + _is_fetched(setting)) * _one_copy(stored, setting) * stored.item
     if setting.collects:
         tokens = setting.batch_size * setting.seq_len
         widths = [width for block in window.blocks for width in stored.inputs(block, names, setting)]
@@ -192,22 +201,9 @@ def _waiting(stored: Rehearsal, window: Window, setting: Setting) -> int:
     return stored.item * total
 
 
-def _record_bytes(stored: Rehearsal, window: Window, setting: Setting) -> int:
-    """What a group returns, of one split at a time, in pieces and together; the window's features are counted."""
-    sequences = max(setting.num_sequences, setting.num_validation)
-    features = stored.features(window, setting)
-    return sequences * setting.seq_len * features * _kept_dtype(stored, setting).itemsize
-
-
 def _gram_bytes(rehearsal: Rehearsal, window: Window, names: Sequence[str], setting: Setting) -> int:
     widths = [width for block in window.blocks for width in rehearsal.inputs(block, names, setting)]
     return (3 if setting.crosses else 1) * FP32 * sum(width**2 for width in widths)
-
-
-def _recorded_width(rehearsal: Rehearsal, setting: Setting) -> int:
-    if setting.groups is None:
-        return 0
-    return max(rehearsal.features(window, setting) for window in windows_to_recover(rehearsal, setting))
 
 
 def _one_copy(rehearsal: Rehearsal, setting: Setting) -> int:
@@ -217,15 +213,16 @@ def _one_copy(rehearsal: Rehearsal, setting: Setting) -> int:
 
 def _is_copied(stored: Rehearsal, setting: Setting) -> bool:
     """Whether a batch of what is kept is another tensor than what is kept."""
-    return _kept_dtype(stored, setting) != stored.dtype or (setting.activations != "device" and setting.device != "cpu")
+    return _kept_dtype(stored, setting) != stored.dtype or _is_fetched(setting)
+
+
+def _is_fetched(setting: Setting) -> bool:
+    """Whether batches are copied to another device, one ahead of the one in use."""
+    return setting.activations != "device" and setting.device != "cpu"
 
 
 def _kept_dtype(stored: Rehearsal, setting: Setting) -> torch.dtype:
     return setting.activations_dtype or stored.dtype
-
-
-def _tokens(setting: Setting) -> int:
-    return (setting.num_sequences + setting.num_validation) * setting.seq_len
 
 
 def one_of_each(rehearsal: Rehearsal, setting: Setting) -> dict[Window, int]:

@@ -87,7 +87,7 @@ class Prediction:
         peak = self.peak
         return {
             "scope": self.setting.scope,
-            "setting": {name: getattr(self.setting, name) for name in self.setting.__dataclass_fields__},
+            "setting": self.setting.as_dict(),
             "peak_bytes": peak.total,
             "moment": peak.name,
             "categories": {name: peak.held[name] for name in CATEGORIES},
@@ -157,8 +157,7 @@ def _host(shape: Shape, setting: Setting) -> dict[str, int]:
         outside = shape.num_parameters - sum(blocks)
         # Blocks that are read from disk are on the device alone.
         held["weights"] = outside * shape.stored.itemsize if setting.offload == "disk" else whole
-        if setting.activations == "host":
-            held["calibration"] = calibration_bytes(rehearsal, setting)
+        held["calibration"] = calibration_bytes(rehearsal, setting)["host"]
     else:
         offloaded = held_on_host(rehearsal, setting)
         held["weights"] = max(whole, offloaded["weights"])
@@ -174,6 +173,8 @@ def _disk(shape: Shape, setting: Setting) -> dict[str, int]:
     disk = {"model": shape.num_parameters * item, "masks": _masks(rehearsal, setting)}
     if setting.is_local:
         windows = windows_to_recover(rehearsal, setting)
+        processes = setting.world_size
+        disk["activations"] = processes * calibration_bytes(rehearsal, setting)["disk"]
         disk["windows"] = item * numel(rehearsal.parameters[name] for window in windows for name in window.owned)
     else:
         weights = rehearsal.num_parameters * rehearsal.item

@@ -1,6 +1,7 @@
 """The options of a run that decide what it needs, apart from the model."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 import lightning as L
@@ -22,10 +23,10 @@ from recon.scopes.base import StartName
 from recon.scopes.distillation import Distillation
 from recon.scopes.local import LocalScope
 from recon.solvers import GradientDescent
+from recon.storage import Place, Storage
 from recon.trainable import Parameters
 
 ScopeName = Literal["matrix", "submodule", "block", "full"]
-Place = Literal["device", "host"]
 Sharding = Literal["none", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
 SCOPES: tuple[ScopeName, ...] = get_args(ScopeName)
 
@@ -69,8 +70,10 @@ class Setting:
         world_size: Processes; in the local scopes each recovers its share of the windows.
         num_nodes: Machines that they run on.
         offload: Local scopes: where the model is while a window of it is recovered.
-        activations: Local scopes: where the activations of all sequences are between two passes.
-        activations_dtype: In which precision; that of the model if None.
+        activations: Local scopes: where the hidden states of all sequences are between two passes.
+        activations_budget: For `auto`: bytes that they may take on the device.
+        activations_host_budget: For `auto`: bytes that they may take of the host's memory; no limit if None.
+        activations_dtype: In which precision they are kept; that of the model if None.
         exclude: Patterns of modules that stay dense.
         masked: Whether anything is pruned.
         device: What kind of device computes: AdamW steps differently on them.
@@ -102,6 +105,8 @@ class Setting:
     num_nodes: int = 1
     offload: Offload = "none"
     activations: Place = "device"
+    activations_budget: int = 0
+    activations_host_budget: int | None = None
     activations_dtype: torch.dtype | None = None
     exclude: tuple[str, ...] = ()
     masked: bool = True
@@ -165,6 +170,10 @@ class Setting:
         cast = self.precision.endswith("-true") or self.is_zero
         return self.half if self.half is not None and cast else stored
 
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self) | {"activations_dtype": self.activations_dtype and str(self.activations_dtype)[6:]}
+
     @classmethod
     def of(
         cls,
@@ -201,7 +210,7 @@ class Setting:
         }
         if isinstance(scope, LocalScope):
             options |= {"propagation": scope.propagation, "offload": scope.offload}
-            options |= {"activations": scope.storage.place, "activations_dtype": scope.storage.dtype}
+            options |= _of_storage(scope.storage)
         if isinstance(scope, BlockDistillation):
             options |= {"num_blocks": scope.num_blocks, "stride": scope.stride}
         if isinstance(scope, SubmoduleDistillation) and scope.groups is not None:
@@ -223,6 +232,15 @@ class Setting:
             masked=masked,
             **options,
         )
+
+
+def _of_storage(storage: Storage) -> dict[str, Any]:
+    options: dict[str, Any] = {"activations": storage.place, "activations_dtype": storage.dtype}
+    if storage.budget is not None:
+        host = storage.budget.left["host"]
+        options["activations_budget"] = int(storage.budget.left["device"])
+        options["activations_host_budget"] = None if math.isinf(host) else int(host)
+    return options
 
 
 def _of_trainer(trainer: L.Trainer) -> dict[str, Any]:
