@@ -13,11 +13,11 @@ from recon.ranks import patient_group, size
 class WindowParallelStrategy(DDPStrategy):
     """Starts and connects processes as DDP does, and lets each of them train by itself.
 
-    With dense inputs windows do not depend on each other. Every process holds the whole model and goes through its
-    own share of the windows; no gradient is reduced. Shares may differ in size, and a process may have none: so
-    nothing that Lightning does within a fit may wait for the other processes. It broadcasts before every batch
-    whether to stop, and refuses training steps without a loss, where a trainer has several processes; to the trainer
-    each is therefore the only one. Processes meet again in `wait`.
+    With dense inputs windows do not depend on each other. Every process holds the model, or one window of it at a time
+    if it is offloaded, and goes through its own share of the windows; no gradient is reduced. Shares may differ in
+    size, and a process may have none: so nothing that Lightning does within a fit may wait for the other processes. It
+    broadcasts before every batch whether to stop, and refuses training steps without a loss, where a trainer has
+    several processes; to the trainer each is therefore the only one. Processes meet again in `wait`.
     """
 
     strategy_name = "window_parallel"
