@@ -84,9 +84,10 @@ class Adapted:
     def _update(self, a: Float[Tensor, "rank in"], b: Float[Tensor, "out rank"]) -> Float[Tensor, "rows columns"]:
         """(alpha / r) (B A) * 1[kept], laid out as the weight."""
         product = as_out_in(self.module, (self.scale * b) @ a)
-        return torch.where(self._keep(product.device), product, 0)
+        return torch.where(self.keep(product.device), product, 0)
 
-    def _keep(self, device: torch.device) -> Bool[Tensor, "rows columns"]:
+    def keep(self, device: torch.device) -> Bool[Tensor, "rows columns"]:
+        """The mask, unpacked, which stays on the device."""
         if device not in self._on_device:
             self._on_device = {device: unpack(self._packed.to(device), self._shape)}  # a model is on one at a time
         return self._on_device[device]

@@ -36,6 +36,7 @@ class Budget:
     def __init__(self, device: int, host: int | None = None) -> None:
         self.left: dict[Place, float] = {"device": device, "host": math.inf if host is None else host}
         self.left["disk"] = math.inf
+        self._home: set[int] = set()  # ids of the copies that are not on the device
 
     @classmethod
     def of(cls, place: Place, device: str | None, host: str | None) -> "Budget | None":
@@ -71,11 +72,18 @@ class Budget:
 
     def take(self, place: Place, tensor: Tensor) -> None:
         """Count `tensor` there as long as it lives."""
-        self._add(place, -tensor.nbytes)
-        weakref.finalize(tensor, self._add, place, tensor.nbytes).atexit = False
+        self.left[place] -= tensor.nbytes
+        if place != "device":
+            self._home.add(id(tensor))
+        weakref.finalize(tensor, self._free, place, tensor.nbytes, id(tensor)).atexit = False
 
-    def _add(self, place: Place, nbytes: int) -> None:
+    def is_home(self, tensor: Tensor) -> bool:
+        """Whether this copy is not on the device."""
+        return id(tensor) in self._home
+
+    def _free(self, place: Place, nbytes: int, key: int) -> None:
         self.left[place] += nbytes
+        self._home.discard(key)
 
 
 @dataclass(frozen=True)
@@ -98,6 +106,10 @@ class Storage:
     def may_leave(self) -> bool:
         """Whether what is kept may be elsewhere than where the model computes."""
         return self.place != "device"
+
+    def is_home(self, tensor: Tensor) -> bool:
+        """Whether a copy is in the host's memory, or mapped into it, whatever computes."""
+        return self.budget.is_home(tensor) if self.budget is not None else self.place != "device"
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Room for one copy.

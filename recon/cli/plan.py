@@ -15,7 +15,9 @@ from recon.cli.quiet import quiet
 from recon.data import TokenData
 from recon.planner import SCOPES, Prediction, Proposal, Setting, Shape, in_bytes, predict, print_plan, propose
 from recon.scopes import BlockDistillation, FullRetraining, MatrixReconstruction, Scope, SubmoduleDistillation
+from recon.scopes.distillation import Distillation
 from recon.scopes.local import LocalScope
+from recon.strategies import WindowParallelStrategy
 
 KINDS: dict[str, type[Scope]] = {
     kind.scope: kind for kind in (MatrixReconstruction, SubmoduleDistillation, BlockDistillation, FullRetraining)
@@ -23,6 +25,20 @@ KINDS: dict[str, type[Scope]] = {
 
 SHARED = ("name", "shape", "dtype", "revision", "tokenizer", "trust_remote_code", "save_dtype")
 """Options that the rows of other scopes take from the one that is configured."""
+
+SHARED_LOCALLY = (
+    "batch_size",
+    "propagation",
+    "offload",
+    "activations",
+    "activations_budget",
+    "activations_host_budget",
+    "activations_dtype",
+)
+"""Those that local scopes take from one."""
+
+SHARED_BY_DISTILLATION = ("epochs", "parameters")
+"""Those that submodule and block scope take from each other."""
 
 
 class PlanCLI(ParsingCLI):
@@ -38,12 +54,6 @@ class PlanCLI(ParsingCLI):
         super().add_arguments_to_parser(parser)
         parser.add_argument(
             "--device_memory", type=str | None, default=None, help="Of one device, such as 24GiB: say what fits."
-        )
-        parser.add_argument(
-            "--offload",
-            type=Literal["none", "host", "disk"],
-            default="none",
-            help="Local scopes: where the model is while a window of it is recovered.",
         )
         parser.add_argument(
             "--flop_rate",
@@ -90,41 +100,46 @@ def _rows(scope: Scope, config: Namespace) -> list[Scope]:
         if name == scope.scope:
             rows.append(scope)
             continue
-        options = {option: given[option] for option in SHARED if option in given}
-        if isinstance(scope, LocalScope) and name != "full":
-            options["batch_size"] = scope.batch_size
-        rows.append(KINDS[name](**options))
+        shared = SHARED + SHARED_LOCALLY * (isinstance(scope, LocalScope) and issubclass(KINDS[name], LocalScope))
+        shared += SHARED_BY_DISTILLATION * (isinstance(scope, Distillation) and issubclass(KINDS[name], Distillation))
+        rows.append(KINDS[name](**{option: given[option] for option in shared if option in given}))
     return rows
 
 
 def _setting(scope: Scope, data: TokenData, config: Namespace) -> Setting:
-    """The setting of a row; local scopes have one process whatever the trainer has."""
+    """The setting of a row; a strategy that a scope cannot have is left out of it."""
     trainer, exclude = config.trainer, tuple(config.pruning.exclude)
     setting = Setting.of(scope, data, exclude=exclude, masked=config.pattern is not None)
     device = "cpu" if trainer.accelerator == "cpu" else "cuda"
     setting = replace(setting, precision=_precision(trainer.precision), device=device)
-    if setting.is_local:
-        return setting if config.offload == "none" else replace(setting, offload=config.offload)
-    return replace(
-        setting,
-        accumulate=trainer.accumulate_grad_batches,
-        world_size=_devices(trainer.devices) * trainer.num_nodes,
-        **_sharding(trainer.strategy),
-    )
+    setting = replace(setting, accumulate=trainer.accumulate_grad_batches)
+    num, strategy = _devices(trainer.devices) * trainer.num_nodes, _strategy(trainer.strategy)
+    processes = {"world_size": num, "num_nodes": trainer.num_nodes}
+    if isinstance(scope, LocalScope):
+        if num == 1 or strategy != {"sharding": WindowParallelStrategy.strategy_name}:
+            return setting
+        scope.require_independent("strategy window_parallel")
+        return replace(setting, **processes)
+    if strategy == {"sharding": WindowParallelStrategy.strategy_name}:
+        return setting
+    return replace(setting, **processes, **strategy)
 
 
-def _sharding(strategy: Any) -> dict[str, Any]:
+def _strategy(strategy: Any) -> dict[str, Any]:
     if isinstance(strategy, str):
-        return {"sharding": "ddp" if strategy.startswith("ddp") else "none"}
+        parallel = strategy == WindowParallelStrategy.strategy_name
+        return {"sharding": strategy if parallel else "ddp" if strategy.startswith("ddp") else "none"}
     if strategy is None:
         return {}
     kind, options = strategy.class_path.rpartition(".")[2], strategy.init_args
+    if kind == "WindowParallelStrategy":
+        return {"sharding": WindowParallelStrategy.strategy_name}
     if kind == "FullyShardedStrategy":
         return {"sharding": "fsdp2"}
     if kind != "ZeroStrategy":
         raise ValueError(
-            f"planning knows ddp, recon.strategies.ZeroStrategy and FullyShardedStrategy, got {strategy.class_path}; "
-            f"choose one of configs/strategies"
+            f"planning knows ddp, window_parallel, recon.strategies.ZeroStrategy and FullyShardedStrategy, got "
+            f"{strategy.class_path}; choose one of configs/strategies"
         )
     names = ("offload_optimizer", "offload_parameters")
     return {"sharding": f"zero{options.stage}", **{name: bool(options[name]) for name in names}}

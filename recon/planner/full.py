@@ -1,4 +1,4 @@
-"""Full retraining: what each process holds on its device under every strategy, and the FLOPs of all of them.
+"""Full retraining: what each process holds on its device under every strategy.
 
 Activations are those of the model with one block and what each further block adds. What is partitioned follows
 arXiv 1910.02054, section 5, and is checked against DeepSpeed and FSDP2 by `tests/test_footprint.py`.
@@ -8,12 +8,11 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
 from recon.planner.local import solver_bytes
 from recon.planner.moment import (
     FP32,
-    SOLVER_ITERATIONS,
     Moment,
     adamw_bytes,
     adamw_temporary,
@@ -31,12 +30,12 @@ MAX_LIVE = 1_000_000_000
 """Elements of gathered weights that ZeRO-3 may keep, as Lightning sets it."""
 
 
-def learning(rehearsal: Rehearsal, setting: Setting) -> list[nn.Parameter]:
-    """The parameters that learn."""
+def learning(rehearsal: Rehearsal, setting: Setting) -> list[Tensor]:
+    """What learns."""
     names = [name for block in rehearsal.anatomy.blocks for name in block.parameters()]
     if setting.train == "all":
         names = list(rehearsal.parameters)
-    return [rehearsal.parameters[name] for name in rehearsal.learning(names, setting)]
+    return list(rehearsal.learning(names, setting).values())
 
 
 def optimizer_bytes(rehearsal: Rehearsal, setting: Setting) -> int:
@@ -62,7 +61,7 @@ def full_moments(rehearsal: Rehearsal, setting: Setting) -> Iterator[Moment]:
     if setting.solves:
         yield from _start_moments(rehearsal, setting)
     base, own_gradients = _held_all_along(rehearsal, setting)
-    first, further = _steps(rehearsal, setting)
+    first, further = steps_of(rehearsal, setting)
     kept = sum(count * step.kept for step, count in further)
     gradients = sum(count * step.forward[GRADIENTS] for step, count in further)
     forward, backward = first.forward.copy(), first.backward.copy()
@@ -83,27 +82,6 @@ def full_moments(rehearsal: Rehearsal, setting: Setting) -> Iterator[Moment]:
         yield Moment("step", held(base, gradients=whole, other=adamw_temporary(trained, setting.device)))
 
 
-def full_flops(rehearsal: Rehearsal, setting: Setting) -> int:
-    """FLOPs of the exact start, of training and of the held-out loss after each epoch."""
-    first, further = _steps(rehearsal, setting)
-    step = first.flops + sum(count * one.flops for one, count in further)
-    more = sum(count * one.forward_flops for one, count in further)
-    forward = first.forward_flops + more
-    if setting.loss == "distillation":  # the teacher's other blocks; `first` has those of its own
-        step, forward = step + more, forward + more
-    batches = setting.num_sequences / setting.batch_size
-    total = setting.epochs * (batches * step + setting.num_validation / setting.batch_size * forward)
-    if setting.solves:
-        pruned = rehearsal.prunable(setting.exclude)
-        for block in rehearsal.anatomy.blocks:
-            names = list(block.weights_among(pruned))
-            widths = rehearsal.inputs(block, names, setting) if names else []
-            total += batches * rehearsal.passed(block, setting).flops
-            total += 2 * setting.num_sequences * setting.seq_len * sum(width**2 for width in widths)
-            total += SOLVER_ITERATIONS * sum(2 * rehearsal.products(name) for name in names)
-    return round(total)
-
-
 def _held_all_along(rehearsal: Rehearsal, setting: Setting) -> tuple[Counter[str], bool]:
     """What stays on the device during training, and whether gradients are whole there, as the rehearsal has them."""
     item, world = rehearsal.dtype.itemsize, setting.world_size
@@ -114,6 +92,7 @@ def _held_all_along(rehearsal: Rehearsal, setting: Setting) -> tuple[Counter[str
     copies = 2 if setting.loss == "distillation" else 1
     optimizer = optimizer_bytes(rehearsal, setting)
     base: Counter[str] = Counter(weights=copies * item * num, masks=masks, optimizer=optimizer)
+    base["weights"] += rehearsal.adapter_bytes(list(rehearsal.parameters), setting)
     if setting.sharding == "ddp":
         base["other"] = item * trained  # buckets in which gradients are reduced
     if setting.is_zero:
@@ -136,7 +115,7 @@ def _held_all_along(rehearsal: Rehearsal, setting: Setting) -> tuple[Counter[str
     return base, setting.sharding in ("none", "ddp")
 
 
-def _steps(rehearsal: Rehearsal, setting: Setting) -> tuple[Step, list[tuple[Step, int]]]:
+def steps_of(rehearsal: Rehearsal, setting: Setting) -> tuple[Step, list[tuple[Step, int]]]:
     """A step with the first block only, and of every other kind of block what one adds, and how many there are."""
     others = rehearsal.anatomy.blocks[1:]
     kinds = {rehearsal.block_kind(block, setting): block for block in others}
@@ -157,7 +136,7 @@ def _start_moments(rehearsal: Rehearsal, setting: Setting) -> Iterator[Moment]:
         largest = max((pruned[name].get_parameter("weight") for name in names), key=nn.Parameter.numel)
         base = held(weights=weights, calibration=calibration, gram=gram)
         yield Moment("collect", held(base, rehearsal.passed(block, setting).forward))
-        yield Moment("solve", held(base, other=solver_bytes(largest)))
+        yield Moment("solve", held(base, other=solver_bytes(largest.numel(), rehearsal.item < FP32)))
 
 
 def _share(amount: int, world: int) -> int:

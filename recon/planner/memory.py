@@ -2,17 +2,17 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
-from recon.planner.full import full_flops, full_moments, held_on_host, optimizer_bytes
-from recon.planner.local import calibration_bytes, local_flops, local_moments, windows_to_recover
+from recon.planner.full import full_moments, held_on_host, optimizer_bytes
+from recon.planner.local import Cast, calibration_bytes, local_moments, windows_to_recover
 from recon.planner.moment import CATEGORIES, Moment, numel
 from recon.planner.rehearsal import Rehearsal
 from recon.planner.setting import Setting
+from recon.planner.work import Kind, full_work, local_work, seconds_of, stated
 from recon.pretrained import ModelSource
 
 
@@ -37,10 +37,15 @@ class Shape:
         self._rehearsals: dict[torch.dtype, Rehearsal] = {}
 
     def rehearsal(self, setting: Setting) -> Rehearsal:
-        """The model in the precision that its weights have while they are trained."""
-        dtype = setting.weights_dtype(self.stored)
-        if setting.offload != "none" and not setting.precision.endswith("-true"):
-            dtype = torch.float32  # a window on the device is trained in fp32 whatever the model is stored in
+        """The model in the precision that its weights have on the device."""
+        return self._in(setting.weights_dtype(self.stored))
+
+    def cast(self, setting: Setting) -> Cast:
+        """The model as it is passed, and as its windows are trained: in fp32, whatever it is stored in."""
+        stored = self.rehearsal(setting)
+        return Cast(stored, self._in(torch.promote_types(stored.dtype, torch.float32)))
+
+    def _in(self, dtype: torch.dtype) -> Rehearsal:
         if dtype not in self._rehearsals:
             self._rehearsals[dtype] = Rehearsal(self._config, dtype, self._trust)
         return self._rehearsals[dtype]
@@ -53,9 +58,10 @@ class Prediction:
     Args:
         setting: Of the run.
         moments: The worst of every kind, what the device that computes holds then.
-        host: Category -> bytes in the host's memory beside what its devices hold. Without a device the two add up.
+        host: Category -> bytes in the memory of one machine beside what devices hold, of all processes on it. Where
+            the host is the device too, the two add up.
         disk: What -> bytes in the run directory at its fullest.
-        flops: Of all processes together.
+        work: FLOPs of all processes together, by kind.
         seconds: At the FLOP rate given; None without one.
     """
 
@@ -63,8 +69,13 @@ class Prediction:
     moments: list[Moment]
     host: Mapping[str, int]
     disk: Mapping[str, int]
-    flops: int
-    seconds: float | None = field(default=None)
+    work: Mapping[Kind, int]
+    seconds: float | None = None
+
+    @property
+    def flops(self) -> int:
+        """Of all processes together."""
+        return sum(self.work.values())
 
     @property
     def peak(self) -> Moment:
@@ -76,7 +87,7 @@ class Prediction:
         peak = self.peak
         return {
             "scope": self.setting.scope,
-            "setting": {name: getattr(self.setting, name) for name in self.setting.__dataclass_fields__},
+            "setting": self.setting.as_dict(),
             "peak_bytes": peak.total,
             "moment": peak.name,
             "categories": {name: peak.held[name] for name in CATEGORIES},
@@ -86,38 +97,52 @@ class Prediction:
             "disk_bytes": sum(self.disk.values()),
             "disk": dict(self.disk),
             "flops": self.flops,
+            "work": dict(self.work),
             "seconds": self.seconds,
         }
 
 
-def predict(shape: Shape, setting: Setting, flop_rate: float | None = None) -> Prediction:
+def predict(shape: Shape, setting: Setting, flop_rate: float | Mapping[Kind, float] | None = None) -> Prediction:
     """Predict what a run needs.
 
     Args:
         shape: The model.
         setting: The options.
-        flop_rate: FLOP/s of one process in the precision of training, measured or stated.
+        flop_rate: FLOP/s of one process, one for all kinds of work or one for each.
 
     Raises:
         ValueError: If the model cannot be read or recovered in this way.
     """
-    rehearsal = shape.rehearsal(setting)
-    flops = (local_flops if setting.is_local else full_flops)(rehearsal, setting)
-    worst = _moments(rehearsal, setting)
-    seconds = None if flop_rate is None else flops / flop_rate / setting.world_size
-    host, disk = _host(shape, rehearsal, setting), _disk(shape, rehearsal, setting)
-    return Prediction(setting, worst, host, disk, flops, seconds)
+    try:
+        return _predict(shape, setting, flop_rate)
+    except RuntimeError as error:
+        raise ValueError(
+            f"planning runs a model's own code on tensors without numbers, {shape.name} cannot be run so: {error}"
+        ) from error
+
+
+def _predict(shape: Shape, setting: Setting, flop_rate: float | Mapping[Kind, float] | None) -> Prediction:
+    worst = _moments(shape, setting)
+    local = setting.is_local
+    work = local_work(shape.cast(setting), setting) if local else full_work(shape.rehearsal(setting), setting)
+    rates = stated(flop_rate) if isinstance(flop_rate, float | int) else flop_rate
+    seconds = None if rates is None else seconds_of(work, rates, setting)
+    return Prediction(setting, worst, _host(shape, setting), _disk(shape, setting), work, seconds)
 
 
 def peak_of(shape: Shape, setting: Setting) -> Moment:
     """The peak alone: quicker than the whole prediction."""
-    return max(_moments(shape.rehearsal(setting), setting), key=lambda moment: moment.total)
+    return max(_moments(shape, setting), key=lambda moment: moment.total)
 
 
-def _moments(rehearsal: Rehearsal, setting: Setting) -> list[Moment]:
+def _moments(shape: Shape, setting: Setting) -> list[Moment]:
     """The worst moment of every kind."""
     worst: dict[str, Moment] = {}
-    for moment in (local_moments if setting.is_local else full_moments)(rehearsal, setting):
+    if setting.is_local:
+        moments = local_moments(shape.cast(setting), setting)
+    else:
+        moments = full_moments(shape.rehearsal(setting), setting)
+    for moment in moments:
         if moment.name not in worst or moment.total > worst[moment.name].total:
             worst[moment.name] = moment
     return list(worst.values())
@@ -131,40 +156,39 @@ def _masks(rehearsal: Rehearsal, setting: Setting) -> int:
     return sum(-(-module.get_parameter("weight").numel() // 8) for module in prunable.values())
 
 
-def _host(shape: Shape, rehearsal: Rehearsal, setting: Setting) -> dict[str, int]:
+def _host(shape: Shape, setting: Setting) -> dict[str, int]:
+    rehearsal = shape.rehearsal(setting)
     whole = shape.num_parameters * shape.stored.itemsize  # every process loads it, and one gathers it to write it
-    calibration = calibration_bytes(rehearsal, setting) if setting.is_local and setting.offload == "host" else 0
-    tokens = (setting.num_sequences + setting.num_validation) * setting.seq_len * torch.int64.itemsize
-    window = max((numel(_owned(rehearsal, window)) for window in _windows(rehearsal, setting)), default=0)
-    held: Counter[str] = Counter()
-    held["weights"] = window * shape.stored.itemsize if setting.offload == "disk" else whole
-    held["calibration"], held["masks"], held["other"] = calibration, _masks(rehearsal, setting), tokens
-    if not setting.is_local:
+    held: Counter[str] = Counter(masks=_masks(rehearsal, setting))
+    held["other"] = (setting.num_sequences + setting.num_validation) * setting.seq_len * torch.int64.itemsize
+    if setting.is_local:
+        blocks = [rehearsal.block_numel(block) for block in rehearsal.anatomy.blocks]
+        outside = shape.num_parameters - sum(blocks)
+        # Blocks that are read from disk are on the device alone.
+        held["weights"] = outside * shape.stored.itemsize if setting.offload == "disk" else whole
+        held["calibration"] = calibration_bytes(rehearsal, setting)["host"]
+    else:
         offloaded = held_on_host(rehearsal, setting)
         held["weights"] = max(whole, offloaded["weights"])
         held["gradients"], held["optimizer"] = offloaded["gradients"], offloaded["optimizer"]
-    return {name: held[name] for name in CATEGORIES}
+    if setting.device == "cpu" and setting.offload == "none" and not setting.offload_parameters:
+        held["weights"] = 0  # the host's are the device's
+    processes = -(-setting.world_size // setting.num_nodes)
+    return {name: processes * held[name] for name in CATEGORIES}
 
 
-def _disk(shape: Shape, rehearsal: Rehearsal, setting: Setting) -> dict[str, int]:
-    item = shape.stored.itemsize
+def _disk(shape: Shape, setting: Setting) -> dict[str, int]:
+    item, rehearsal = shape.stored.itemsize, shape.rehearsal(setting)
     disk = {"model": shape.num_parameters * item, "masks": _masks(rehearsal, setting)}
     if setting.is_local:
-        disk["windows"] = item * sum(numel(_owned(rehearsal, window)) for window in _windows(rehearsal, setting))
-        if setting.offload == "disk":
-            disk["calibration"] = calibration_bytes(rehearsal, setting)
+        windows = windows_to_recover(rehearsal, setting)
+        processes = setting.world_size
+        disk["activations"] = processes * calibration_bytes(rehearsal, setting)["disk"]
+        disk["windows"] = item * numel(rehearsal.parameters[name] for window in windows for name in window.owned)
     else:
-        weights = rehearsal.num_parameters * rehearsal.dtype.itemsize
+        weights = rehearsal.num_parameters * rehearsal.item
         # The last one is deleted when the next is complete.
         disk["checkpoints"] = 2 * (weights + optimizer_bytes(rehearsal, setting))
         if setting.solves:
             disk["start"] = item * 8 * _masks(rehearsal, setting)
     return disk
-
-
-def _windows(rehearsal: Rehearsal, setting: Setting) -> list[Any]:
-    return windows_to_recover(rehearsal, setting) if setting.is_local else []
-
-
-def _owned(rehearsal: Rehearsal, window: Any) -> list[nn.Parameter]:
-    return [rehearsal.parameters[name] for name in window.owned]

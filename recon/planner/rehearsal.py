@@ -21,6 +21,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from recon.anatomy import Anatomy, Block
+from recon.lora import A, B, Lora, attach, merge
+from recon.masks import Masks
 from recon.planner.moment import numel
 from recon.planner.setting import Setting
 from recon.planner.step import Step, checkpointed, distance, model_loss, take_step
@@ -117,11 +119,55 @@ class Rehearsal:
             tensors = self._once(("given", setting.batch_size, setting.seq_len), lambda: self._given(setting))
             return sum({one.untyped_storage()._cdata: one.untyped_storage().nbytes() for one in tensors}.values())
 
-    def learning(self, names: Sequence[str], setting: Setting) -> list[str]:
-        """Those of some parameters that learn."""
+    @property
+    def item(self) -> int:
+        """Bytes of a weight."""
+        return self.dtype.itemsize
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Of all buffers."""
+        return sum(one.nbytes for one in self.model.buffers())
+
+    def block_numel(self, block: Block) -> int:
+        """Weights of a block."""
+        return self._once(("numel", block.index), lambda: numel(block.parameters().values()))
+
+    def block_buffers(self, block: Block) -> int:
+        """Bytes of a block's buffers."""
+        return self._once(("buffers", block.index), lambda: sum(one.nbytes for one in block.module.buffers()))
+
+    def learning(self, names: Sequence[str], setting: Setting) -> dict[str, Tensor]:
+        """What learns if some parameters are recovered: those of them that do, or adapters in their place."""
         if setting.parameters == "all":
-            return list(names)
-        return chosen({name: self.parameters[name] for name in names}, self.prunable(), setting.parameters)
+            return {name: self.parameters[name] for name in names}
+        if setting.parameters == "lora":
+            return self._adapters(self.masked(names, setting), setting.lora_rank)
+        found = chosen({name: self.parameters[name] for name in names}, self.prunable(), setting.parameters)
+        return {name: self.parameters[name] for name in found}
+
+    def masked(self, names: Sequence[str], setting: Setting) -> list[str]:
+        """Those of some parameters whose masks are unpacked where they learn or are adapted."""
+        if not setting.masked or setting.parameters == "vectors":
+            return []
+        pruned = self.prunable(setting.exclude)
+        return [name for name in names if name in pruned]
+
+    def adapter_bytes(self, names: Sequence[str], setting: Setting) -> int:
+        """Of the adapters of some parameters; 0 if there are none."""
+        return sum(one.nbytes for one in self.learning(names, setting).values()) * (setting.parameters == "lora")
+
+    def _adapters(self, names: Sequence[str], rank: int) -> dict[str, Tensor]:
+        """Tensors of the shapes that adapters of these matrices have."""
+
+        def pair(name: str) -> dict[str, Tensor]:
+            out, in_ = weight_out_in(self.prunable()[name]).shape
+            path = name.removesuffix(".weight")
+            return {f"{path}.{A}": torch.empty(rank, in_), f"{path}.{B}": torch.empty(out, rank)}
+
+        with self.faked():
+            pairs = [self._once(("adapters", name, rank), partial(pair, name)) for name in names]
+        return {name: one for found in pairs for name, one in found.items()}
 
     def prunable(self, exclude: Sequence[str] = ()) -> dict[str, nn.Module]:
         """Parameter name -> linear map that may be pruned."""
@@ -177,25 +223,23 @@ class Rehearsal:
         with self.faked():
             return self._once(("passed", kind, setting.taps, *_sizes(setting)), run)
 
-    def window(self, window: Window, setting: Setting) -> Step:
-        """A training step of a window, its optimizer having stepped before."""
-        names = self.learning(window.owned, setting)
+    def window(self, window: Window, setting: Setting, loaded: torch.dtype) -> Step:
+        """A training step of a window, its optimizer having stepped before; inputs are loaded in another precision."""
         shape = setting.batch_size, setting.seq_len, self.dim
+        target_shape = *shape[:2], self.features(window, setting)
 
-        features = self.features(window, setting)
-        target_shape = *shape[:2], features
+        def output(batch: list[Tensor]) -> Tensor:  # a function, for what it casts goes when it returns
+            return window.forward(self.replay, *(one.to(self.dtype) for one in batch)).float()
 
         def loss(batch: list[Tensor]) -> Tensor:
-            batch += [torch.empty(target_shape, dtype=self.dtype), torch.empty(shape, dtype=self.dtype)]
-            batch += [torch.empty(shape, dtype=self.dtype)] if isinstance(window, MLPWindow) else []
+            batch += [torch.empty(target_shape, dtype=loaded), torch.empty(shape, dtype=loaded)]
+            batch += [torch.empty(shape, dtype=loaded)] if isinstance(window, MLPWindow) else []
             with self._casting(setting):
-                output = window.forward(self.replay, *batch[1:]).float()
-                return distance(output, batch[0].float(), setting.loss)
+                return distance(output(batch[1:]), batch[0].float(), setting.loss)
 
-        kind = self.kind(window, setting)
+        key = "window", self.kind(window, setting), setting.loss, loaded, *_sizes(setting)
         with self.faked():
-            key = "window", kind, setting.loss, setting.parameters, setting.accumulate > 1, *_sizes(setting)
-            return self._once(key, lambda: self._step(names, loss, setting, self._given(setting)))
+            return self._once(key, lambda: self._step(window.owned, loss, setting, self._given(setting)))
 
     def features(self, window: Window, setting: Setting) -> int:
         """Width of what a window returns."""
@@ -212,7 +256,7 @@ class Rehearsal:
 
     def block(self, block: Block, setting: Setting) -> Step:
         """What one more block adds to a training step of the whole model."""
-        names = self.learning(list(block.parameters()), setting)
+        names = list(block.parameters())
         window = BlockWindow(block.name, [block], names, [])
 
         def loss(batch: list[Tensor]) -> Tensor:
@@ -223,7 +267,7 @@ class Rehearsal:
 
         kind = self.block_kind(block, setting)
         with self.faked():
-            key = "block", kind, setting.parameters, setting.gradient_checkpointing, *_sizes(setting)
+            key = "block", kind, setting.gradient_checkpointing, *_sizes(setting)
             return self._once(key, lambda: self._step(names, loss, setting, self._given(setting)))
 
     def head(self, setting: Setting) -> Step:
@@ -239,10 +283,9 @@ class Rehearsal:
             parent, _, name = first.name.rpartition(".")[0].rpartition(".")
             owner = self.model.get_submodule(parent)
             blocks = getattr(owner, name)
-            names = self.learning(list(first.parameters()), setting)
+            names = list(first.parameters())
             if setting.train == "all":
-                outside = [name for name in self.parameters if not self._in_blocks(name)]
-                names += self.learning(outside, setting)
+                names += [name for name in self.parameters if not self._in_blocks(name)]
             forward = first.module.forward
             try:
                 setattr(owner, name, nn.ModuleList([first.module]))
@@ -254,8 +297,8 @@ class Rehearsal:
                 vars(first.module).pop("forward", None)
 
         with self.faked():
-            key = "head", setting.loss, setting.parameters, setting.train, setting.gradient_checkpointing
-            return self._once((*key, setting.accumulate > 1, *_sizes(setting)), run)
+            key = "head", setting.loss, setting.train, setting.gradient_checkpointing, *_sizes(setting)
+            return self._once(key, run)
 
     @property
     def dim(self) -> int:
@@ -273,9 +316,19 @@ class Rehearsal:
         setting: Setting,
         known: Sequence[Tensor] = (),
     ) -> Step:
-        learning = {name: self.parameters[name] for name in names}
-        pruned = self.prunable() if setting.masked else ()
-        return take_step(learning, pruned, loss_of, setting.accumulate > 1, [*self.parameters.values(), *known])
+        known = [*self.parameters.values(), *known]
+        masked = self.masked(names, setting)
+        if setting.parameters != "lora":
+            return take_step(self.learning(names, setting), masked, loss_of, setting.accumulate > 1, known)
+        masks = Masks({name: torch.ones(self.parameters[name].shape, dtype=torch.bool) for name in masked})
+        adapters = attach(self.model, masks, masked, Lora(setting.lora_rank), seed=0)
+        try:
+            learning = {name: self.model.get_parameter(name) for name in adapters}
+            modules = [self.prunable()[name] for name in masked]
+            known += [vars(module)["forward"].keep(torch.device("cpu")) for module in modules]
+            return take_step(learning, (), loss_of, setting.accumulate > 1, known)
+        finally:
+            merge(self.model, adapters)
 
     def _given(self, setting: Setting) -> list[Tensor]:
         return _tensors([(call.args, call.kwargs) for call in self.replay._calls_for(self._hidden(setting))])
@@ -293,14 +346,26 @@ class Rehearsal:
 
 
 class _Unverified(Replay):
-    """Replay without its check: there are no numbers to compare."""
+    """Replay without its check, for there are no numbers to compare, that looks at one of several equal blocks."""
 
     def verify(self) -> None:
         """Nothing: `recon fit` verifies the real model."""
+        self._like: dict[str, tuple[set[str], set[str]]] = {}  # dependencies, under names within the block
+
+    def dependencies(self, index: int) -> tuple[set[str], set[str]]:
+        """As `Replay.dependencies`."""
+        block = self.anatomy.blocks[index]
+        kind, prefix = str(block.module), len(block.name)
+        if kind not in self._like:
+            attention, mlp = super().dependencies(index)
+            self._like[kind] = {name[prefix:] for name in attention}, {name[prefix:] for name in mlp}
+        attention, mlp = self._like[kind]
+        return {block.name + name for name in attention}, {block.name + name for name in mlp}
 
 
 def _sizes(setting: Setting) -> tuple[Any, ...]:
-    return setting.batch_size, setting.seq_len, setting.precision, setting.autocasts, setting.masked
+    learns = setting.parameters, setting.lora_rank, setting.masked, setting.exclude, setting.accumulate > 1
+    return setting.batch_size, setting.seq_len, setting.precision, setting.autocasts, *learns
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """The options of a run that decide what it needs, apart from the model."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 import lightning as L
@@ -8,6 +9,7 @@ import torch
 
 from recon.activations import Propagation
 from recon.data import TokenData
+from recon.offload import Offload
 from recon.ranks import layout
 from recon.scopes import (
     BlockDistillation,
@@ -21,10 +23,10 @@ from recon.scopes.base import StartName
 from recon.scopes.distillation import Distillation
 from recon.scopes.local import LocalScope
 from recon.solvers import GradientDescent
+from recon.storage import Place, Storage
 from recon.trainable import Parameters
 
 ScopeName = Literal["matrix", "submodule", "block", "full"]
-Offload = Literal["none", "host", "disk"]
 Sharding = Literal["none", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
 SCOPES: tuple[ScopeName, ...] = get_args(ScopeName)
 
@@ -56,7 +58,8 @@ class Setting:
         propagation: What enters a window.
         descent_steps: Steps of AdamW in place of the exact solver, in the matrix scope; 0 for the exact one.
         loss: As the scope has it.
-        parameters: What learns; adapters are not predicted.
+        parameters: What learns.
+        lora_rank: Rank of the adapters, with `parameters: lora`.
         train: `blocks` or `all`, in full retraining.
         gradient_checkpointing: Keep only what enters each block, in full retraining.
         accumulate: Batches an optimizer step.
@@ -64,9 +67,13 @@ class Setting:
         sharding: How processes share the model.
         offload_optimizer: ZeRO: gradients and optimizer state on the host.
         offload_parameters: ZeRO-3: the weights too.
-        world_size: Processes.
-        offload: Local scopes: where the model and the activations are while a window is recovered; `none`: all on the
-            device.
+        world_size: Processes; in the local scopes each recovers its share of the windows.
+        num_nodes: Machines that they run on.
+        offload: Local scopes: where the model is while a window of it is recovered.
+        activations: Local scopes: where the hidden states of all sequences are between two passes.
+        activations_budget: For `auto`: bytes that they may take on the device.
+        activations_host_budget: For `auto`: bytes that they may take of the host's memory; no limit if None.
+        activations_dtype: In which precision they are kept; that of the model if None.
         exclude: Patterns of modules that stay dense.
         masked: Whether anything is pruned.
         device: What kind of device computes: AdamW steps differently on them.
@@ -86,6 +93,7 @@ class Setting:
     descent_steps: int = 0
     loss: str = "normalised"
     parameters: Parameters = "all"
+    lora_rank: int = 16
     train: Literal["blocks", "all"] = "blocks"
     gradient_checkpointing: bool = False
     accumulate: int = 1
@@ -94,7 +102,12 @@ class Setting:
     offload_optimizer: bool = False
     offload_parameters: bool = False
     world_size: int = 1
+    num_nodes: int = 1
     offload: Offload = "none"
+    activations: Place = "device"
+    activations_budget: int = 0
+    activations_host_budget: int | None = None
+    activations_dtype: torch.dtype | None = None
     exclude: tuple[str, ...] = ()
     masked: bool = True
     device: Literal["cuda", "cpu"] = "cuda"
@@ -103,16 +116,6 @@ class Setting:
         if self.precision not in PRECISIONS:
             raise ValueError(
                 f"planning knows trainer.precision {', '.join(PRECISIONS)}, got {self.precision!r}; choose one of them"
-            )
-        if self.parameters == "lora":
-            raise ValueError(
-                "planning counts weights that learn themselves, got model.parameters: lora; plan with all, which "
-                "needs more memory for gradients and optimizer state"
-            )
-        if self.is_local and self.world_size > 1:
-            raise ValueError(
-                f"the {self.scope} scope runs in one process, got trainer.devices and trainer.num_nodes that make "
-                f"{self.world_size}; set both to 1, or plan scopes/full"
             )
         if not self.is_local and self.offload != "none":
             raise ValueError(
@@ -155,10 +158,21 @@ class Setting:
         """Whether Gram matrices are collected."""
         return self.masked and (self.solves or self.scope == "matrix")
 
+    @property
+    def crosses(self) -> bool:
+        """Whether Gram matrices of dense and recovered inputs together are collected, too."""
+        return self.scope == "matrix" and self.propagation == "recovered"
+
     def weights_dtype(self, stored: torch.dtype) -> torch.dtype:
         """The precision of the working weights of a model loaded in `stored`."""
+        if self.offload != "none":
+            return stored  # Lightning, which casts, does not have the model
         cast = self.precision.endswith("-true") or self.is_zero
         return self.half if self.half is not None and cast else stored
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self) | {"activations_dtype": self.activations_dtype and str(self.activations_dtype)[6:]}
 
     @classmethod
     def of(
@@ -166,7 +180,6 @@ class Setting:
         scope: Scope,
         data: TokenData,
         trainer: L.Trainer | None = None,
-        offload: Offload = "none",
         exclude: tuple[str, ...] = (),
         masked: bool = True,
     ) -> "Setting":
@@ -176,7 +189,6 @@ class Setting:
             scope: Its scope.
             data: Its data; nothing is read.
             trainer: Its trainer; one process in fp32 if None.
-            offload: See `Setting`; for a local scope without such an option.
             exclude: See `Setting`.
             masked: See `Setting`.
 
@@ -197,7 +209,8 @@ class Setting:
             "num_validation": amounts["num_validation"],
         }
         if isinstance(scope, LocalScope):
-            options |= {"propagation": scope.propagation, "offload": getattr(scope, "offload", offload)}
+            options |= {"propagation": scope.propagation, "offload": scope.offload}
+            options |= _of_storage(scope.storage)
         if isinstance(scope, BlockDistillation):
             options |= {"num_blocks": scope.num_blocks, "stride": scope.stride}
         if isinstance(scope, SubmoduleDistillation) and scope.groups is not None:
@@ -205,7 +218,7 @@ class Setting:
         if isinstance(scope, MatrixReconstruction) and isinstance(scope.solver, GradientDescent):
             options["descent_steps"] = scope.solver.steps
         if isinstance(scope, Distillation | FullRetraining):
-            options |= {"loss": scope.loss, "parameters": scope.which_parameters}
+            options |= {"loss": scope.loss, "parameters": scope.which_parameters, "lora_rank": scope.lora.rank}
         if isinstance(scope, FullRetraining):
             options |= {"train": scope.train_what, "gradient_checkpointing": scope.gradient_checkpointing}
         if trainer is not None:
@@ -221,12 +234,22 @@ class Setting:
         )
 
 
+def _of_storage(storage: Storage) -> dict[str, Any]:
+    options: dict[str, Any] = {"activations": storage.place, "activations_dtype": storage.dtype}
+    if storage.budget is not None:
+        host = storage.budget.left["host"]
+        options["activations_budget"] = int(storage.budget.left["device"])
+        options["activations_host_budget"] = None if math.isinf(host) else int(host)
+    return options
+
+
 def _of_trainer(trainer: L.Trainer) -> dict[str, Any]:
     name = str(layout(trainer)["strategy"])
     return {
         "precision": str(trainer.precision),
         "accumulate": trainer.accumulate_grad_batches,
-        "world_size": trainer.world_size,
+        "world_size": trainer.num_devices * trainer.num_nodes,
+        "num_nodes": trainer.num_nodes,
         "device": "cuda" if trainer.strategy.root_device.type == "cuda" else "cpu",
         **sharding_of(name, getattr(trainer.strategy, "config", None)),
     }

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -35,7 +35,7 @@ class Step:
 
 
 def take_step(
-    learning: Mapping[str, nn.Parameter],
+    learning: Mapping[str, Tensor],
     pruned: Collection[str],
     loss_of: Callable[[list[Tensor]], Tensor],
     accumulates: bool,

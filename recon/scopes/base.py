@@ -93,6 +93,7 @@ class Scope(L.LightningModule, ABC):
         self.directory: Path | None = None
         self.phases = Phases()
         self.evaluation: Evaluation | None = None  # of the recovered model, where only the fit holds it in parts
+        self._losses: list[tuple[torch.Tensor, str]] = []  # not looked at yet, and of what
 
     @property
     def label(self) -> str:
@@ -247,6 +248,32 @@ class Scope(L.LightningModule, ABC):
         """Tell the trainer how long the fit is: the scope knows its windows and epochs."""
         if stage == "fit":
             self.trainer.fit_loop.max_epochs = self.max_epochs
+
+    def log_loss(self, name: str, loss: torch.Tensor, where: str, **options: Any) -> None:
+        """Log the loss of a step that trains, and stop the run if it is no number.
+
+        That is found when a loss is written to a logger, each `trainer.log_every_n_steps` steps, and with the last
+        batch of an epoch: to ask at every step would make the host wait for the device each time. Nothing is saved
+        in between.
+
+        Args:
+            name: What the loss is called.
+            loss: Of this batch.
+            where: Of what it is the loss, for the message.
+            **options: As `LightningModule.log` takes them.
+
+        Raises:
+            FloatingPointError: If this loss or one before it is NaN or infinite, naming the first.
+        """
+        self._losses.append((loss.detach(), where))
+        step, every = self.trainer.global_step + 1, self.trainer.log_every_n_steps  # pyright: ignore
+        if not (self.trainer.is_last_batch or (every and step % every == 0)):
+            return
+        noted, self._losses = self._losses, []
+        if not torch.stack([loss for loss, _ in noted]).isfinite().all():
+            for each in noted:
+                check_finite(*each)
+        self.log(name, loss, **options)
 
     def on_fit_end(self) -> None:
         """Refuse a result that violates its masks, whichever callbacks there were.

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from recon.exact import solve
 from recon.lora import DEFAULT_LORA, Lora, attach, merge
-from recon.scopes.base import StartName, check_finite, warmup_and_linear_decay
+from recon.scopes.base import StartName, warmup_and_linear_decay
 from recon.scopes.local import Batch, LocalScope
 from recon.shapes import as_out_in, weight_out_in
 from recon.statistics import InputStatistics
@@ -108,8 +108,8 @@ class Distillation(LocalScope):
         else:
             error = (output - target).square()
             loss = error.mean() if self.loss == "mse" else error.sum() / target.square().sum()
-        check_finite(loss, f"window {self.window.name}, epoch {self._epoch}, batch {batch_idx}")
-        self.log("loss", loss, prog_bar=True, batch_size=len(batch["hidden"]))
+        where = f"window {self.window.name}, epoch {self._epoch}, batch {batch_idx}"
+        self.log_loss("loss", loss, where, prog_bar=True, batch_size=len(batch["hidden"]))
         return loss
 
     def end(self, window: Window) -> dict[str, Any]:
