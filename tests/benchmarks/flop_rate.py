@@ -100,7 +100,9 @@ def measure(
     for scope in scopes or (("submodule",) if device == "cuda" else SCOPES):
         what = work(device, scope, quick)
         rates = [product_rate(*what.product, what.dtype, device), product_rate(*[what.square] * 3, what.dtype, device)]
-        operations = what.times * count(arguments(scope, directory / f"{scope}-counted", *(what.counted or what.options)))
+        operations = what.times * count(
+            arguments(scope, directory / f"{scope}-counted", *(what.counted or what.options))
+        )
         run = fit(scope, directory / scope, *what.options)
         rates.append(product_rate(*what.product, what.dtype, device))
         rates.append(product_rate(*[what.square] * 3, what.dtype, device))
