@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from recon.ledger import Held, sampled
 from recon.replay import Replay
 from recon.statistics import InputStatistics, Need, collect, collect_pairs
 from recon.windows import Window
@@ -87,6 +88,7 @@ class Activations:
         self.tap, self.starts = tap, frozenset(starts)
         self.device = device
         self._place = device if storage.place == "device" else torch.device("cpu")
+        self._at_home = storage.place == "host"
         self._pinned = self._place != device and device.type == "cuda"
         self.hidden: Float[Tensor, "num seq dim"] = self._embed(tokens, storage.dtype)
         self.attention: Float[Tensor, "num seq dim"] | None = None
@@ -100,7 +102,7 @@ class Activations:
 
     @torch.no_grad()
     def _embed(self, tokens: Int[Tensor, "num seq"], dtype: torch.dtype | None) -> Float[Tensor, "num seq dim"]:
-        for start in range(0, len(tokens), self.batch_size):
+        for start in sampled(range(0, len(tokens), self.batch_size), "embed"):
             piece = self.replay.embed(tokens[start : start + self.batch_size].to(self.device))
             if start == 0:
                 self.dtype = piece.dtype  # in which the model computes
@@ -160,11 +162,17 @@ class Activations:
         self.recorded = None
         return found
 
+    def held(self) -> Held:
+        """What is kept of all sequences; before `__init__` has ended, what there is."""
+        own = vars(self)
+        tensors = [own.get(name) for name in ("hidden", "attention", "output", "recorded", "_kept")]
+        return Held("calibration", tensors, at_home=own.get("_at_home", False))
+
     @torch.no_grad()
     def record(self, window: Window) -> None:
         """Compute what `window`, with the weights that it has now, makes of what enters the current blocks."""
         self.recorded = None  # lets go of the last one
-        pieces = (window.forward(self.replay, self.load(self.hidden, rows)) for rows in self._rows())
+        pieces = (window.forward(self.replay, self.load(self.hidden, rows)) for rows in self._rows("record"))
         self.recorded = torch.cat([piece.to(self._place, self.hidden.dtype) for piece in pieces])
 
     @torch.no_grad()
@@ -188,7 +196,7 @@ class Activations:
         assert self.output is not None
         matrices, (block,) = dict(matrices or {}), self.blocks
         with collect(matrices, need) as found:
-            for rows in self._rows():
+            for rows in self._rows("pass attention"):
                 hidden = self.load(self.hidden, rows)
                 attention = self.replay.tap(block, hidden)
                 self.attention[rows] = attention
@@ -246,7 +254,7 @@ class Activations:
         passed, fresh = range(start, self._ahead), range(max(start, self._ahead), stop)
         if need == "cross":
             with collect_pairs(matrices) as pairs:
-                for rows in self._rows():
+                for rows in self._rows("walk both"):
                     hidden = self._through(passed, self.load(self.hidden, rows))
                     for index in fresh:  # both streams block by block: only one block's dense inputs are held
                         with pairs.dense():
@@ -255,9 +263,9 @@ class Activations:
                             hidden = self.replay.run(index, hidden)
             return pairs.statistics
         with collect(matrices, need) as found:
-            for rows in self._rows() if need != "none" else ():
+            for rows in self._rows("walk recovered") if need != "none" else ():
                 self._through([*passed, *fresh], self.load(self.hidden, rows))
-        for rows in self._rows():
+        for rows in self._rows("walk"):
             for index in fresh:
                 self._pass_rows(index, rows)
         return found
@@ -281,7 +289,7 @@ class Activations:
         return hidden
 
     def _pass(self, index: int, source: Tensor, output: Tensor, attention: Tensor | None = None) -> None:
-        for rows in self._rows():
+        for rows in self._rows("walk"):
             output[rows] = self._run(index, rows, self.load(source, rows), attention)
 
     def _run(self, index: int, rows: slice, hidden: Tensor, attention: Tensor | None) -> Tensor:
@@ -300,9 +308,10 @@ class Activations:
                 f"with sequence {rows.start}; check the weights, or load the model in a wider dtype"
             )
 
-    def _rows(self) -> Iterator[slice]:
-        for start in range(0, len(self.hidden), self.batch_size):
-            yield slice(start, start + self.batch_size)
+    def _rows(self, stage: str) -> Iterator[slice]:
+        """Batches of sequences; `stage` is what an account of memory calls the pass over them."""
+        starts = range(0, len(self.hidden), self.batch_size)
+        return sampled((slice(start, start + self.batch_size) for start in starts), stage)
 
     def _room(self, tensor: Tensor | None) -> Tensor:
         return torch.empty_like(self.hidden, pin_memory=self._pinned) if tensor is None else tensor

@@ -259,8 +259,8 @@ class Scope(L.LightningModule, ABC):
             FloatingPointError: If this loss or one before it is NaN or infinite, naming the first.
         """
         self._losses.append((loss.detach(), where))
-        step, every = self.trainer.global_step + 1, self.trainer.log_every_n_steps
-        if not (self.trainer.is_last_batch or (every and step % every == 0)):
+        every: int = self.trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]
+        if not (self.trainer.is_last_batch or (every and (self.trainer.global_step + 1) % every == 0)):
             return
         noted, self._losses = self._losses, []
         if not torch.stack([loss for loss, _ in noted]).isfinite().all():

@@ -14,6 +14,12 @@ from unittest import mock
 import lightning as L
 
 from recon.cli.fit import main as recon_fit
+from recon.ledger import SIDES
+from recon.recovery import NOT_RECOVERY
+from recon.report.memory_phases import tracked
+
+NOT_THE_FIT = (*NOT_RECOVERY, "load", "save")
+"""Phases that pass the whole model through the host, or evaluate it."""
 
 LEAN = ("--baselines", "false", "--drift", "false", "--summary", "false", "--data.num_test", "1")
 """Leaves out what is not recovery, as far as that goes."""
@@ -79,7 +85,8 @@ def peak_bytes(memory: dict[str, Any]) -> dict[str, int | None]:
 
     None where `memory.json` does not have them by category.
     """
-    return {"device_bytes": None, "host_bytes": None}
+    phases = [phase for phase in memory["phases"] if phase["phase"] not in NOT_THE_FIT]
+    return {f"{side}_bytes": max(tracked(phase, side) for phase in phases) or None for side in SIDES}
 
 
 def say(message: str) -> None:
