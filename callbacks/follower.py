@@ -78,7 +78,7 @@ class Follower:
                 return
             if not self._is_complete and not trainer.is_last_batch:
                 return
-            self.ledger.open(f"{self.step(trainer)}, held")
+            self.ledger.open(f"{self.step(trainer)}, held", listen=True)
         if is_first or self._steps:
             self.ledger.listen()
             self.ledger.forward(f"{self.step(trainer)}, forward")
@@ -105,12 +105,10 @@ class Follower:
             return None
         self.ledger.step("between steps")
         self.ledger.pause()
-        if self._is_complete:
-            self._is_done = True
-            return self.ledger.close()
-        if self._is_new:
-            self.ledger.settle()  # while those are there who hold what
-        return None
+        if not self._is_complete:
+            return None
+        self._is_done = True
+        return self.ledger.close()
 
     def step(self, trainer: L.Trainer) -> str:
         """The optimizer step under way, counted from this phase's first."""

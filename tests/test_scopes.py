@@ -9,6 +9,7 @@ import pytest
 import torch
 from families import DEPTH, tiny
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from references import masked_least_squares, relative_error
 from scope_fixtures import (
     IGNORED,
@@ -539,6 +540,41 @@ def test_a_diverging_loss_names_window_and_batch(kind: str, where: str, tmp_path
     with pytest.raises(FloatingPointError, match=where):
         fit(scope)
     assert not (tmp_path / "windows").exists()
+
+
+def test_losses_are_looked_at_when_they_are_logged_and_at_an_epochs_end(tmp_path: Path) -> None:
+    class Losses(Callback):
+        def __init__(self) -> None:
+            self.seen: list[float] = []
+            self.logged: dict[int, float] = {}
+
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, *args: Any) -> None:
+            self.seen.append(float(outputs["loss"]))
+
+    class Lines(CSVLogger):
+        def log_metrics(self, metrics: dict, step: int | None = None) -> None:  # type: ignore[override]
+            if "loss" in metrics:
+                assert step is not None
+                losses.logged[step] = metrics["loss"]
+
+    def fit_logged(**options: Any) -> None:
+        scope = prepared(LOCAL["block"](name=name, epochs=1, batch_size=1, **options), directory=tmp_path)
+        trainer = trainer_of(MaskEnforcer(), losses, log_every_n_steps=4)
+        trainer.loggers = [Lines(tmp_path)]
+        trainer.fit(scope)
+
+    name, losses = save_tiny("gpt2", tmp_path), Losses()
+    fit_logged()
+    assert len(losses.seen) == 10 * DEPTH
+    assert losses.logged == {step: losses.seen[step] for step in range(3, 10 * DEPTH, 4)}
+
+    for file in (tmp_path / "windows").iterdir():
+        file.unlink()
+    losses = Losses()
+    with pytest.raises(FloatingPointError, match=r"got nan in window 000, epoch 1, batch 1;"):
+        fit_logged(lr=1e30)
+    assert len(losses.seen) == 3  # the fourth is asked for all
+    assert not any((tmp_path / "windows").iterdir())
 
 
 @pytest.mark.parametrize(

@@ -78,16 +78,23 @@ class Ledger:
         """Whether births are seen."""
         return self._listener is not None
 
-    def open(self, stage: str) -> None:
-        """Begin an account with all that lives now; the peaks of earlier ones stay until `reset`."""
+    def open(self, stage: str, listen: bool = False) -> None:
+        """Begin an account with all that lives now; the peaks of earlier ones stay until `reset`.
+
+        Args:
+            stage: What is going on.
+            listen: Whether to see births from now on.
+        """
         assert not self.is_open
-        self._started, self.stage, self._was_away = time.monotonic(), stage, True
+        self._started, self.stage = time.monotonic(), stage
         try:
             self._scan()
         except BaseException:
             self._forget()
             raise
         _open.append(self)
+        if listen:
+            self._listen()
 
     def remember(self) -> None:
         """Note which holders are there, before `gc.freeze` hides them from later looks."""
@@ -101,17 +108,14 @@ class Ledger:
     def listen(self) -> None:
         """See births, until `pause`, which is to be called within the same contexts."""
         if self._listener is None:
-            if self._was_away:
-                self._scan()
-            self._listener = Listener(self._born)
-            self._listener.__enter__()
+            self._scan()  # for what was born meanwhile
+            self._listen()
 
     def pause(self) -> None:
         """See no births for a while."""
         if self._listener is not None:
             listener, self._listener = self._listener, None
             listener.__exit__(None, None, None)
-            self._was_away = True
 
     @contextmanager
     def following(self, stage: str) -> Iterator[None]:
@@ -189,6 +193,10 @@ class Ledger:
         self._scan()
         return {key: ref.entry for key, ref in list(self._live.items())}
 
+    def _listen(self) -> None:
+        self._listener = Listener(self._born)
+        self._listener.__enter__()
+
     def _born(self, out: Any, operation: Any) -> None:
         """An operation returned `out`."""
         for tensor in (out,) if isinstance(out, Tensor) else tensors_in(out):
@@ -253,7 +261,7 @@ class Ledger:
         self._opening: list[Entry] = []
         self._followed: set[str] = set()
         self._candidates: set[Entry] | None = None
-        self._is_backward = self._was_away = False
+        self._is_backward = False
         self._started: float | None = None
 
 

@@ -4,7 +4,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -13,6 +12,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
+from recon.activations import ON_DEVICE
 from recon.anatomy import Anatomy
 from recon.data import TokenData
 from recon.evaluation import Evaluation
@@ -25,7 +25,6 @@ from recon.pretrained import ModelSource, empty
 from recon.replay import Replay
 from recon.residence import Residence
 from recon.start import EXACT, Start, apply, written
-from recon.storage import ON_DEVICE, Storage
 
 StartName = Literal["pruned", "moved", "exact"]
 
@@ -83,7 +82,7 @@ class Scope(L.LightningModule, ABC):
         self.epochs, self.start = epochs, start
         self.offload: Offload = offload
         self.residence: Residence | None = None  # of a model that is not on the device
-        self._storage = ON_DEVICE
+        self.storage = ON_DEVICE
         self.start_weights: Mapping[str, torch.Tensor] | None = None  # of every mask; None for the dense survivors
         self.start_seconds = 0.0  # what it took to solve for them
         self.model: PreTrainedModel
@@ -109,11 +108,6 @@ class Scope(L.LightningModule, ABC):
     @abstractmethod
     def max_epochs(self) -> int:
         """How many Lightning epochs the fit takes."""
-
-    @property
-    def storage(self) -> Storage:
-        """Where hidden states are kept between two passes; if that is on disk, in the run's directory."""
-        return replace(self._storage, directory=self.directory)
 
     @property
     def loads_whole(self) -> bool:
@@ -191,9 +185,8 @@ class Scope(L.LightningModule, ABC):
         if self.residence is None or self.residence.shards is None:
             return masks.check(self.model)
         for block in self.residence.anatomy.blocks:
-            if names := [name for name in block.parameters() if name in masks]:
-                self.residence.visit(block.index)
-                masks.subset(names).check(self.model)
+            self.residence.visit(block.index)
+            masks.subset(name for name in block.parameters() if name in masks).check(self.model)
 
     def prepare(
         self,
@@ -266,8 +259,8 @@ class Scope(L.LightningModule, ABC):
             FloatingPointError: If this loss or one before it is NaN or infinite, naming the first.
         """
         self._losses.append((loss.detach(), where))
-        step, every = self.trainer.global_step + 1, self.trainer.log_every_n_steps  # pyright: ignore
-        if not (self.trainer.is_last_batch or (every and step % every == 0)):
+        every: int = self.trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]
+        if not (self.trainer.is_last_batch or (every and (self.trainer.global_step + 1) % every == 0)):
             return
         noted, self._losses = self._losses, []
         if not torch.stack([loss for loss, _ in noted]).isfinite().all():

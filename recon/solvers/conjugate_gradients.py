@@ -109,9 +109,14 @@ def _descend(
             weight[rows] = W
             if num_active == 0:
                 return iteration
-            rows, W, M, R, P = rows[active], W[active], M[active], R[active], P[active]
-            target, previous, active = target[active], previous[active], active[active]
+            # Into memory that holds nothing now, so that what a solve takes does not depend on when its rows finish.
+            left = active.nonzero().flatten()
+            W, Z = _take(W, left, Z), W
+            M, Q = _take(M, left, Q), M
+            R, Z = _take(R, left, Z), R
+            P, Q = _take(P, left, Q), P
             Z, Q = Z[:num_active], Q[:num_active]
+            rows, target, previous, active = rows[left], target[left], previous[left], active[left]
         torch.mul(R, preconditioner, out=Z)
         rz = vecdot(R, Z)
         P.mul_(torch.where(active, rz / previous, 0)[:, None]).add_(Z)
@@ -124,3 +129,8 @@ def _descend(
         R.addcmul_(step, Q, value=-1)
     weight[rows] = W
     return max_iterations
+
+
+def _take(matrix: Tensor, rows: Tensor, out: Tensor) -> Tensor:
+    """Some rows of a matrix, in the memory of `out`."""
+    return torch.index_select(matrix, 0, rows, out=out[: len(rows)])

@@ -1,5 +1,6 @@
 """`recon fit` as the benchmarks call it: in this process, quietly, and what it left in its run directory."""
 
+import gc
 import io
 import json
 import sys
@@ -14,6 +15,12 @@ from unittest import mock
 import lightning as L
 
 from recon.cli.fit import main as recon_fit
+from recon.ledger import SIDES
+from recon.recovery import NOT_RECOVERY
+from recon.report.memory_phases import tracked
+
+NOT_THE_FIT = (*NOT_RECOVERY, "load", "save")
+"""Phases that pass the whole model through the host, or evaluate it."""
 
 LEAN = ("--baselines", "false", "--drift", "false", "--summary", "false", "--data.num_test", "1")
 """Leaves out what is not recovery, as far as that goes."""
@@ -56,6 +63,7 @@ def fit(scope: str, directory: Path, *options: str) -> Fit:
     """Run `recon fit` with all its callbacks; their lines go nowhere."""
     with redirect_stdout(io.StringIO()), _timed_fit() as cpu_seconds:
         recon_fit(arguments(scope, directory, *options))
+    gc.collect()  # a model is in cycles, and would be live in what is measured next
     return Fit.read(directory, sum(cpu_seconds))
 
 
@@ -79,7 +87,12 @@ def peak_bytes(memory: dict[str, Any]) -> dict[str, int | None]:
 
     None where `memory.json` does not have them by category.
     """
-    return {"device_bytes": None, "host_bytes": None}
+    return {f"{side}_bytes": max(tracked(phase, side) for phase in of_the_fit(memory)) or None for side in SIDES}
+
+
+def of_the_fit(memory: dict[str, Any]) -> list[dict[str, Any]]:
+    """The phases of `memory.json` in which the model is recovered."""
+    return [phase for phase in memory["phases"] if phase["phase"] not in NOT_THE_FIT]
 
 
 def say(message: str) -> None:
