@@ -1,27 +1,35 @@
-"""Peak memory, phase by phase, and what of it training itself holds."""
+"""Peak memory, phase by phase, and what the bytes were."""
 
 import gc
+import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from typing_extensions import override
 
+from callbacks.follower import Follower
 from recon.atomic import write_json
 from recon.footprint import Footprint, footprint, has_state
+from recon.ledger import CATEGORIES, SIDES, Peak, Side
 from recon.memory import PeakMeter, resident_bytes
+from recon.out_of_memory import FULL_CURES, LOCAL_CURES, advice, is_out_of_memory, largest_owners, live_by_category
 from recon.phases import PhaseListener
 from recon.ranks import rank
 from recon.report.memory import SPLIT, everything_else
+from recon.report.memory_phases import MIB, Phase, fold_windows
 from recon.run import memory_file
+from recon.scopes import FullRetraining
 
-MIB = 2**20
+NOTHING = Peak(dict.fromkeys(CATEGORIES, 0))
 
 
 class MemoryProfiler(Callback, PhaseListener):
@@ -30,39 +38,86 @@ class MemoryProfiler(Callback, PhaseListener):
     On the host that is the resident memory of the process, on a CUDA device what its allocator had
     allocated and reserved. `baseline_host_bytes` is the process with its libraries loaded, before the model.
 
+    `categories` are the bytes of live tensors when they were most, on the device and on the host, and `moment` is when
+    that was. Without a CUDA device, `device` is what would be on one, `host` what would stay: offloaded blocks,
+    activations kept on the host, packed masks, tokens. See `recon.ledger` for how they are counted, and
+    `callbacks.follower` for when. If memory runs out, `out_of_memory` is what was live, and the error says what would
+    help.
+
     A phase that takes optimizer steps has a `split` too: what weights, gradients and optimizer state held between
     backward pass and step, at the first step that found optimizer state. It looks at each tensor once a phase.
 
     Args:
         print_table: Print the phases when the run ends.
+        by_category: Follow live tensors; without, there are no `categories`.
     """
 
-    def __init__(self, print_table: bool = True) -> None:
+    def __init__(self, print_table: bool = True, by_category: bool = True) -> None:
         self.print_table = print_table
         self.phases: list[dict[str, Any]] = []
         self._meter = PeakMeter()
+        self._follower = Follower() if by_category else None
         self._directory: Path | None = None
+        self._device = torch.device("cpu")
         self._baseline = 0
+        self._phase = ""
         self._started = 0.0
         self._first_step: int | None = None  # of this phase
         self._measured_step: int | None = None
         self._footprint: Footprint | None = None
+        self._trainer: L.Trainer | None = None  # while it fits
+        self._module: L.LightningModule | None = None
+        self._is_logged = False
+        self._num_logged = 0
+        self._shortage: dict[str, Any] | None = None
 
     @override
-    def on_run_start(self, directory: Path) -> None:
-        self._directory, self.phases = directory, []
+    def on_run_start(self, directory: Path, device: torch.device) -> None:
+        self._directory, self._device, self.phases, self._num_logged = directory, device, [], 0
+        self._trainer = self._module = self._shortage = None
         self._baseline = resident_bytes()
+        if self._follower:
+            self._follower.begin_run(device)
         # The libraries' objects stay: looking through them would add 0.3 s to every phase, and so to every window.
         gc.freeze()
 
     @override
     def on_phase_start(self, name: str) -> None:
         self._first_step = self._measured_step = self._footprint = None
+        self._phase, self._is_logged = name, False
         self._meter.start()
         self._started = time.monotonic()
+        if self._follower:
+            self._follower.begin_phase(name)
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._trainer, self._module = trainer, pl_module
+        if self._follower:
+            self._follower.begin_fit(trainer)
+
+    @override
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._trainer = None
+        if self._follower:
+            self._follower.ledger.close()  # phases may be announced by nobody
+
+    @override
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._follower:
+            self._follower.begin_batch(trainer, batch_idx)
+
+    @override
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: torch.Tensor) -> None:
+        if self._follower:
+            self._follower.begin_backward(trainer)
 
     @override
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        if self._follower:
+            self._follower.begin_update(trainer)
         step = trainer.global_step
         if self._first_step is None:
             self._first_step = step
@@ -75,31 +130,115 @@ class MemoryProfiler(Callback, PhaseListener):
         seen = footprint(pl_module, trainer.optimizers)
         if self._footprint is None or seen.total > self._footprint.total:
             self._footprint = seen
+            if self._follower:
+                self._follower.count(trainer)
         if is_complete:  # not if loss scaling skipped the steps so far
             self._measured_step = step
 
     @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        peaks = self._follower and self._follower.end_batch()
+        if peaks:
+            self._log(trainer, peaks)
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._follower:
+            self._log(trainer, self._follower.ledger.peaks)  # loggers are closed before the last phase ends
+
+    @override
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._note_shortage(exception)
+        if self._follower:
+            self._follower.ledger.close()
+
+    @override
     def on_phase_end(self, name: str) -> None:
+        self._note_shortage(sys.exception())
+        found = self._follower.end_phase() if self._follower else {}  # whatever fails below, nothing listens any more
         peaks = self._meter.stop()
         seconds = round(time.monotonic() - self._started, 3)
         split = self._footprint and {f"{part}_bytes": size for part, size in asdict(self._footprint).items()}
-        self.phases.append({"phase": name, "seconds": seconds, **asdict(peaks), "split": split})
+        shown = {side: found.get(side, NOTHING) for side in SIDES} if found else {}
+        self.phases.append(
+            {
+                "phase": name,
+                "seconds": seconds,
+                **asdict(peaks),
+                "split": split,
+                "categories": {side: dict(peak.categories) for side, peak in shown.items()},
+                "moment": {
+                    side: {"stage": peak.stage, "seconds": peak.seconds, "operation": peak.operation}
+                    for side, peak in shown.items()
+                },
+            }
+        )
         self._write()
+        if self._trainer is not None and self._first_step is not None:
+            self._log(self._trainer, found)
 
     @override
     def on_run_end(self, failed: bool) -> None:
         gc.unfreeze()
+        if failed and self._shortage is not None:
+            raise MemoryError(self._shortage["advice"])
         if self.print_table and not failed and rank() == 0:
             console = Console(highlight=False)
             console.print(f"Peak memory by phase in MiB (host: {self._meter.method})", style="italic")
             console.print(self._table())
 
+    def _log(self, trainer: L.Trainer, found: Mapping[Side, Peak]) -> None:
+        """Give the loggers the peaks of a phase that trains, once."""
+        if self._is_logged or not found:
+            return
+        self._is_logged = True
+        metrics = {}
+        for side, peak in found.items():
+            sizes = {**peak.categories, "tracked": peak.total}
+            metrics |= {f"memory/{side}/{name}_mib": size / MIB for name, size in sizes.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=self._num_logged)
+        self._num_logged += 1
+
+    def _note_shortage(self, error: BaseException | None) -> None:
+        """If memory ran out, note what is live; the traceback still holds what the failed step had."""
+        if self._follower is None:
+            return
+        ledger = self._follower.ledger
+        ledger.pause()
+        if error is None or self._shortage is not None or not is_out_of_memory(error):
+            return
+        was_followed = ledger.is_open
+        if not was_followed:
+            ledger.open("out of memory")
+        live = ledger.live()
+        categories = live_by_category(live.values())
+        full: Side | None = None
+        if self._device.type != "cpu":
+            full = "device" if isinstance(error, torch.OutOfMemoryError) else "host"
+            if full == "device" and not was_followed:  # what autograd keeps is then known to the allocator alone
+                unseen = torch.cuda.memory_allocated(self._device) - sum(categories["device"].values())
+                categories["device"]["activations"] += max(0, unseen)
+        model = getattr(self._module, "model", None)  # by itself, for an offloaded one is no part of the module
+        cures = FULL_CURES if isinstance(self._module, FullRetraining) else LOCAL_CURES
+        self._shortage = {
+            "phase": self._phase,
+            "error": str(error),
+            "categories": categories,
+            "largest": largest_owners(live, model, [] if self._trainer is None else self._trainer.optimizers),
+            "advice": advice(categories, full, self._phase, cures),
+        }
+
     def _write(self) -> None:
         if self._directory is not None:
             content = {
                 "method": self._meter.method,
+                "device": str(self._device),
                 "baseline_host_bytes": self._baseline,
                 "phases": self.phases,
+                **({"out_of_memory": self._shortage} if self._shortage else {}),
             }
             write_json(self._directory / memory_file(rank()), content)
 
@@ -112,11 +251,11 @@ class MemoryProfiler(Callback, PhaseListener):
         table.add_column("phase", overflow="fold")
         for header in headers:
             table.add_column(header, justify="right", no_wrap=True, vertical="bottom")
-        for phase in _largest_window_only(self.phases):
+        for phase in fold_windows(self.phases):
             table.add_row(str(phase["phase"]), *self._cells(phase, on_device, is_split))
         return table
 
-    def _cells(self, phase: dict[str, Any], on_device: bool, is_split: bool) -> list[str]:
+    def _cells(self, phase: Phase, on_device: bool, is_split: bool) -> list[str]:
         above, split = phase["host_bytes"] - self._baseline, phase["split"]
         sizes = [phase["host_bytes"], above]
         if on_device:
@@ -125,19 +264,3 @@ class MemoryProfiler(Callback, PhaseListener):
             sizes += [*(split[name] for name in SPLIT), everything_else(split, above, phase["device_allocated_bytes"])]
         cells = [f"{phase['seconds']:.1f}", *(f"{size / MIB:.0f}" for size in sizes)]
         return cells + [""] * (4 * (is_split and not split))
-
-
-def _largest_window_only(phases: list[dict]) -> list[dict]:
-    """The phases with all windows folded into one row: the largest, with the seconds of all."""
-    windows = [phase for phase in phases if str(phase["phase"]).startswith("window ")]
-    if len(windows) < 2:
-        return phases
-    largest = max(windows, key=lambda phase: (phase["device_allocated_bytes"] or 0, phase["host_bytes"]))
-    folded = {
-        **largest,
-        "phase": f"{len(windows)} windows, largest {str(largest['phase']).removeprefix('window ')}",
-        "seconds": sum(window["seconds"] for window in windows),
-    }
-    first = phases.index(windows[0])
-    rest = [phase for phase in phases[first:] if phase not in windows]
-    return [*phases[:first], folded, *rest]

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from recon.ledger import Held, sampled
 from recon.prefetch import Batch, Key, Prefetch
 from recon.replay import Replay
 from recon.statistics import InputStatistics, Need, collect, collect_pairs
@@ -82,7 +83,7 @@ class Activations:
 
     @torch.no_grad()
     def _embed(self, tokens: Int[Tensor, "num seq"], dtype: torch.dtype | None) -> Float[Tensor, "num seq dim"]:
-        for start in range(0, len(tokens), self.batch_size):
+        for start in sampled(range(0, len(tokens), self.batch_size), "embed"):
             piece = self.replay.embed(tokens[start : start + self.batch_size].to(self.device))
             if start == 0:
                 self.dtype = piece.dtype  # in which the model computes
@@ -109,10 +110,10 @@ class Activations:
             return self._prefetch.batches(keys, load)
         return ((key, load(key)) for key in keys)
 
-    def rows(self) -> Iterator[slice]:
-        """All sequences in order, batch by batch."""
-        for start in range(0, len(self.hidden), self.batch_size):
-            yield slice(start, start + self.batch_size)
+    def rows(self, stage: str = "pass") -> Iterator[slice]:
+        """All sequences in order, batch by batch; `stage` is what an account of memory calls the pass over them."""
+        starts = range(0, len(self.hidden), self.batch_size)
+        return sampled((slice(start, start + self.batch_size) for start in starts), stage)
 
     @torch.no_grad()
     def enter(
@@ -155,11 +156,17 @@ class Activations:
         self.recorded = None
         return found
 
+    def held(self) -> Held:
+        """What is kept of all sequences; before `__init__` has ended, what there is."""
+        own = vars(self)
+        tensors = [own.get(name) for name in ("hidden", "attention", "output", "recorded", "_kept")]
+        return Held("calibration", tensors, at_home=own["storage"].may_leave if "storage" in own else False)
+
     @torch.no_grad()
     def record(self, window: Window) -> None:
         """Compute what `window`, with the weights that it has now, makes of what enters the current blocks."""
         self.recorded = None  # lets go of the last one
-        for rows, hidden in self._loaded(self.hidden):
+        for rows, hidden in self._loaded(self.hidden, "record"):
             piece = window.forward(self.replay, hidden)
             if self.recorded is None:
                 self.recorded = self._room(piece.shape[1:])
@@ -186,7 +193,7 @@ class Activations:
         assert self.output is not None
         matrices, (block,) = dict(matrices or {}), self.blocks
         with collect(matrices, need) as found:
-            for rows, hidden in self._loaded(self.hidden):
+            for rows, hidden in self._loaded(self.hidden, "pass attention"):
                 attention = self.replay.tap(block, hidden)
                 self.attention[rows] = attention
                 if self.propagation == "recovered_local":
@@ -243,7 +250,7 @@ class Activations:
         passed, fresh = range(start, self._ahead), range(max(start, self._ahead), stop)
         if need == "cross":
             with collect_pairs(matrices) as pairs:
-                for rows, hidden in self._loaded(self.hidden):
+                for rows, hidden in self._loaded(self.hidden, "walk both"):
                     hidden = self._through(passed, hidden)
                     for index in fresh:  # both streams block by block: only one block's dense inputs are held
                         with pairs.dense():
@@ -252,7 +259,7 @@ class Activations:
                             hidden = self.replay.run(index, hidden)
             return pairs.statistics
         with collect(matrices, need) as found:
-            for _, hidden in self._loaded(self.hidden) if need != "none" else ():
+            for _, hidden in self._loaded(self.hidden, "walk recovered") if need != "none" else ():
                 self._through([*passed, *fresh], hidden)
         for index in fresh:
             for rows, dense in self._loaded(self.output):
@@ -296,9 +303,9 @@ class Activations:
                 f"with sequence {rows.start}; check the weights, or load the model in a wider dtype"
             )
 
-    def _loaded(self, kept: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    def _loaded(self, kept: Tensor, stage: str = "walk") -> Iterator[tuple[slice, Tensor]]:
         """All of what is kept, batch by batch; a batch may be overwritten while it is in use, but none behind it."""
-        return self.batches(self.rows(), lambda rows: self.load(kept, rows))
+        return self.batches(self.rows(stage), lambda rows: self.load(kept, rows))
 
     def _room(self, shape: Sequence[int] | None = None) -> Tensor:
         """Room for one copy; of the hidden states, or of `shape` for each sequence."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from recon.activations import Activations
 from recon.drift import Drift, divergence, energy, require_finite, require_same_depth
 from recon.evaluation import Evaluation, score
+from recon.ledger import sampled
 from recon.replay import Replay
 from recon.storage import ON_DEVICE, Storage
 
@@ -37,7 +38,7 @@ def evaluate_blockwise(
     walk = Activations(replay, tokens, batch_size, replay.device, storage=storage)
     for block in replay.anatomy.blocks:
         walk.enter([block.index])
-    return score(_logits(replay, walk, tokens), split, replay.device)
+    return score(sampled(_logits(replay, walk, tokens), "head"), split, replay.device)
 
 
 @torch.no_grad()
@@ -78,7 +79,7 @@ def measure_drift_blockwise(
     require_finite(sums[0], blocks, "the recovered model")
     total = 0.0
     pairs = zip(*(_logits(one, walk, tokens) for one, walk in zip((dense, recovered), walks, strict=True)), strict=True)
-    for index, ((_, logits), (_, others)) in enumerate(pairs):
+    for index, ((_, logits), (_, others)) in enumerate(sampled(pairs, "head")):
         total += sum(divergence(one[:-1], other[:-1]) for one, other in zip(logits, others, strict=True))
         if not torch.tensor(total).isfinite():
             raise FloatingPointError(f"logits must be finite, got NaN or infinity in {split} batch {index}")

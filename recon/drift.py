@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from recon.anatomy import Anatomy, Block
 from recon.evaluation import CHUNK
+from recon.ledger import sampled
 
 Logits = Float[Tensor, "token vocabulary"]
 
@@ -78,7 +79,7 @@ def measure_drift(
         size[depth] += energy(reference)
 
     total, num_sequences, seq_len, predicted = 0.0, 0, 0, 0
-    for index, batch in enumerate(batches):
+    for index, batch in enumerate(sampled(batches, "drift")):
         ids = batch["input_ids"].to(device)
         where = f"{split} batch {index}"
         logits_dense = _run(dense, blocks, ids, references.__setitem__)

@@ -11,6 +11,8 @@ from torch.utils.data import DataLoader
 from torchmetrics.text import Perplexity
 from transformers import PreTrainedModel
 
+from recon.ledger import sampled
+
 CHUNK = 1024
 """Tokens whose logits are cast to fp32 at a time."""
 
@@ -77,7 +79,7 @@ def evaluate(
             ids = batch["input_ids"].to(device)
             yield ids, model(input_ids=ids, use_cache=False).logits
 
-    return score(logits(), split, device)
+    return score(sampled(logits(), "evaluate"), split, device)
 
 
 def score(batches: Iterable[tuple[Tensor, Tensor]], split: str, device: torch.device) -> Evaluation:

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from recon.activations import Activations
 from recon.anatomy import Anatomy
+from recon.ledger import followed
 from recon.masks import Masks
 from recon.replay import Replay
 from recon.shapes import as_out_in, weight_out_in
@@ -81,11 +82,12 @@ def solve_all(
         with collect(matrices, need="gram") as statistics:
             walk.enter([block.index])
         gradients = []
-        for name, module in matrices.items():
-            dense = weight_out_in(module)
-            solution = solve(module, dense, statistics[name], masks[name], name)
-            gradients.append(solution.projected_gradient)
-            sink(name, as_out_in(module, solution.weight).to(dense.dtype))
+        with followed("solve"):
+            for name, module in matrices.items():
+                dense = weight_out_in(module)
+                solution = solve(module, dense, statistics[name], masks[name], name)
+                gradients.append(solution.projected_gradient)
+                sink(name, as_out_in(module, solution.weight).to(dense.dtype))
         progress(
             f"start  block {block.index + 1}/{len(anatomy.blocks)}  {len(matrices)} matrices solved  "
             f"projected gradient at most {max(gradients):.1e}"

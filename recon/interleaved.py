@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from recon.anatomy import Block
 from recon.criteria import Criterion
+from recon.ledger import followed
 from recon.masks import Masks
 from recon.patterns import Pattern
 from recon.pruning import prune_block
@@ -45,7 +46,8 @@ class Interleaved:
         """Choose the survivors of a dense block; their moved weights too, if the criterion moves them."""
         matrices = block.weights_among(self.prunable)
         found = {name: statistics[name] for name in matrices}
-        keep, moved = prune_block(matrices, found, self.criterion, self.patterns[block.index])
+        with followed("choose masks"):
+            keep, moved = prune_block(matrices, found, self.criterion, self.patterns[block.index])
         masks = Masks({name: chosen.cpu().contiguous() for name, chosen in keep.items()})
         path = self._path(block)
         if path is not None:

@@ -1,17 +1,26 @@
 """The phases of a run (load, prune, each window, save, evaluate), announced to whoever measures them."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+CPU = torch.device("cpu")
 
 
 @runtime_checkable
 class PhaseListener(Protocol):
     """What wants to know where a run is: callbacks that have these methods are told."""
 
-    def on_run_start(self, directory: Path) -> None:
-        """The libraries are loaded, the model is not; what is measured may be written to `directory`."""
+    def on_run_start(self, directory: Path, device: torch.device) -> None:
+        """The libraries are loaded, the model is not; what is measured may be written to `directory`.
+
+        Args:
+            directory: Of the run.
+            device: Where it computes.
+        """
 
     def on_phase_start(self, name: str) -> None:
         """Phase `name` begins."""
@@ -38,22 +47,22 @@ class Phases:
             listener.on_phase_start(name)
 
     def leave(self) -> None:
-        """End the current phase, if any."""
-        if self.current is not None:
-            for listener in self.listeners:
-                listener.on_phase_end(self.current)
-        self.current = None
+        """End the current phase, if any; every listener hears of it, whatever others raise."""
+        ended, self.current = self.current, None
+        if ended is not None:
+            with ExitStack() as stack:
+                for listener in reversed(self.listeners):
+                    stack.callback(listener.on_phase_end, ended)
 
     @contextmanager
-    def run(self, directory: Path) -> Iterator[None]:
-        """Announce a whole run that writes to `directory`."""
-        for listener in self.listeners:
-            listener.on_run_start(directory)
+    def run(self, directory: Path, device: torch.device = CPU) -> Iterator[None]:
+        """Announce a whole run that writes to `directory` and computes on `device`."""
         failed = True
-        try:
+        with ExitStack() as stack:
+            for listener in reversed(self.listeners):
+                stack.callback(lambda one=listener: one.on_run_end(failed))
+            stack.callback(self.leave)
+            for listener in self.listeners:
+                listener.on_run_start(directory, device)
             yield
             failed = False
-        finally:
-            self.leave()
-            for listener in self.listeners:
-                listener.on_run_end(failed)

@@ -13,6 +13,7 @@ from recon.activations import Activations
 from recon.allocation import Allocation
 from recon.anatomy import Anatomy
 from recon.criteria import Criterion
+from recon.ledger import followed
 from recon.masks import Masks
 from recon.patterns import Pattern
 from recon.replay import Replay
@@ -94,7 +95,8 @@ def prune(
             for name, module in matrices.items():
                 scores[name] = criterion.scores(weight_out_in(module), statistics[name], name)
         else:
-            chosen, start = prune_block(matrices, statistics, criterion, of_block)
+            with followed("choose masks"):
+                chosen, start = prune_block(matrices, statistics, criterion, of_block)
             block_masks = Masks({name: keep.cpu().contiguous() for name, keep in chosen.items()})
             masks.add(block_masks)
             if moved is not None:

@@ -120,7 +120,7 @@ def recover(
     phases = scope.phases = Phases(trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
     device = trainer.strategy.root_device
     dense, pruned = None, None
-    with phases.run(run.path if share is None else run.part(share)):
+    with phases.run(run.path if share is None else run.part(share), device):
         phases.enter("load")
         say(f"load {scope.source.name}")
         with ranks.rank_zero_first():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from recon.anatomy import Anatomy, Block
+from recon.ledger import claim
 from recon.sharding import spilled
 from recon.shards import Shards
 
@@ -55,6 +56,14 @@ class Residence:
         """Bytes of the weights and buffers that are on the device, or would be if there were one."""
         blocks = [_tensors(self.anatomy.blocks[index].module) for index in self._present]
         return sum(tensor.nbytes for tensors in [*blocks, [one for one, _ in self._outside]] for tensor in tensors)
+
+    def at_home(self) -> list[Tensor]:
+        """Weights and buffers that are there, for an account of memory; none before `__init__` has ended."""
+        if "_outside" not in vars(self):
+            return []
+        pairs = [*self._outside, *(pair for moved in self._present.values() for pair in moved)]
+        away = {id(tensor) for tensor, _ in pairs}
+        return [one for one in _tensors(self.model) if id(one) not in away] + [home for _, home in pairs]
 
     def move_to(self, device: torch.device) -> None:
         """Compute there from now on; all blocks are sent home if that is elsewhere."""
@@ -144,7 +153,9 @@ class Residence:
             self._present[index] = _move(list(block.module.buffers()), self.device)
             self._present[index] += [(parameter, parameter.data) for parameter in parameters.values()]
             for name, value in self.shards.read(parameters):
+                claim("weights", value, at_home=True)
                 parameters[name].data = value.to(self.device, parameters[name].dtype, copy=True)
+            claim("weights", *parameters.values())
         self.amend(block)
 
     def _send_home(self, but: set[int]) -> None:
@@ -175,6 +186,7 @@ def _move(tensors: list[Tensor], device: torch.device) -> Moved:
     pairs = [(tensor, tensor.data) for tensor in tensors]
     for tensor, home in pairs:
         tensor.data = home.to(device, copy=True)
+    claim("weights", *tensors)
     return pairs
 
 

@@ -268,7 +268,7 @@ def test_memory_is_written_phase_by_phase(exact: bool, tmp_path: Path, monkeypat
         assert phase["host_bytes"] > 0
         assert phase["seconds"] >= 0
         device = {"device_allocated_bytes", "device_reserved_bytes"}
-        assert phase.keys() == {"phase", "seconds", "host_bytes", *device, "split"}
+        assert phase.keys() == {"phase", "seconds", "host_bytes", *device, "split", "categories", "moment"}
 
 
 @pytest.mark.parametrize("exact", [True, False])

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from recon.phases import PhaseListener, Phases
 
@@ -11,7 +12,7 @@ class Log(PhaseListener):
     def __init__(self) -> None:
         self.events: list[str] = []
 
-    def on_run_start(self, directory: Path) -> None:
+    def on_run_start(self, directory: Path, device: torch.device) -> None:
         self.events.append(f"run in {directory}")
 
     def on_phase_start(self, name: str) -> None:
@@ -27,7 +28,7 @@ class Log(PhaseListener):
 class Listening:
     """Listens without being told to: four methods are enough."""
 
-    on_run_start = on_phase_start = on_phase_end = on_run_end = lambda self, _: None
+    on_run_start = on_phase_start = on_phase_end = on_run_end = lambda self, *_: None
 
 
 class HalfListening:

@@ -1,9 +1,18 @@
-"""`recon report`: print the results of a run or comparison again."""
+"""`recon report`: print the results of a run or comparison again, or where the memory of a run went."""
+
+import json
+from pathlib import Path
+from typing import Any
 
 from jsonargparse import ArgumentParser
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
 from recon.report import Results, markdown_table, print_table
+from recon.report.memory_phases import phases_section, sides_of
+from recon.report.sections import Section
+from recon.run import memory_file
 
 
 def main(args: list[str]) -> int:
@@ -13,10 +22,62 @@ def main(args: list[str]) -> int:
     )
     parser.add_argument("path", type=str, help="A run or comparison directory, or a results.json or report.json.")
     parser.add_argument("--markdown", type=bool, default=False, help="Print a table for a markdown page instead.")
+    parser.add_argument(
+        "--memory",
+        action="store_true",
+        help="Print what the bytes of a run were, phase by phase, instead, and draw memory.png beside its memory.json.",
+    )
     config = parser.parse_args(args)
+    if config.memory:
+        return _memory(Path(config.path))
     results = Results.load(config.path)
     if config.markdown:
         print(markdown_table(results))
     else:
         print_table(results, Console(highlight=False))
     return 0
+
+
+def _memory(path: Path) -> int:
+    """Print and draw the `memory.json` of a run."""
+    from recon.report.memory_picture import draw_memory  # matplotlib costs a second that only this should pay
+
+    content = _load(path)
+    phases, device = content["phases"], content.get("device", "cpu")
+    sides = sides_of(phases)
+    if not sides:
+        raise ValueError(
+            f"`recon report --memory` needs a run whose live tensors were tracked, got {path}, whose memory.json has "
+            f"no categories; run it again with callbacks.MemoryProfiler and its by_category: true"
+        )
+    console = Console(highlight=False)
+    for side in sides:
+        section = phases_section(phases, side, device)
+        console.print(section.title, style="italic")
+        console.print(_table(section))
+        for note in section.notes:
+            console.print(note, style="dim")
+    for file in draw_memory(phases, device, str(path), path):
+        console.print(str(file), soft_wrap=True)
+    return 0
+
+
+def _load(path: Path) -> dict[str, Any]:
+    file = path / memory_file(0)
+    if not file.is_file():
+        raise ValueError(
+            f"`recon report --memory` needs the directory of a run with {file.name}, which MemoryProfiler writes, got "
+            f"{path}; name one, such as a cell's directory within a comparison"
+        )
+    return json.loads(file.read_text())
+
+
+def _table(section: Section) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
+    first, *rest = section.header
+    table.add_column(first, overflow="fold")
+    for header in rest:
+        table.add_column(header, justify="right", no_wrap=True)
+    for row in section.rows:
+        table.add_row(*row)
+    return table

@@ -23,6 +23,7 @@ from recon.anatomy import Block
 from recon.atomic import atomic_write, write_json
 from recon.data import TokenData
 from recon.interleaved import Interleaved
+from recon.ledger import followed
 from recon.masks import Masks
 from recon.scopes.base import Scope, check_finite
 from recon.scopes.parking import Parking
@@ -380,7 +381,8 @@ class LocalScope(Scope):
         self.held_out.enter(window.indices)
         self._choose_masks(fresh, statistics)
         if self.needs != "none":
-            self.observe({name: found for name, found in statistics.items() if self._is_now(name)})
+            with followed("solve"):
+                self.observe({name: found for name, found in statistics.items() if self._is_now(name)})
 
     def _choose_masks(self, blocks: Sequence[Block], statistics: Mapping[str, InputStatistics]) -> None:
         """Note that these blocks are entered; choose their masks, or take those chosen before, if not up front."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from recon.activations import Observation
+from recon.ledger import followed
 from recon.scopes.base import StartName, check_finite, warmup_and_linear_decay
 from recon.scopes.local import LocalScope
 from recon.shapes import as_out_in, weight_out_in
@@ -96,7 +97,8 @@ class MatrixReconstruction(LocalScope):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """Solve every matrix of the block, or return how far all are from their dense outputs."""
         if not isinstance(self.solver, GradientDescent):
-            return self._solve(self.solver)
+            with followed("solve"):
+                return self._solve(self.solver)
         assert self.window is not None
         errors = [relative_objective(one, self._learning(name)) for name, one in self._problems.items()]
         loss = torch.stack(errors).mean()

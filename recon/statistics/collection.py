@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recon.ledger import claim
 from recon.shapes import weight_out_in
 from recon.statistics.inputs import InputStatistics, Need
 from recon.statistics.precision import full_fp32
@@ -50,6 +51,7 @@ class SharedInput:
     def __init__(self, need: Need, in_features: int, device: torch.device) -> None:
         shape = (in_features, in_features) if need == "gram" else (in_features,)
         self.total = torch.zeros(shape, dtype=torch.float32, device=device)
+        claim("gram", self.total)
         self.num_tokens = 0
         self.num_calls = 0
         self._latest: weakref.ref[Tensor] | None = None

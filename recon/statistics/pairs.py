@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from recon.ledger import claim
 from recon.statistics.collection import Collector, SharedInput
 from recon.statistics.inputs import InputStatistics
 from recon.statistics.precision import full_fp32
@@ -87,6 +88,7 @@ class _DenseInput(SharedInput):
 
     def add(self, x: Tensor) -> bool:
         self.held.append(x.detach().reshape(-1, x.shape[-1]).clone())  # the model may go on to edit x in place
+        claim("calibration", self.held[-1])
         return super().add(x)
 
 
@@ -97,6 +99,7 @@ class _RecoveredInput(SharedInput):
         super().__init__("gram", len(twin.total), twin.total.device)
         self.twin = twin
         self.cross = torch.zeros_like(self.total)
+        claim("gram", self.cross)
 
     def add(self, x: Tensor) -> bool:
         with full_fp32(x.device):  # finite wherever both Gram matrices are

@@ -1,0 +1,128 @@
+"""Which stretches of a run an account of live tensors follows."""
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
+
+from recon.footprint import has_state
+from recon.holders import HOLDERS
+from recon.ledger import Ledger, Peak, Side
+from recon.report.memory_phases import is_window
+from recon.strategies import WindowParallelStrategy
+
+NOT_FOLLOWED = ("load", "save")
+"""Phases in which libraries move weights about in ways of their own; what is held when they end is counted."""
+
+END = "at its end"
+
+
+class Follower:
+    """Opens, feeds and closes a ledger, phase by phase.
+
+    A phase that is the first of its kind (attention, MLP; all that are no windows) is followed from its beginning, in
+    samples that `recon.ledger` takes, and in its optimizer steps up to the first that finds optimizer state: later
+    ones are like it. Of other windows that one step is followed, or, where there is no optimizer, what is held
+    before the first is counted. Under a strategy that shards, what is held is counted.
+
+    Attributes:
+        ledger: What is followed.
+    """
+
+    def __init__(self) -> None:
+        self.ledger = Ledger(HOLDERS)
+        self._kinds: set[str] = set()
+        self._is_new = self._is_sharded = False
+        self._forget()
+
+    def begin_run(self, device: torch.device) -> None:
+        """A run begins that computes on `device`; `gc.freeze` may follow."""
+        self.ledger.device = device
+        self.ledger.remember()
+        self._kinds, self._is_sharded = set(), False
+
+    def begin_phase(self, name: str) -> None:
+        """A phase begins, the last one has ended."""
+        self._forget()
+        self.ledger.close()
+        self.ledger.reset()
+        kind = name.partition(".")[2] if is_window(name) else name
+        self._is_new = kind not in self._kinds
+        self._kinds.add(kind)
+        if self._is_new and name not in NOT_FOLLOWED and not self._is_sharded:
+            self.ledger.open("at its start")
+
+    def end_phase(self) -> dict[Side, Peak]:
+        """The phase ends, well or not; its peaks."""
+        return self.ledger.close() or self.ledger.look(END)
+
+    def begin_fit(self, trainer: L.Trainer) -> None:
+        """Training begins, by a strategy that is known now."""
+        self._is_sharded = not isinstance(trainer.strategy, SingleDeviceStrategy | WindowParallelStrategy)
+        if self._is_sharded:
+            self.ledger.close()
+            self.ledger.reset()
+
+    def begin_batch(self, trainer: L.Trainer, batch_index: int) -> None:
+        """A training step is about to begin, or one of its micro-batches."""
+        if self._is_done or self._is_sharded:
+            return
+        is_first, self._has_begun = not self._has_begun, True
+        if self._first_step is None:
+            self._first_step = trainer.global_step
+        self._steps = (batch_index + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+        self._is_complete = self._steps and has_state(trainer.optimizers)
+        if not self.ledger.is_open:
+            if not trainer.optimizers:
+                self.ledger.look(f"{self.step(trainer)}, held")
+                self._is_done = True
+                return
+            if not self._is_complete and not trainer.is_last_batch:
+                return
+            self.ledger.open(f"{self.step(trainer)}, held")
+        if is_first or self._steps:
+            self.ledger.listen()
+            self.ledger.forward(f"{self.step(trainer)}, forward")
+
+    def begin_backward(self, trainer: L.Trainer) -> None:
+        """The loss is there."""
+        if self.ledger.listens:
+            self.ledger.backward(f"{self.step(trainer)}, backward")
+
+    def begin_update(self, trainer: L.Trainer) -> None:
+        """Gradients are there."""
+        if self.ledger.listens:
+            self.ledger.step(f"{self.step(trainer)}, optimizer")
+            self.ledger.label("gradients", [parameter.grad for parameter in _learning(trainer)])
+
+    def count(self, trainer: L.Trainer) -> None:
+        """Under a strategy that shards: count what is held now, with gradients and optimizer state."""
+        if self._is_sharded:
+            self.ledger.look(f"{self.step(trainer)}, optimizer")
+
+    def end_batch(self) -> dict[Side, Peak] | None:
+        """A training step ended, or one of its micro-batches; the peaks of this phase if no other is followed."""
+        if not self.ledger.listens:
+            return None
+        self.ledger.step("between steps")
+        self.ledger.pause()
+        if self._is_complete:
+            self._is_done = True
+            return self.ledger.close()
+        if self._is_new:
+            self.ledger.settle()  # while those are there who hold what
+        return None
+
+    def step(self, trainer: L.Trainer) -> str:
+        """The optimizer step under way, counted from this phase's first."""
+        first = trainer.global_step if self._first_step is None else self._first_step
+        return f"step {trainer.global_step - first + 1}"
+
+    def _forget(self) -> None:
+        self._first_step: int | None = None
+        self._has_begun = self._steps = self._is_complete = self._is_done = False
+
+
+def _learning(trainer: L.Trainer) -> list[torch.nn.Parameter]:
+    """What learns; an offloaded model is no part of its module."""
+    groups = [group for one in trainer.optimizers for group in one.param_groups]
+    return [parameter for group in groups for parameter in group["params"]]
