@@ -1,6 +1,7 @@
 """What a run would need, predicted from the model's configuration alone, before anything is downloaded."""
 
 from recon.planner.fitting import Proposal, propose
+from recon.planner.forecast import forecast
 from recon.planner.memory import CATEGORIES, Moment, Prediction, Shape, predict
 from recon.planner.setting import SCOPES, Setting
 from recon.planner.table import print_plan
@@ -14,6 +15,7 @@ __all__ = [
     "Proposal",
     "Setting",
     "Shape",
+    "forecast",
     "in_bytes",
     "predict",
     "print_plan",

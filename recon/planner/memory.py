@@ -113,6 +113,15 @@ def predict(shape: Shape, setting: Setting, flop_rate: float | Mapping[Kind, flo
     Raises:
         ValueError: If the model cannot be read or recovered in this way.
     """
+    try:
+        return _predict(shape, setting, flop_rate)
+    except RuntimeError as error:
+        raise ValueError(
+            f"planning runs a model's own code on tensors without numbers, {shape.name} cannot be run so: {error}"
+        ) from error
+
+
+def _predict(shape: Shape, setting: Setting, flop_rate: float | Mapping[Kind, float] | None) -> Prediction:
     worst = _moments(shape, setting)
     local = setting.is_local
     work = local_work(shape.cast(setting), setting) if local else full_work(shape.rehearsal(setting), setting)

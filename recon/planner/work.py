@@ -76,8 +76,9 @@ def seconds_of(work: Mapping[Kind, int], rates: Mapping[Kind, float], setting: S
     """
     # Every process walks through the dense blocks up to its own windows, the last one through all of them.
     alone = ("walk",) if setting.is_local else ()
-    each = {kind: flops if kind in alone else flops / setting.world_size for kind, flops in work.items()}
-    return sum(flops / rates[kind] for kind, flops in each.items() if flops)
+    return sum(
+        flops / rates[kind] / (1 if kind in alone else setting.world_size) for kind, flops in work.items() if flops
+    )
 
 
 def _walks(setting: Setting) -> int:
