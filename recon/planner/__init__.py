@@ -5,20 +5,19 @@ from recon.planner.forecast import forecast
 from recon.planner.memory import CATEGORIES, Moment, Prediction, Shape, predict
 from recon.planner.setting import SCOPES, Setting
 from recon.planner.table import print_plan
-from recon.units import in_bytes, readable
+from recon.planner.work import Kind
 
 __all__ = [
     "CATEGORIES",
     "SCOPES",
+    "Kind",
     "Moment",
     "Prediction",
     "Proposal",
     "Setting",
     "Shape",
     "forecast",
-    "in_bytes",
     "predict",
     "print_plan",
     "propose",
-    "readable",
 ]
