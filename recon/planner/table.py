@@ -76,7 +76,9 @@ def print_plan(
 
 def _title(shape: Shape, predictions: Sequence[Prediction]) -> str:
     first = predictions[0].setting
-    model = f"{shape.name}, {shape.num_parameters:,} weights in {str(first.dtype or shape.stored).removeprefix('torch.')}"
+    model = (
+        f"{shape.name}, {shape.num_parameters:,} weights in {str(first.dtype or shape.stored).removeprefix('torch.')}"
+    )
     sizes = " or ".join(dict.fromkeys(str(one.setting.batch_size) for one in predictions))
     worlds = " or ".join(dict.fromkeys(str(one.setting.world_size) for one in predictions))
     processes = "" if worlds == "1" else f", {worlds} processes"
