@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import lightning as L
 import torch
@@ -27,7 +27,9 @@ from recon.interleaved import MASKS, Interleaved
 from recon.masks import Masks
 from recon.offload import DENSE, amend_by, open_offloaded
 from recon.patterns import Pattern
+from recon.peaks import largest, peaks_of
 from recon.phases import Phases
+from recon.planner import forecast
 from recon.pretrained import ModelSource
 from recon.pruning import CAME_WITH_MOVED, Pruning, block_patterns, moved_with, prune_to
 from recon.replay import Replay
@@ -37,9 +39,6 @@ from recon.scopes.base import NO_MOVED, Scope
 from recon.scopes.local import LocalScope
 from recon.shares import Share
 from recon.start import EXACT, Start, apply
-
-NOT_RECOVERY = ("prune", "evaluate dense and pruned", "evaluate", "drift")
-"""Phases that cost the same whatever the scope; a report's peaks leave them out."""
 
 
 def recover(
@@ -120,6 +119,8 @@ def recover(
     phases = scope.phases = Phases(trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
     device = trainer.strategy.root_device
     dense, pruned = None, None
+    exclude = () if pruning is None else tuple(pruning.exclude)
+    predicted = forecast(scope, data, trainer, exclude, masked=pattern is not None)
     with phases.run(run.path if share is None else run.part(share), device):
         phases.enter("load")
         say(f"load {scope.source.name}")
@@ -154,7 +155,7 @@ def recover(
         trainer.fit(scope, ckpt_path=checkpoint, weights_only=True)
         seconds = scope.start_seconds + time.monotonic() - started
         phases.leave()
-        peaks = ranks.gathered(_peaks(run.memory(ranks.rank(), share)))
+        peaks = ranks.gathered(peaks_of(run.memory(ranks.rank(), share)))
         if share is not None and isinstance(scope, LocalScope):
             if missing:  # a job that finds its windows done measures nothing
                 resumed = len(missing) < len(scope.own_windows)
@@ -206,11 +207,12 @@ def recover(
         # The seconds of a resumed run are those of its last start.
         environment=environment(device) | {"resumed": resumed} | layout,
         ranks=peaks,
+        prediction=predicted,
         throughput=_throughput(trainer),
         drift=asdict(drifted) if drifted else {},
-        peak_host_bytes=_largest(peaks, "peak_host_bytes"),
-        peak_device_bytes=_largest(peaks, "peak_device_bytes"),
-        baseline_host_bytes=_largest(peaks, "baseline_host_bytes"),
+        peak_host_bytes=largest(peaks, "peak_host_bytes"),
+        peak_device_bytes=largest(peaks, "peak_device_bytes"),
+        baseline_host_bytes=largest(peaks, "baseline_host_bytes"),
     )
     report.save(run.report)
     shutil.rmtree(run.checkpoints, ignore_errors=True)  # a finished run is not trained on
@@ -358,28 +360,7 @@ def _written(scope: Scope, run: RunDirectory) -> ModelSource:
     return ModelSource(str(run.model), dtype="auto", trust_remote_code=scope.source.trust_remote_code)
 
 
-def _peaks(memory: dict[str, Any] | None) -> dict[str, int | None]:
-    """The largest figures over the phases of `memory.json` that are recovery, as a report names them."""
-    memory = memory or {"phases": [], "baseline_host_bytes": None}
-    phases = [phase for phase in memory["phases"] if phase["phase"] not in NOT_RECOVERY]
-    splits = [phase["split"] for phase in phases if phase.get("split")]
-    return {
-        "peak_host_bytes": _largest(phases, "host_bytes"),
-        "peak_device_bytes": _largest(phases, "device_allocated_bytes"),
-        "baseline_host_bytes": memory["baseline_host_bytes"],
-        **{
-            name: _largest(splits, name)
-            for name in ("weights_bytes", "gradients_bytes", "optimizer_bytes", "on_host_bytes")
-        },
-    }
-
-
 def _throughput(trainer: L.Trainer) -> dict[str, float | None]:
     """What a callback with a `summary` measured of the speed of training."""
     summaries = [one.summary() for one in trainer.callbacks if hasattr(one, "summary")]  # pyright: ignore
     return summaries[0] if summaries else {}
-
-
-def _largest(rows: list[dict[str, Any]], name: str) -> int | None:
-    values = [row[name] for row in rows if row[name] is not None]
-    return max(values) if values else None

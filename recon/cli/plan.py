@@ -1,9 +1,10 @@
 """`recon plan`: what recovery would need at every scope, from the model's configuration alone."""
 
 import json
-import time
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jsonargparse import Namespace
@@ -13,11 +14,15 @@ from rich.console import Console
 from recon.cli.fit import ParsingCLI, _cli
 from recon.cli.quiet import quiet
 from recon.data import TokenData
-from recon.planner import SCOPES, Prediction, Proposal, Setting, Shape, in_bytes, predict, print_plan, propose
+from recon.planner import SCOPES, Kind, Prediction, Proposal, Setting, Shape, predict, print_plan, propose
+from recon.planner.rate import measured_rates
+from recon.pretrained import ModelSource
+from recon.report import Results
 from recon.scopes import BlockDistillation, FullRetraining, MatrixReconstruction, Scope, SubmoduleDistillation
 from recon.scopes.distillation import Distillation
 from recon.scopes.local import LocalScope
 from recon.strategies import WindowParallelStrategy
+from recon.units import in_bytes
 
 KINDS: dict[str, type[Scope]] = {
     kind.scope: kind for kind in (MatrixReconstruction, SubmoduleDistillation, BlockDistillation, FullRetraining)
@@ -37,8 +42,11 @@ SHARED_LOCALLY = (
 )
 """Those that local scopes take from one."""
 
-SHARED_BY_DISTILLATION = ("epochs", "parameters")
+SHARED_BY_DISTILLATION = ("epochs", "parameters", "start")
 """Those that submodule and block scope take from each other."""
+
+OWN = ("device_memory", "flop_rate", "scopes", "json")
+"""Options that `recon fit` does not have."""
 
 
 class PlanCLI(ParsingCLI):
@@ -57,9 +65,10 @@ class PlanCLI(ParsingCLI):
         )
         parser.add_argument(
             "--flop_rate",
-            type=float | Literal["measure"] | None,
+            type=float | str | None,
             default=None,
-            help="FLOP/s of one device in the precision of training: say how long it takes. `measure`: here, now.",
+            help="FLOP/s of one device: say how long it takes. `measure`: train a block of this model here and now, for "
+            "seconds. Or the directory of a run or comparison: as fast as its scopes were.",
         )
         parser.add_argument("--scopes", type=list[str], default=list(SCOPES), help="The rows.")
         parser.add_argument("--json", type=bool, default=False, help="Print JSON, all amounts in bytes.")
@@ -78,18 +87,49 @@ def main(args: list[str]) -> int:
     scope, data = built.model, built.data
     settings = [_setting(one, data, config) for one in _rows(scope, config)]
     shape = Shape(scope.source)
-    rate = config.flop_rate
-    if rate == "measure":
-        rate = measured_rate(settings[0].half or torch.float32)
-    predictions = [predict(shape, setting, rate) for setting in settings]
+    rates = [_rate(config.flop_rate, scope.source, setting) for setting in settings]
+    predictions = [predict(shape, *both) for both in zip(settings, rates, strict=True)]
     proposals = {} if memory is None else _proposals(shape, predictions, memory)
     if config.json:
-        print(json.dumps(_as_dict(shape, predictions, proposals, memory, rate), indent=2, default=str))
+        print(json.dumps(_as_dict(shape, predictions, proposals, memory, rates), indent=2))
         return 0
-    first = settings[0]
-    title = f"{shape.name}: {shape.num_parameters:,} weights, {first.num_sequences} sequences of {first.seq_len} tokens"
-    print_plan(f"{title}, {first.precision}", predictions, Console(highlight=False), memory, proposals)
+    print_plan(shape, predictions, Console(highlight=False), memory, proposals)
+    if proposals.get(scope.scope):
+        options = " ".join(proposals[scope.scope][0].options)
+        print(f"To run {scope.scope} so: recon fit {shlex.join(_of_fit(args))} {options}")
     return 0
+
+
+def _of_fit(args: list[str]) -> list[str]:
+    """The arguments that `recon fit` knows, too."""
+    kept: list[str] = []
+    skipping = False
+    for arg in args:
+        option, has_value = arg.removeprefix("--").partition("=")[::2]
+        if arg.startswith("--") and option in OWN:
+            skipping = not has_value
+        elif skipping:
+            skipping = False
+        else:
+            kept.append(arg)
+    return kept
+
+
+def _rate(given: float | str | None, source: ModelSource, setting: Setting) -> float | Mapping[Kind, float] | None:
+    """What `--flop_rate` says of one row; None if it says nothing of its scope."""
+    if given is None or isinstance(given, float | int):
+        return given
+    if given == "measure":
+        has_device = setting.device == "cuda" and torch.cuda.is_available()
+        return measured_rates(source, setting, torch.device("cuda" if has_device else "cpu"))
+    cells = [cell for cell in Results.load(given).cells if cell.seconds and "flops" in cell.prediction]
+    if not cells:
+        raise ValueError(
+            f"--flop_rate needs a number of FLOP/s, `measure`, or the directory of a run that recovered a model, got "
+            f"{given}, whose report has no FLOPs and seconds"
+        )
+    found = [one.prediction["flops"] / one.seconds / one.prediction["setting"]["world_size"] for one in cells]
+    return next((rate for rate, cell in zip(found, cells, strict=True) if cell.scope == setting.scope), None)
 
 
 def _rows(scope: Scope, config: Namespace) -> list[Scope]:
@@ -169,11 +209,11 @@ def _as_dict(
     predictions: list[Prediction],
     proposals: dict[str, list[Proposal]],
     memory: int | None,
-    rate: float | None,
+    rates: Sequence[float | Mapping[Kind, float] | None],
 ) -> dict[str, Any]:
     rows = []
-    for one in predictions:
-        row = one.as_dict()
+    for one, rate in zip(predictions, rates, strict=True):
+        row = one.as_dict() | {"flop_rate": rate}
         if memory is not None:
             row["fits"] = one.peak.total <= memory
             row["proposals"] = [
@@ -185,19 +225,5 @@ def _as_dict(
         "model": shape.name,
         "parameters": shape.num_parameters,
         "device_memory_bytes": memory,
-        "flop_rate": rate,
         "scopes": rows,
     }
-
-
-def measured_rate(dtype: torch.dtype, size: int = 2048, seconds: float = 0.5) -> float:
-    """FLOP/s of square matrix products on this machine's device, the best of those made in `seconds`."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    best, begin = float("inf"), time.perf_counter()
-    while best == float("inf") or time.perf_counter() - begin < seconds:
-        started = time.perf_counter()
-        product = a @ b
-        product[0, 0].item()  # waits for the device
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best

@@ -3,13 +3,16 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, get_args
+
+import torch
 
 from recon.planner.memory import Prediction, Shape, peak_of, predict
 from recon.planner.setting import Setting, Sharding
 
 PRECISIONS = ("bf16-mixed", "bf16-true")
-"""Tried in place of fp32, the less exact one later."""
+"""Tried in place of fp32, the less exact one later and in full retraining alone."""
 
 STRATEGIES: tuple[dict[str, Any], ...] = (
     {"sharding": "zero1"},
@@ -19,6 +22,9 @@ STRATEGIES: tuple[dict[str, Any], ...] = (
     {"sharding": "zero2", "offload_optimizer": True},
     {"sharding": "zero3", "offload_optimizer": True, "offload_parameters": True},
 )
+
+PLACES = (("host", "device"), ("host", "host"), ("disk", "disk"))
+"""Where the model and the activations of a local scope may be instead, the slower ones later."""
 
 SHARDINGS = get_args(Sharding)
 
@@ -33,18 +39,14 @@ class Proposal:
         kind: What it takes: `the same device`, `offload` or `more devices`.
         options: As `recon fit` takes them.
         prediction: Of that setting.
-        changes: How many options differ, and by how many halvings.
+        cost: FLOPs of all processes, then how many options differ, and by how much: less is cheaper. That a start from
+            the pruned weights saves FLOPs does not count, for it is made up for by epochs.
     """
 
     kind: str
     options: list[str]
     prediction: Prediction
-    changes: tuple[int, float]
-
-    @property
-    def cost(self) -> tuple[int, int, float]:
-        """FLOPs of all processes, then changes: less is cheaper."""
-        return (self.prediction.flops, *self.changes)
+    cost: tuple[float, int, float]
 
 
 def fits(prediction: Prediction, device_memory: int) -> bool:
@@ -63,31 +65,40 @@ def propose(shape: Shape, setting: Setting, device_memory: int) -> list[Proposal
         setting: What was asked for.
         device_memory: Bytes of one device.
     """
-    if peak_of(shape, setting).total <= device_memory:
+    asked = predict(shape, setting)
+    if fits(asked, device_memory):
         return []
     found: dict[str, Proposal] = {}
-    for kind, smaller in _variants(setting):
+    for kind, smaller in _of_local(setting, shape) if setting.is_local else _of_full(setting):
         for one in _with_batches(setting, smaller):
             if peak_of(shape, one).total > device_memory:
                 break  # smallest batch first: larger ones need more
-            proposal = Proposal(kind, _options(setting, one), predict(shape, one), _changes(setting, one))
-            if kind not in found or proposal.cost < found[kind].cost:
-                found[kind] = proposal
+            prediction = predict(shape, one)
+            cost = (max(prediction.flops, asked.flops), *_changes(setting, one))
+            if kind not in found or cost < found[kind].cost:
+                found[kind] = Proposal(kind, _options(setting, one), prediction, cost)
     return sorted(found.values(), key=lambda proposal: proposal.cost)
 
 
-def _variants(setting: Setting) -> Iterator[tuple[str, Setting]]:
-    precisions = (setting.precision, *(PRECISIONS if setting.precision == "32-true" else ()))
-    for precision in precisions:
-        base = replace(setting, precision=precision)
-        if setting.is_local:
-            for num_blocks in _halved(setting.num_blocks) if setting.stride is None else [setting.num_blocks]:
-                yield "the same device", replace(base, num_blocks=num_blocks)
-            for offload in ("host", "disk") if setting.offload == "none" else ():
-                yield "offload", replace(base, offload=offload)
-            continue
+def _of_local(setting: Setting, shape: Shape) -> Iterator[tuple[str, Setting]]:
+    """All combinations of what makes a local scope smaller."""
+    given = setting.offload, setting.activations
+    places = [given, *(place for place in PLACES if given in (("none", "device"), *PLACES[: PLACES.index(place)]))]
+    starts = dict.fromkeys([setting.start, "pruned" if setting.start == "exact" else setting.start])
+    blocks = _halved(setting.num_blocks) if setting.stride is None else [setting.num_blocks]
+    precisions = dict.fromkeys([setting.precision, "bf16-mixed" if setting.half is None else setting.precision])
+    narrow = setting.dtype is None and setting.half is None and shape.stored == torch.float32
+    dtypes = [setting.dtype, *[torch.bfloat16] * narrow]
+    for place, start, num_blocks, precision, dtype in product(places, starts, blocks, precisions, dtypes):
+        changed = replace(setting, start=start, num_blocks=num_blocks, precision=precision, dtype=dtype)
+        kind = "the same device" if place == given else "offload"
+        yield kind, replace(changed, offload=place[0], activations=place[1])
+
+
+def _of_full(setting: Setting) -> Iterator[tuple[str, Setting]]:
+    for precision in (setting.precision, *(PRECISIONS if setting.precision == "32-true" else ())):
         for checkpointing in sorted({setting.gradient_checkpointing, True}):
-            again = replace(base, gradient_checkpointing=checkpointing)
+            again = replace(setting, precision=precision, gradient_checkpointing=checkpointing)
             yield "the same device", again
             for strategy in STRATEGIES:
                 if precision == "bf16-true":  # DeepSpeed has its own copies, and FSDP2 is not run so
@@ -119,33 +130,35 @@ def _halved(number: int) -> list[int]:
 
 
 def _changes(asked: Setting, setting: Setting) -> tuple[int, float]:
-    count, amount = 0, 0.0
-    for name in ("batch_size", "num_blocks", "world_size"):
-        before, after = getattr(asked, name), getattr(setting, name)
-        count, amount = count + (before != after), amount + abs(math.log2(after / before))
-    for name in ("precision", "gradient_checkpointing", "sharding", "offload_optimizer", "offload"):
-        count += getattr(asked, name) != getattr(setting, name)
+    """How many options differ, and how far."""
+    changed = {name for name, value in vars(setting).items() if getattr(asked, name) != value} - {"accumulate"}
+    amount = sum(abs(math.log2(getattr(setting, name) / getattr(asked, name))) for name in changed & _NUMBERS)
     amount += (setting.precision != asked.precision) * (1 + (setting.precision == "bf16-true"))
-    return count, amount + (setting.offload == "disk") + 0.1 * SHARDINGS.index(setting.sharding)
+    return len(changed), amount + (setting.offload == "disk") + 0.1 * SHARDINGS.index(setting.sharding)
+
+
+_NUMBERS = {"batch_size", "num_blocks", "world_size"}
 
 
 def _options(asked: Setting, setting: Setting) -> list[str]:
     """What to add to the command."""
+    names = {
+        "world_size": "trainer.devices",
+        "batch_size": f"{'model' if setting.is_local else 'data'}.batch_size",
+        "accumulate": "trainer.accumulate_grad_batches",
+        "num_blocks": "model.num_blocks",
+        "precision": "trainer.precision",
+        "dtype": "model.dtype",
+        "start": "model.start",
+        "gradient_checkpointing": "model.gradient_checkpointing",
+        "offload": "model.offload",
+        "activations": "model.activations",
+    }
     options: list[str] = []
     if (setting.sharding, setting.offload_optimizer) != (asked.sharding, asked.offload_optimizer):
         options.append(f"-c strategies/{setting.sharding}{'_offload' if setting.offload_optimizer else ''}")
-    if setting.world_size != asked.world_size:
-        options.append(f"--trainer.devices {setting.world_size}")
-    if setting.batch_size != asked.batch_size:
-        options.append(f"--{'model' if setting.is_local else 'data'}.batch_size {setting.batch_size}")
-    if setting.accumulate != asked.accumulate:
-        options.append(f"--trainer.accumulate_grad_batches {setting.accumulate}")
-    if setting.num_blocks != asked.num_blocks:
-        options.append(f"--model.num_blocks {setting.num_blocks}")
-    if setting.precision != asked.precision:
-        options.append(f"--trainer.precision {setting.precision}")
-    if setting.gradient_checkpointing != asked.gradient_checkpointing:
-        options.append("--model.gradient_checkpointing true")
-    if setting.offload != asked.offload:
-        options.append(f"--model.offload {setting.offload}")
+    for name, option in names.items():
+        value = getattr(setting, name)
+        if value != getattr(asked, name):
+            options.append(f"--{option} {str(value).lower().removeprefix('torch.')}")
     return options

@@ -23,14 +23,14 @@ class Shape:
         source: Which model; only its configuration is read, from the hub if it is there.
 
     Attributes:
-        name: The model's name.
+        name: The model's name; the type of a random one.
         num_parameters: Tied ones once.
         stored: In which precision it is loaded.
     """
 
     def __init__(self, source: ModelSource) -> None:
         skeleton = source.skeleton()
-        self.name = source.name
+        self.name = f"a random {skeleton.config.model_type}" if source.shape is not None else source.name
         self.num_parameters = numel(skeleton.parameters())
         self.stored: torch.dtype = skeleton.dtype
         self._config, self._trust = skeleton.config, source.trust_remote_code
@@ -158,14 +158,15 @@ def _masks(rehearsal: Rehearsal, setting: Setting) -> int:
 
 def _host(shape: Shape, setting: Setting) -> dict[str, int]:
     rehearsal = shape.rehearsal(setting)
-    whole = shape.num_parameters * shape.stored.itemsize  # every process loads it, and one gathers it to write it
+    item = (setting.dtype or shape.stored).itemsize
+    whole = shape.num_parameters * item  # every process loads it, and one gathers it to write it
     held: Counter[str] = Counter(masks=_masks(rehearsal, setting))
     held["other"] = (setting.num_sequences + setting.num_validation) * setting.seq_len * torch.int64.itemsize
     if setting.is_local:
         blocks = [rehearsal.block_numel(block) for block in rehearsal.anatomy.blocks]
         outside = shape.num_parameters - sum(blocks)
         # Blocks that are read from disk are on the device alone.
-        held["weights"] = outside * shape.stored.itemsize if setting.offload == "disk" else whole
+        held["weights"] = outside * item if setting.offload == "disk" else whole
         held["calibration"] = calibration_bytes(rehearsal, setting)["host"]
     else:
         offloaded = held_on_host(rehearsal, setting)
@@ -178,7 +179,7 @@ def _host(shape: Shape, setting: Setting) -> dict[str, int]:
 
 
 def _disk(shape: Shape, setting: Setting) -> dict[str, int]:
-    item, rehearsal = shape.stored.itemsize, shape.rehearsal(setting)
+    item, rehearsal = (setting.dtype or shape.stored).itemsize, shape.rehearsal(setting)
     disk = {"model": shape.num_parameters * item, "masks": _masks(rehearsal, setting)}
     if setting.is_local:
         windows = windows_to_recover(rehearsal, setting)

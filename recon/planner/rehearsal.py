@@ -70,7 +70,7 @@ class Rehearsal:
             self.model.requires_grad_(False)
             self.parameters = dict(self.model.named_parameters())
             self.anatomy = Anatomy.of(self.model)
-            self.replay = _Unverified(self.model, self.anatomy)
+            self.replay = Unverified(self.model, self.anatomy)
         self.dtype = dtype
         self.num_parameters = numel(self.parameters.values())
 
@@ -173,15 +173,16 @@ class Rehearsal:
         """Parameter name -> linear map that may be pruned."""
         return self._once(("prunable", tuple(exclude)), lambda: self.anatomy.prunable(exclude))
 
+    def shape_of(self, name: str) -> tuple[int, int]:
+        """Rows and columns of a matrix, whatever its layout."""
+        with self.faked():
+            rows, width = weight_out_in(self.prunable()[name]).shape
+            return rows, width
+
     def products(self, name: str) -> int:
         """Multiplications of a matrix with the Gram matrix of its inputs: rows times width squared."""
-
-        def count() -> int:
-            rows, width = weight_out_in(self.prunable()[name]).shape
-            return rows * width**2
-
-        with self.faked():
-            return self._once(("products", name), count)
+        rows, width = self._once(("shape", name), lambda: self.shape_of(name))
+        return rows * width**2
 
     def inputs(self, block: Block, matrices: Sequence[str], setting: Setting) -> list[int]:
         """Width of every distinct input of some matrices of a block: as many Gram matrices are collected."""
@@ -280,20 +281,16 @@ class Rehearsal:
 
         def run() -> Step:
             first = self.anatomy.blocks[0]
-            parent, _, name = first.name.rpartition(".")[0].rpartition(".")
-            owner = self.model.get_submodule(parent)
-            blocks = getattr(owner, name)
             names = list(first.parameters())
             if setting.train == "all":
                 names += [name for name in self.parameters if not self._in_blocks(name)]
             forward = first.module.forward
             try:
-                setattr(owner, name, nn.ModuleList([first.module]))
                 if setting.gradient_checkpointing:
                     first.module.forward = checkpointed(forward)
-                return self._step(names, loss, setting)
+                with only_first(self.model, first):
+                    return self._step(names, loss, setting)
             finally:
-                setattr(owner, name, blocks)
                 vars(first.module).pop("forward", None)
 
         with self.faked():
@@ -345,7 +342,20 @@ class Rehearsal:
         return self._found[key]
 
 
-class _Unverified(Replay):
+@contextmanager
+def only_first(model: PreTrainedModel, first: Block) -> Iterator[None]:
+    """Within, the model has its first block and no others."""
+    parent, _, name = first.name.rpartition(".")[0].rpartition(".")
+    owner = model.get_submodule(parent)
+    blocks = getattr(owner, name)
+    try:
+        setattr(owner, name, nn.ModuleList([first.module]))
+        yield
+    finally:
+        setattr(owner, name, blocks)
+
+
+class Unverified(Replay):
     """Replay without its check, for there are no numbers to compare, that looks at one of several equal blocks."""
 
     def verify(self) -> None:

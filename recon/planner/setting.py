@@ -70,6 +70,7 @@ class Setting:
         world_size: Processes; in the local scopes each recovers its share of the windows.
         num_nodes: Machines that they run on.
         offload: Local scopes: where the model is while a window of it is recovered.
+        dtype: In which precision the model is loaded, if not in that which it is planned in.
         activations: Local scopes: where the hidden states of all sequences are between two passes.
         activations_budget: For `auto`: bytes that they may take on the device.
         activations_host_budget: For `auto`: bytes that they may take of the host's memory; no limit if None.
@@ -104,6 +105,7 @@ class Setting:
     world_size: int = 1
     num_nodes: int = 1
     offload: Offload = "none"
+    dtype: torch.dtype | None = None
     activations: Place = "device"
     activations_budget: int = 0
     activations_host_budget: int | None = None
@@ -164,7 +166,8 @@ class Setting:
         return self.scope == "matrix" and self.propagation == "recovered"
 
     def weights_dtype(self, stored: torch.dtype) -> torch.dtype:
-        """The precision of the working weights of a model loaded in `stored`."""
+        """The precision of the working weights of a model that is planned in `stored`."""
+        stored = self.dtype or stored
         if self.offload != "none":
             return stored  # Lightning, which casts, does not have the model
         cast = self.precision.endswith("-true") or self.is_zero
@@ -172,7 +175,7 @@ class Setting:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return asdict(self) | {"activations_dtype": self.activations_dtype and str(self.activations_dtype)[6:]}
+        return {name: str(one)[6:] if isinstance(one, torch.dtype) else one for name, one in asdict(self).items()}
 
     @classmethod
     def of(

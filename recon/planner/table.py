@@ -9,17 +9,29 @@ from rich.table import Table
 from rich.text import Text
 
 from recon.planner.fitting import Proposal, fits
-from recon.planner.memory import Prediction
+from recon.planner.memory import Prediction, Shape
 from recon.planner.moment import CATEGORIES
 from recon.report.sections import MISSING, format_number
 from recon.report.table import WIDEST
 from recon.units import UNITS, readable
 
-HEADERS = {"optimizer": "optim.", "activations": "activ.", "calibration": "calib.", "gradients": "grads"}
+HEADERS = {"activations": "acti-\nvations", "calibration": "cali-\nbration", "gradients": "gra-\ndients"}
+HEADERS |= {"optimizer": "opti-\nmizer", "gram": "Gram"}
+
+LEGEND = {
+    "activations": "activations: kept for the backward pass",
+    "calibration": "calibration: hidden states of all sequences",
+}
+
+MOMENTS = {
+    "collect": "collect: sequences pass a block, and Gram matrices are summed up",
+    "solve": "solve: one matrix is solved exactly (not with --model.start pruned)",
+    "step": "step: the optimizer's update",
+}
 
 
 def print_plan(
-    title: str,
+    shape: Shape,
     predictions: Sequence[Prediction],
     console: Console,
     device_memory: int | None = None,
@@ -28,40 +40,60 @@ def print_plan(
     """Print what each scope needs, whether it fits, and what would.
 
     Args:
-        title: The model and what is common to all rows.
+        shape: The model.
         predictions: A row each.
         console: Where to.
         device_memory: Bytes; adds the column that says what fits.
         proposals: Scope -> settings that fit, for those that do not.
     """
     unit = "GiB" if max(one.peak.total for one in predictions) >= UNITS["GiB"] else "MiB"
-    table = Table(box=box.SIMPLE, padding=0, show_edge=False, pad_edge=False)
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
     table.add_column("scope", vertical="bottom")
-    names = [HEADERS.get(name, name) for name in CATEGORIES]
-    names += ["total"] + (["fits"] if device_memory is not None else []) + ["when", "host", "disk", "FLOPs"]
-    names += ["time"] if any(one.seconds is not None for one in predictions) else []
+    shown = [name for name in CATEGORIES if any(one.peak.held[name] for one in predictions)]
+    names = [HEADERS.get(name, name) for name in shown]
+    names += ["peak on\ndevice"] + (["fits"] if device_memory is not None else []) + ["when"]
+    names += ["host", "disk", "FLOPs"] + (["time"] if any(one.seconds is not None for one in predictions) else [])
     for name in names:
         table.add_column(name, justify="right", no_wrap=True, vertical="bottom")
     for one in predictions:
         peak = one.peak
-        sizes = [*(peak.held[name] for name in CATEGORIES), peak.total]
-        cells = [_amount(size, unit) for size in sizes]
+        cells = [_amount(size, unit) for size in (*(peak.held[name] for name in shown), peak.total)]
         cells += [] if device_memory is None else ["yes" if fits(one, device_memory) else "no"]
         cells += [peak.name, *(_amount(sum(kind.values()), unit) for kind in (one.host, one.disk)), f"{one.flops:.1e}"]
         cells += [_time(one.seconds)] if "time" in names else []
         table.add_row(one.setting.scope, *cells)
-    console.print(Text(title, style="bold"))
-    console.print(Text(f"{unit} on the device of each process at its worst moment; host and disk beside it"))
+    console.print(Text(_title(shape, predictions), style="bold"))
+    console.print(Text(f"{unit} on the device of each process when it holds most; beside it host memory and disk"))
     table.width = Measurement.get(console, console.options.update_width(WIDEST), table).maximum
     console.print(table, crop=False)
-    for scope, found in (proposals or {}).items():
-        if device_memory is None:
-            break
+    notes = [LEGEND[name] for name in shown if name in LEGEND]
+    notes += [MOMENTS[name] for name in dict.fromkeys(one.peak.name for one in predictions) if name in MOMENTS]
+    console.print(Text("; ".join(notes)))
+    console.print(Text("What CUDA and its allocator take for themselves, pruning and evaluation are not in it."))
+    if device_memory is not None:
+        _print_proposals(proposals or {}, console, device_memory)
+
+
+def _title(shape: Shape, predictions: Sequence[Prediction]) -> str:
+    first = predictions[0].setting
+    model = (
+        f"{shape.name}, {shape.num_parameters:,} weights in {str(first.dtype or shape.stored).removeprefix('torch.')}"
+    )
+    sizes = " or ".join(dict.fromkeys(str(one.setting.batch_size) for one in predictions))
+    worlds = " or ".join(dict.fromkeys(str(one.setting.world_size) for one in predictions))
+    processes = "" if worlds == "1" else f", {worlds} processes"
+    data = f"{first.num_sequences} sequences of {first.seq_len} tokens, {sizes} at a time"
+    return f"{model}: {data}, {first.precision}{processes}"
+
+
+def _print_proposals(proposals: Mapping[str, Sequence[Proposal]], console: Console, device_memory: int) -> None:
+    for scope, found in proposals.items():
         if not found:
             console.print(Text(f"{scope}: nothing that was tried fits in {readable(device_memory)}"))
         for proposal in found:
-            total = readable(proposal.prediction.peak.total)
-            console.print(Text(f"{scope} fits with {' '.join(proposal.options)}  ({total}, {proposal.kind})"))
+            one = proposal.prediction
+            sizes = f"{readable(one.peak.total)} on the device, {readable(sum(one.host.values()))} on the host"
+            console.print(Text(f"{scope} fits with {' '.join(proposal.options)}  ({sizes})"))
 
 
 def _amount(size: int, unit: str) -> str:

@@ -50,7 +50,9 @@ class Report:
         environment: Where: device name, torch version, date, processes, strategy, ...
         ranks: Per process the three memory figures above, which are the largest of them, and the bytes of
             weights, gradients and optimizer state within the peak where they were measured, with how many
-            of them all lie on the host.
+            of them all lie on the host; `tracked`, bytes of live tensors at their peak by side and category.
+        prediction: What the run was predicted to need, as `recon.planner.Prediction` has it, or the `reason` why that
+            could not be said; empty for what is not planned.
         throughput: Tokens per second of all processes, model FLOP utilisation, and over how many tokens and
             seconds they were measured; empty if they were not.
         tuning: What was tried to choose this cell's options, point by point: `options`, `perplexity` on the
@@ -87,6 +89,7 @@ class Report:
     ranks: list[dict[str, Any]] = field(default_factory=list)
     throughput: dict[str, Any] = field(default_factory=dict)
     drift: dict[str, Any] = field(default_factory=dict)
+    prediction: dict[str, Any] = field(default_factory=dict)
     tuning: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:

@@ -9,6 +9,7 @@ from rich.text import Text
 from recon.report.drift import drift_section
 from recon.report.groups import Group, Row, group_cells
 from recon.report.memory import memory_section
+from recon.report.prediction import prediction_section
 from recon.report.schema import Results
 from recon.report.sections import Section, show
 from recon.report.tuning import tuning_section
@@ -18,8 +19,9 @@ WIDEST = 1000
 
 
 def table_sections(results: Results) -> list[Section]:
-    """One section per model, criterion and pattern, all with the same columns; after each, its memory and its drift.
+    """One section per model, criterion and pattern, all with the same columns; after each, what more there is of it.
 
+    That is its memory by process, what was predicted of it, and its drift.
     What was tried to choose options follows a model's first group.
 
     Peak device memory has a column only if some cell has it. Over several seeds, perplexity and recovery
@@ -65,7 +67,11 @@ def table_sections(results: Results) -> list[Section]:
         title = f"{group.model}, {group.criterion}, {group.pattern}"
         rows = [strings(row) for row in group.rows]
         sections.append(Section(title, header(group), rows, notes=group.failures + group.remarks))
-        sections += [more for more in (memory_section(group), drift_section(group)) if more is not None]
+        sections += [
+            more
+            for more in (memory_section(group), prediction_section(group), drift_section(group))
+            if more is not None
+        ]
         if group.model not in tuned and (tuning := tuning_section(group)) is not None:
             sections.append(tuning)
             tuned.add(group.model)
