@@ -55,7 +55,8 @@ def run(
         phases.enter("load")
         scope.load(data)
         phases.enter("prepare")
-        scope.prepare(data, random_masks(scope.model))
+        directory = tmp_path if scope.offload == "disk" else None
+        scope.prepare(data, random_masks(scope.model), directory)
         phases.enter("train")
         trainer.fit(scope)
         phases.enter("save")
@@ -87,6 +88,32 @@ def test_windows_of_blocks_hold_what_is_counted_by_hand(tmp_path: Path) -> None:
         assert {name: size for name, size in host.items() if size} == {"masks": PACKED_MASKS, "other": TOKENS}
         assert found["activations"] > 4 * 4 * 16 * 32
         assert moment["stage"].startswith("step 2, ")
+
+
+@pytest.mark.parametrize("activations", ["device", "host"])
+@pytest.mark.parametrize("offload", ["host", "disk"])
+def test_offloaded_windows_have_one_block_on_the_device(offload: Any, activations: Any, tmp_path: Path) -> None:
+    name = save_tiny("llama", tmp_path)
+    options = {"offload": offload, "activations": activations}
+    scope = BlockDistillation(name=name, epochs=1, batch_size=4, **options)
+    phases = run(scope, tmp_path)
+    block = 4 * (9216 + 2 * 32)
+    # Embedding, head, last norm, inverse frequencies as they are and as they were; without data a number a parameter.
+    at_home = 4 * (2 * 96 * 32 + 32) + 2 * 4 * 4 + (3 * block if offload == "host" else 3 * 9 * 4)
+    for window in scope.windows:
+        device, host = (phases[f"window {window.name}"]["categories"][side] for side in SIDES)
+        num = len(window.owned)
+        assert (device["weights"], device["gradients"], device["optimizer"]) == (block, block, 2 * block + 4 * num)
+        assert device["masks"] == BOOL_MASKS
+        assert device["gram"] == 0
+        assert host["gradients"] == host["optimizer"] == host["activations"] == host["gram"] == 0
+        assert (host["masks"], host["other"]) == (PACKED_MASKS, TOKENS)
+        assert device["calibration"] == (0 if activations == "host" else 2 * HIDDEN)
+        if offload == "disk" and window is scope.windows[0]:  # the host had most when two weights were there to be read
+            assert host["weights"] == at_home + 2 * 4 * 64 * 32
+        else:
+            assert host["weights"] == at_home
+            assert host["calibration"] == 2 * HIDDEN - device["calibration"]
 
 
 def test_all_phases_hold_the_weights_and_add_up(tmp_path: Path) -> None:
