@@ -18,7 +18,7 @@ from recon.anatomy import Anatomy
 from recon.cli import main
 from recon.cli.fit import parse_only
 from recon.configs import config_directory
-from recon.planner import Setting, Shape, in_bytes, predict, propose, readable
+from recon.planner import Setting, Shape, predict, propose
 from recon.planner.rehearsal import Rehearsal
 from recon.planner.tracker import Tracker
 from recon.pretrained import ModelSource
@@ -98,7 +98,8 @@ def test_a_model_has_the_published_size_and_plans(path: Any) -> None:
     shape = shape_of(sizes)
     assert shape.num_parameters == TOTALS[path.stem]
     found = predict(shape, Setting("block", batch_size=1, seq_len=128, num_sequences=2, num_validation=1))
-    assert found.peak.held["weights"] == 4 * TOTALS[path.stem]
+    buffers = found.peak.held["weights"] - 4 * TOTALS[path.stem]  # inverse frequencies: as they are, and as they were
+    assert 0 <= buffers <= 8 * 128
 
 
 @pytest.mark.parametrize("order", [0, 1])

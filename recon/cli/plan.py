@@ -67,7 +67,7 @@ class PlanCLI(ParsingCLI):
             "--flop_rate",
             type=float | str | None,
             default=None,
-            help="FLOP/s of one device: say how long it takes. `measure`: train a block of this model here and now, for "
+            help="FLOP/s of one device: say how long it takes. `measure`: train a block of this model here, in "
             "seconds. Or the directory of a run or comparison: as fast as its scopes were.",
         )
         parser.add_argument("--scopes", type=list[str], default=list(SCOPES), help="The rows.")

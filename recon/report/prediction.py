@@ -77,7 +77,7 @@ def _total(sizes: Bytes) -> int:
     return sum(sizes.values())
 
 
-def _compared(predicted: float | None, measured: float, scale: float) -> list[str]:
+def _compared(predicted: float | int | None, measured: float | int, scale: float | int) -> list[str]:
     ratio: Any = MISSING if not predicted or not measured else format_number(predicted / measured, 2)
     texts = [MISSING if value is None else format_number(value * scale, 1) for value in (predicted, measured)]
     return [*texts, ratio]

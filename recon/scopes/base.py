@@ -4,6 +4,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -12,7 +13,6 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
-from recon.activations import ON_DEVICE
 from recon.anatomy import Anatomy
 from recon.data import TokenData
 from recon.evaluation import Evaluation
@@ -25,6 +25,7 @@ from recon.pretrained import ModelSource, empty
 from recon.replay import Replay
 from recon.residence import Residence
 from recon.start import EXACT, Start, apply, written
+from recon.storage import ON_DEVICE, Storage
 
 StartName = Literal["pruned", "moved", "exact"]
 
@@ -82,7 +83,7 @@ class Scope(L.LightningModule, ABC):
         self.epochs, self.start = epochs, start
         self.offload: Offload = offload
         self.residence: Residence | None = None  # of a model that is not on the device
-        self.storage = ON_DEVICE
+        self._storage = ON_DEVICE
         self.start_weights: Mapping[str, torch.Tensor] | None = None  # of every mask; None for the dense survivors
         self.start_seconds = 0.0  # what it took to solve for them
         self.model: PreTrainedModel
@@ -92,6 +93,7 @@ class Scope(L.LightningModule, ABC):
         self.directory: Path | None = None
         self.phases = Phases()
         self.evaluation: Evaluation | None = None  # of the recovered model, where only the fit holds it in parts
+        self.latest_loss: dict[str, torch.Tensor] = {}  # of the last step, under its name, where it was computed
         self._losses: list[tuple[torch.Tensor, str]] = []  # not looked at yet, and of what
 
     @property
@@ -108,6 +110,11 @@ class Scope(L.LightningModule, ABC):
     @abstractmethod
     def max_epochs(self) -> int:
         """How many Lightning epochs the fit takes."""
+
+    @property
+    def storage(self) -> Storage:
+        """Where hidden states are kept between two passes; if that is on disk, in the run's directory."""
+        return replace(self._storage, directory=self.directory)
 
     @property
     def loads_whole(self) -> bool:
@@ -185,8 +192,9 @@ class Scope(L.LightningModule, ABC):
         if self.residence is None or self.residence.shards is None:
             return masks.check(self.model)
         for block in self.residence.anatomy.blocks:
-            self.residence.visit(block.index)
-            masks.subset(name for name in block.parameters() if name in masks).check(self.model)
+            if names := [name for name in block.parameters() if name in masks]:
+                self.residence.visit(block.index)
+                masks.subset(names).check(self.model)
 
     def prepare(
         self,
@@ -258,6 +266,7 @@ class Scope(L.LightningModule, ABC):
         Raises:
             FloatingPointError: If this loss or one before it is NaN or infinite, naming the first.
         """
+        self.latest_loss = {name: loss.detach()}
         self._losses.append((loss.detach(), where))
         every: int = self.trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]
         if not (self.trainer.is_last_batch or (every and (self.trainer.global_step + 1) % every == 0)):
