@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.utils
 from families import tiny
 from scope_fixtures import IGNORED, data_of, prepared, random_masks, same, save_tiny, trainer_of, untimed, weights_of
 from torch import Tensor
@@ -19,7 +20,11 @@ from recon.shapes import weight_out_in
 from recon.solvers import ADMMSolver, GradientDescent
 from recon.windows import Windows
 
-pytestmark = [pytest.mark.filterwarnings("error"), *(pytest.mark.filterwarnings(one) for one in IGNORED)]
+COMPILER = [  # what it sets off within torch
+    "ignore:`torch.jit.script_method` is deprecated",
+    "ignore:The .grad attribute of a Tensor that is not a leaf",
+]
+pytestmark = [pytest.mark.filterwarnings(one) for one in ("error", *IGNORED, *COMPILER)]
 
 GROUPS = [["*.q_proj", "*.k_proj", "*.v_proj"], ["*.o_proj"], ["*.gate_proj", "*.up_proj"], ["*.down_proj"]]
 SHORT = {"epochs": 2, "lr": 3e-3, "batch_size": 4}
@@ -73,6 +78,31 @@ def test_every_loss_brings_the_output_closer(loss: str, tmp_path: Path) -> None:
     data._tokens["validation"] = data.tokens("train")
     fit(prepared(scope, data))
     assert all(result["after"] < result["before"] for result in scope.results.values())
+
+
+# --- compiled -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [SubmoduleDistillation, BlockDistillation])
+def test_compiled_windows_learn_the_same_with_one_compilation_for_all_blocks(kind: Any, tmp_path: Path) -> None:
+    results, graphs = [], {}
+    for compile in (False, True):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        scope = kind(name=save_tiny("llama", tmp_path), compile=compile, **SHORT)
+        fit(prepared(scope))
+        results.append([result["after"] for result in scope.results.values()])
+        graphs[compile] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        blocks = Anatomy.of(scope.model).blocks
+        assert not any("forward" in vars(child) for block in blocks for child in block.module.children())
+    assert results[1] == pytest.approx(results[0], rel=1e-3)
+    # Attention, MLP and norm, with and without gradients, and for batches of any size; there are three blocks.
+    assert graphs[False] == 0 < graphs[True] <= 16
+
+
+def test_groups_are_not_compiled(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model.windows watches single matrices.*got model.compile: true"):
+        grouped(tmp_path, compile=True)
 
 
 # --- which parameters learn ---------------------------------------------------------------------------

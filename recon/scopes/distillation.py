@@ -1,6 +1,7 @@
 """Distillation of windows by gradient descent, and the two scopes that do it: submodules and blocks."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 from recon.exact import solve
 from recon.lora import DEFAULT_LORA, Lora, attach, merge
 from recon.scopes.base import StartName, warmup_and_linear_decay
+from recon.scopes.compilation import compiled
 from recon.scopes.local import Batch, LocalScope
 from recon.shapes import as_out_in, weight_out_in
 from recon.statistics import InputStatistics
@@ -38,6 +40,7 @@ class Distillation(LocalScope):
         warmup: Share of a window's steps with a rising learning rate; it falls linearly to zero afterwards.
         start: As in `Scope`. `exact` takes a solve of each matrix on the inputs of its window; on the bundled
             model three epochs from it reach what four from `pruned` do.
+        compile: Whether what trains runs by torch.compile: a wait once, then faster steps; last digits differ.
         **options: Batch size, and which model: see `LocalScope`.
     """
 
@@ -52,6 +55,7 @@ class Distillation(LocalScope):
         betas: tuple[float, float] = (0.9, 0.95),
         warmup: float = 0.1,
         start: StartName = "exact",
+        compile: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(epochs=epochs, start=start, **options)
@@ -60,6 +64,7 @@ class Distillation(LocalScope):
         self.lora = lora
         self.lr, self.weight_decay, self.betas, self.warmup = lr, weight_decay, betas, warmup
         self._adapters: list[str] = []
+        self.compiles, self._compiled = compile, ExitStack()
 
     def label_notes(self) -> list[str]:
         """Loss and parameters, too."""
@@ -98,6 +103,8 @@ class Distillation(LocalScope):
             self._adapters = attach(self.model, self.masks, window.owned, self.lora, self.data.seed)
             names = self._adapters
         self.learn(names)
+        if self.compiles:
+            self._compiled = compiled(window.blocks)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """How far the window's output is from its target."""
@@ -113,8 +120,9 @@ class Distillation(LocalScope):
         return loss
 
     def end(self, window: Window) -> dict[str, Any]:
-        """Freeze the window, merge its adapters, drop gradients and optimizer state."""
+        """Freeze the window, merge its adapters, drop gradients, optimizer state and compiled code."""
         self.rest()
+        self._compiled.close()
         merge(self.model, self._adapters)
         self._adapters = []
         return {"holds_nonlinearity": window.holds_nonlinearity} if isinstance(window, GroupWindow) else {}
@@ -139,6 +147,11 @@ class SubmoduleDistillation(Distillation):
 
     def __init__(self, epochs: int = 4, lr: float = 1e-3, windows: Windows | None = None, **options: Any) -> None:
         super().__init__(epochs=epochs, lr=lr, **options)
+        if self.compiles and windows is not None:
+            raise ValueError(
+                "model.windows watches single matrices, which compiled code hides, got model.compile: true; leave out "
+                "one of the two"
+            )
         self.groups = windows and windows.groups
         self.taps = self.groups is None
 
