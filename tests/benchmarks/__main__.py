@@ -22,12 +22,13 @@ import torch
 from recon.atomic import write_json
 from recon.environment import environment
 
-from . import bare_loop, flop_rate, growth, window_parallel
+from . import bare_loop, flop_rate, growth, quality, window_parallel
 
 Measure = Callable[[Path, argparse.Namespace], dict[str, Any]]
 
 BENCHMARKS: dict[str, tuple[Measure, Callable[[dict[str, Any]], str]]] = {
     "bare_loop": (lambda path, options: bare_loop.measure(path, options.quick), bare_loop.table),
+    "quality": (lambda path, options: quality.measure(path, options.quick), quality.table),
     "depth": (lambda path, options: growth.measure("depth", path, options.quick), growth.table),
     "width": (lambda path, options: growth.measure("width", path, options.quick), growth.table),
     "tokens": (lambda path, options: growth.measure("tokens", path, options.quick), growth.table),

@@ -28,7 +28,7 @@ from .fits import fit, say
 Weights = dict[str, Tensor]
 
 SCOPES = ("matrix", "submodule", "block")
-BATCH_SIZE, LR, BETAS, WARMUP = 8, 1.2e-2, (0.9, 0.95), 0.1  # as configs/scopes and the scopes' defaults have them
+BATCH_SIZE, LR, BETAS, WARMUP = 4, 1.2e-2, (0.9, 0.95), 0.1  # as configs/scopes and the scopes' defaults have them
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Size:
     num_sequences: int = 128
     seq_len: int = 256
     num_validation: int = 16
-    epochs: int = 4
+    epochs: int = 2
     repeats: int = 3
 
     @property
@@ -70,6 +70,7 @@ def measure(directory: Path, quick: bool = False, scopes: tuple[str, ...] = SCOP
     rows = []
     for scope in scopes:
         epochs = [] if scope == "matrix" else ["--model.epochs", str(size.epochs)]
+        epochs += ["--model.batch_size", str(BATCH_SIZE)]
         row: dict[str, Any] = {"scope": scope, "fit": [], "loop": [], "fit_cpu": [], "loop_cpu": []}
         for repeat in range(size.repeats):
             run = fit(scope, directory / f"{scope}-{repeat}", *size.options, *epochs, "--trainer.accelerator", "cpu")
