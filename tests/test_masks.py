@@ -175,6 +175,8 @@ def test_files_that_are_no_masks_are_refused(tmp_path: Path) -> None:
             Masks.load(tmp_path / name)
     with pytest.raises(FileNotFoundError, match="missing"):
         Masks.load(tmp_path / "missing")
+    with pytest.raises(ValueError, match="needs to be a mask file of recon, got a directory"):
+        Masks.load(tmp_path)
 
 
 def test_a_truncated_file_is_refused(masks: Masks, tmp_path: Path) -> None:
