@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from benchmarks.flop_rate import Operations
 from families import FAMILIES, tiny
 from scope_fixtures import IGNORED, data_of, prepared, trainer_of
 from torch import Tensor
@@ -18,12 +19,17 @@ from recon.anatomy import Anatomy
 from recon.cli import main
 from recon.cli.fit import parse_only
 from recon.configs import config_directory
-from recon.planner import Kind, Setting, Shape, forecast, predict, propose
-from recon.planner.work import KINDS
+from recon.planner import Kind, Setting, Shape, forecast, predict, propose, rate
+from recon.planner.moment import CATEGORIES
 from recon.planner.rehearsal import Rehearsal
 from recon.planner.tracker import Tracker
+from recon.planner.work import KINDS
 from recon.pretrained import ModelSource
 from recon.replay import Replay
+from recon.report import Report, Results
+from recon.report.groups import group_cells
+from recon.report.prediction import SHARDED, prediction_section
+from recon.report.sections import MISSING
 from recon.scopes import BlockDistillation, FullRetraining, MatrixReconstruction, Pretraining, SubmoduleDistillation
 from recon.windows import submodule_windows
 
@@ -41,7 +47,8 @@ LLAMA: dict[str, Any] = {
     "max_position_embeddings": 64,
     "tie_word_embeddings": False,
 }
-GPT2: dict[str, Any] = {"model_type": "gpt2", "vocab_size": V, "n_embd": D, "n_layer": L, "n_head": 4}
+SHALLOW = {**LLAMA, "num_hidden_layers": 2}
+GPT2: dict[str, Any] = {"model_type": "gpt2", "vocab_size": V, "n_embd": D, "n_layer": 2, "n_head": 4}
 MATRICES = 4 * D * D + 3 * D * H
 BLOCK = MATRICES + 2 * D
 N = 2 * V * D + L * BLOCK + D
@@ -237,8 +244,8 @@ SCOPES = {
 
 @pytest.mark.parametrize(
     ("kind", "sizes", "precision"),
-    [(kind, LLAMA, "32-true") for kind in SCOPES]
-    + [("submodule", GPT2, "32-true"), ("two blocks", LLAMA, "bf16-mixed"), ("full", GPT2, "bf16-mixed")],
+    [(kind, LLAMA if kind in ("two blocks", "full") else SHALLOW, "32-true") for kind in SCOPES]
+    + [("submodule", GPT2, "32-true"), ("two blocks", SHALLOW, "bf16-mixed"), ("full", GPT2, "bf16-mixed")],
 )
 def test_the_peak_of_a_real_fit(kind: str, sizes: dict[str, Any], precision: Any) -> None:
     scope = SCOPES[kind](name="random", shape=sizes)
@@ -353,7 +360,9 @@ def test_time_follows_the_rate(llama: Shape) -> None:
 @pytest.mark.parametrize("scope", ["submodule", "block", "full"])
 def test_proposals_fit_and_are_sorted(llama: Shape, scope: Any) -> None:
     loss = "cross_entropy" if scope == "full" else "normalised"
-    setting = Setting(scope, 8, 64, 16, 4, start="pruned", loss=loss, num_blocks=2 if scope == "block" else 1)
+    setting = Setting(scope, 2, 64, 16, 4, start="pruned", loss=loss)
+    if scope == "block":
+        setting = replace(setting, num_blocks=2, precision="bf16-mixed")
     peak = predict(llama, setting).peak.total
     assert propose(llama, setting, peak) == []
     found = propose(llama, setting, int(0.9 * peak))
@@ -393,7 +402,8 @@ SMALL = json.dumps({**LLAMA, **{key: value for key, value in FAMILIES["llama"].i
 
 
 def test_the_command_prints_a_row_a_scope(capsys: Any) -> None:
-    assert main([*COMMAND, SMALL, "--device_memory", "2MiB", "--flop_rate", "1e9"]) == 0
+    few = ["--model.batch_size", "1", "--data.batch_size", "1"]  # which leaves no smaller ones to try
+    assert main([*COMMAND, SMALL, *few, "--device_memory", "2MiB", "--flop_rate", "1e9"]) == 0
     out = capsys.readouterr().out
     rows = [line.split()[0] for line in out.splitlines() if line.strip()]
     assert [name for name in rows if name in ("matrix", "submodule", "block", "full")][:4] == [
@@ -427,3 +437,148 @@ def test_the_command_prints_json(capsys: Any) -> None:
 def test_the_command_says_what_is_wrong(options: list[str], said: str, capsys: Any) -> None:
     assert main([*COMMAND, SMALL, *options]) == 1
     assert said in capsys.readouterr().err
+
+
+# --- rates and reports -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", ["matrix", "submodule", "block", "full"])
+def test_rates_are_those_of_the_work_that_is_measured(scope: Any, monkeypatch: Any) -> None:
+    """By a clock that ticks once per operation: whatever is measured has to take as long as its FLOPs say."""
+
+    def ticks(work: Any, device: torch.device) -> float:
+        with Operations() as operations:
+            work()
+        return operations.total / 2**30
+
+    monkeypatch.setattr(rate, "_seconds", ticks)
+    monkeypatch.setattr(rate, "SECONDS", 2**25 / 2**30)  # batches are made smaller, too
+    loss = "cross_entropy" if scope == "full" else "normalised"
+    source = ModelSource("random", LLAMA)
+    setting = Setting(scope, 8, 32, 16, 4, loss=loss, device="cpu")
+    found = rate.measured_rates(source, setting, torch.device("cpu"))
+    work = predict(Shape(source), setting).work
+    assert found.keys() >= {kind for kind, flops in work.items() if flops}
+    solve = found.pop("solve")
+    assert 0.8 * 2**30 <= solve <= 2**30  # besides its iterations there is a start
+    assert found == dict.fromkeys(found, 2**30)
+
+
+def test_rates_are_measured(llama: Shape) -> None:
+    setting = Setting("block", 2, 16, 8, 4, device="cpu")
+    rates = rate.measured_rates(ModelSource("random", LLAMA), setting, torch.device("cpu"))
+    found = predict(llama, setting, rates)
+    assert all(one > 0 for one in rates.values())
+    assert found.seconds == pytest.approx(sum(flops / rates[kind] for kind, flops in found.work.items()))
+
+
+def test_the_command_measures_rates(capsys: Any) -> None:
+    row = row_of([*COMMAND, SMALL, *FEW, "--scopes", "[block]", "--flop_rate", "measure"], capsys)
+    assert row["flop_rate"].keys() == {"walk", "gram", "solve", "training", "held out"}
+    assert row["seconds"] == pytest.approx(sum(row["work"][kind] / one for kind, one in row["flop_rate"].items()))
+
+
+FEW = ["--data.num_sequences", "4", "--data.num_validation", "2", "--model.batch_size", "2", "--trainer.devices", "1"]
+
+
+def row_of(args: list[str], capsys: Any) -> dict[str, Any]:
+    """The last row of a plan as JSON."""
+    assert main([*args, "--json", "true"]) == 0
+    out = capsys.readouterr().out
+    return json.loads(out[out.index("{") :])["scopes"][-1]
+
+
+def report_of(found: dict[str, Any], **options: Any) -> Report:
+    return Report(scope="submodule", model="m", criterion="c", pattern="p", seed=0, prediction=found, **options)
+
+
+def test_rates_are_those_of_a_run(llama: Shape, tmp_path: Any, capsys: Any) -> None:
+    found = predict(llama, Setting("submodule", 2, 16, 8, 4, world_size=2)).as_dict()
+    report_of(found, seconds=8.0).save(tmp_path / "report.json")
+    command = [*COMMAND, SMALL, *FEW, "--flop_rate", str(tmp_path)]
+    row = row_of([*command, "--scopes", "[submodule]"], capsys)
+    assert row["flop_rate"] == found["flops"] / 8 / 2  # of one process
+    assert row["seconds"] == pytest.approx(row["flops"] / row["flop_rate"])
+    row = row_of([*command, "--scopes", "[block]"], capsys)
+    assert (row["flop_rate"], row["seconds"]) == (None, None)  # no block scope was run
+    report_of({}, seconds=8.0).save(tmp_path / "report.json")
+    assert main(command) == 1
+    assert "whose report has no FLOPs and seconds" in capsys.readouterr().err
+
+
+def test_a_forecast_is_the_prediction_of_the_run_and_leaves_no_trace() -> None:
+    data = data_of(num=8, validation=4, seq=16, batch_size=2)
+    scope = BlockDistillation(name="random", shape=LLAMA, batch_size=2, offload="host", activations="host")
+    trainer, before = trainer_of(), torch.get_rng_state()
+    found = forecast(scope, data, trainer, exclude=("*.0.*",), masked=True)
+    options: dict[str, Any] = {"exclude": ("*.0.*",), "offload": "host", "activations": "host", "device": "cpu"}
+    setting = Setting("block", 2, 16, 8, 4, start=scope.start, **options)
+    assert found == predict(shape_of(), setting).as_dict()
+    json.dumps(found)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_forecast_says_why_there_is_none() -> None:
+    data = data_of()
+    options = {"exclude": (), "masked": False}
+    assert (
+        "no pattern" in forecast(BlockDistillation(name="random", shape=LLAMA), data, trainer_of(), **options)["reason"]
+    )
+    data.num["validation"] = None
+    found = forecast(FullRetraining(name="random", shape=LLAMA), data, trainer_of(), **options)
+    assert found.keys() == {"reason"}
+    assert "data.num_validation, got null" in found["reason"]
+
+
+MIB = 2**20
+
+
+def predicted(scope: str = "submodule", world_size: int = 1, **options: Any) -> dict[str, Any]:
+    """What stands in a report of a run that was to hold 6 MiB on the device, 2 MiB on the host."""
+    setting = {"world_size": world_size, "num_nodes": 1, "sharding": "none", **options}
+    categories = dict.fromkeys(CATEGORIES, 0) | {"weights": 4 * MIB, "optimizer": 2 * MIB}
+    host = dict.fromkeys(CATEGORIES, 0) | {"calibration": 2 * MIB}
+    return {"setting": setting, "categories": categories, "host": host, "flops": 10**9, "seconds": None}
+
+
+def ranks_of(*weights: int) -> list[dict[str, Any]]:
+    """Processes whose devices hold so many MiB of weights, and whose hosts 1 MiB of activations."""
+    return [{"tracked": {"device": {"weights": one * MIB}, "host": {"calibration": MIB}}} for one in weights]
+
+
+def section_of(*cells: Report) -> Any:
+    (group,) = group_cells(Results(list(cells)))
+    return prediction_section(group)
+
+
+def test_a_run_is_held_against_its_prediction_by_category() -> None:
+    section = section_of(report_of(predicted(), seconds=2.0, ranks=ranks_of(5), run_dir="there"))
+    assert section.rows == [
+        ["device: weights", "4.0", "5.0", "0.80"],
+        ["device: optimizer", "2.0", "0.0", MISSING],
+        ["device, peak", "6.0", "5.0", "1.20"],
+        ["host, peak", "2.0", "1.0", "2.00"],
+        ["seconds", MISSING, "2.0", MISSING],
+    ]
+    assert section.notes == ["5.0e+08 FLOP/s: `recon plan --flop_rate there` predicts seconds at this rate"]
+
+
+def test_several_runs_are_held_against_their_predictions_in_total() -> None:
+    two = predicted(world_size=2, sharding="zero2")
+    section = section_of(
+        report_of(predicted(), label="one", ranks=ranks_of(5)),
+        report_of(two, label="two processes", ranks=ranks_of(3, 4)),  # the larger device; the hosts of both
+        report_of({"reason": "nothing is known"}, label="none"),
+        report_of({}, label="not planned"),
+    )
+    assert section.rows == [
+        ["one", "6.0", "5.0", "1.20", "2.0", "1.0", "2.00"],
+        ["two processes", "6.0", "4.0", "1.50", "2.0", "2.0", "1.00"],
+    ]
+    assert section.notes == ["none: no prediction, for nothing is known", SHARDED]
+
+
+def test_without_a_prediction_there_is_no_section() -> None:
+    assert section_of(report_of({}, ranks=ranks_of(5))) is None
+    section = section_of(report_of({"reason": "nothing is known"}))
+    assert section.notes == ["submodule: no prediction, for nothing is known"]

@@ -16,11 +16,8 @@ import lightning as L
 
 from recon.cli.fit import main as recon_fit
 from recon.ledger import SIDES
-from recon.recovery import NOT_RECOVERY
+from recon.peaks import NOT_FORESEEN
 from recon.report.memory_phases import tracked
-
-NOT_THE_FIT = (*NOT_RECOVERY, "load", "save")
-"""Phases that pass the whole model through the host, or evaluate it."""
 
 LEAN = ("--baselines", "false", "--drift", "false", "--summary", "false", "--data.num_test", "1")
 """Leaves out what is not recovery, as far as that goes."""
@@ -92,7 +89,7 @@ def peak_bytes(memory: dict[str, Any]) -> dict[str, int | None]:
 
 def of_the_fit(memory: dict[str, Any]) -> list[dict[str, Any]]:
     """The phases of `memory.json` in which the model is recovered."""
-    return [phase for phase in memory["phases"] if phase["phase"] not in NOT_THE_FIT]
+    return [phase for phase in memory["phases"] if phase["phase"] not in NOT_FORESEEN]
 
 
 def say(message: str) -> None:
