@@ -512,7 +512,7 @@ def test_a_forecast_is_the_prediction_of_the_run_and_leaves_no_trace() -> None:
     trainer, before = trainer_of(), torch.get_rng_state()
     found = forecast(scope, data, trainer, exclude=("*.0.*",), masked=True)
     options: dict[str, Any] = {"exclude": ("*.0.*",), "offload": "host", "activations": "host", "device": "cpu"}
-    setting = Setting("block", 2, 16, 8, 4, start=scope.start, **options)
+    setting = Setting("block", 2, 16, 8, 4, **options)
     assert found == predict(shape_of(), setting).as_dict()
     json.dumps(found)
     assert torch.equal(torch.get_rng_state(), before)
