@@ -20,6 +20,7 @@ from recon.cli import main
 from recon.cli.fit import parse_only
 from recon.configs import config_directory
 from recon.planner import Kind, Setting, Shape, forecast, predict, propose, rate
+from recon.planner.local import solver_bytes
 from recon.planner.moment import CATEGORIES
 from recon.planner.rehearsal import Rehearsal
 from recon.planner.tracker import Tracker
@@ -31,6 +32,7 @@ from recon.report.groups import group_cells
 from recon.report.prediction import SHARDED, prediction_section
 from recon.report.sections import MISSING
 from recon.scopes import BlockDistillation, FullRetraining, MatrixReconstruction, Pretraining, SubmoduleDistillation
+from recon.solvers import ConjugateGradients, LeastSquares
 from recon.windows import submodule_windows
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in IGNORED]
@@ -164,6 +166,18 @@ def test_gram_matrices_by_hand(llama: Shape) -> None:
     assert {moment.name: moment.held for moment in two.moments}["solve"]["gram"] == 2 * gram
     cross = predict(llama, replace(setting, propagation="recovered"))
     assert cross.peak.held["gram"] == 3 * gram
+
+
+@pytest.mark.parametrize("spread", [0, 2], ids=["rows finish together", "rows finish one by one"])
+def test_what_a_solve_holds_is_what_a_real_one_holds(spread: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(400, 200, generator=generator) * torch.logspace(0, spread, 200)
+    gram, dense = X.T @ X, torch.randn(100, 200, generator=generator)
+    keep = torch.rand(dense.shape, generator=generator) < 0.5
+    with Tracker([gram, dense, keep]) as tracker:
+        ConjugateGradients().solve(LeastSquares(gram, dense), keep)
+    vectors = tracker.peak.total() - solver_bytes(dense.numel(), casts=False)  # of a number a row or column
+    assert 0 <= vectors <= 40 * 4 * 200
 
 
 @pytest.mark.parametrize(
