@@ -97,7 +97,7 @@ def test_predictions_stand_beside_what_was_measured(tmp_path: Path) -> None:
     assert [line.split(" | ")[1] for line in printed] == [row["scope"] for row in found["rows"]] == ["block", "full"]
     for row in found["rows"]:
         predicted, measured, ratios = row["predicted"], row["measured"], row["ratios"]
-        assert predicted.keys() == {"device_bytes", "host_bytes", "seconds"}
+        assert predicted.keys() == {"device_bytes", "host_bytes", "seconds", "cpu_seconds"}
         assert all(ratios[name] == predicted[name] / measured[name] for name in predicted)
         assert ratios["device_bytes"] == pytest.approx(1, abs=found["goal"]["bytes"])
         assert ratios["host_bytes"] == pytest.approx(1, abs=found["goal"]["bytes"])

@@ -460,7 +460,7 @@ def test_the_command_says_what_is_wrong(options: list[str], said: str, capsys: A
 def test_rates_are_those_of_the_work_that_is_measured(scope: Any, monkeypatch: Any) -> None:
     """By a clock that ticks once per operation: whatever is measured has to take as long as its FLOPs say."""
 
-    def ticks(work: Any, device: torch.device) -> float:
+    def ticks(work: Any, device: torch.device, clock: Any) -> float:
         with Operations() as operations:
             work()
         return operations.total / 2**30
