@@ -74,7 +74,8 @@ class Size:
         num_sequences: Calibration sequences.
         seq_len: Tokens per sequence.
         num_validation: Held-out sequences.
-        epochs: Of each window, or of the model.
+        epochs: Of each window.
+        full_epochs: Of the model in full retraining, which would be over before its start-up counts little.
         batch_size: Sequences per step.
     """
 
@@ -82,21 +83,23 @@ class Size:
     seq_len: int = 256
     num_validation: int = 8
     epochs: int = 1
+    full_epochs: int = 3
     batch_size: int = 4
 
     def options(self, scope: str, shape: dict[str, Any] | None) -> list[str]:
         """Options of `recon fit`, and of `recon plan`."""
         model = [] if shape is None else ["--model.name", "random", f"--model.shape={json.dumps(shape)}"]
         batch = "--data.batch_size" if scope == "full" else "--model.batch_size"
+        epochs = self.full_epochs if scope == "full" else self.epochs
         return [
             *(*model, "-c", "criteria/magnitude", "--trainer.accelerator", "cpu", batch, str(self.batch_size)),
             *("--data.num_sequences", str(self.num_sequences), "--data.seq_len", str(self.seq_len)),
             *("--data.num_validation", str(self.num_validation)),
-            *([] if scope == "matrix" else ["--model.epochs", str(self.epochs)]),
+            *([] if scope == "matrix" else ["--model.epochs", str(epochs)]),
         ]
 
 
-QUICK = Size(num_sequences=4, seq_len=16, num_validation=2, batch_size=2)
+QUICK = Size(num_sequences=4, seq_len=16, num_validation=2, full_epochs=1, batch_size=2)
 
 
 def measure(
