@@ -417,7 +417,7 @@ SMALL = json.dumps({**LLAMA, **{key: value for key, value in FAMILIES["llama"].i
 
 def test_the_command_prints_a_row_a_scope(capsys: Any) -> None:
     few = ["--model.batch_size", "1", "--data.batch_size", "1"]  # which leaves no smaller ones to try
-    assert main([*COMMAND, SMALL, *few, "--device_memory", "2MiB", "--flop_rate", "1e9"]) == 0
+    assert main([*COMMAND, SMALL, *few, "--device_memory", "1MiB", "--flop_rate", "1e9"]) == 0
     out = capsys.readouterr().out
     rows = [line.split()[0] for line in out.splitlines() if line.strip()]
     assert [name for name in rows if name in ("matrix", "submodule", "block", "full")][:4] == [

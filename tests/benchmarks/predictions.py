@@ -117,7 +117,8 @@ def measure(
         scopes: Which.
     """
     size = QUICK if quick else Size()
-    fit("matrix", directory / "first", *QUICK.options("matrix", None))  # the first in a process pays for imports
+    if not quick:  # the first in a process pays for imports
+        fit("matrix", directory / "first", *QUICK.options("matrix", None))
     rows = []
     for name, shape in (SHAPES if shapes is None else shapes).items():
         for scope in scopes:
