@@ -85,7 +85,7 @@ TINY = {
     "vocab_size": 2048,
     "hidden_size": 16,
     "intermediate_size": 32,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "max_position_embeddings": 16,
 }
