@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks import criteria as benchmark
+from benchmarks import predictions
 
 from recon.criteria import __all__ as criteria_names
 from recon.solvers import ConjugateGradients, LeastSquares
@@ -77,3 +78,29 @@ def test_the_heavy_tailed_layer_is_seeded_and_has_outliers() -> None:
     assert not torch.equal(gram, benchmark.heavy_tailed_layer(256, seed=4)[1])
     norms = gram.diagonal().sqrt().sort().values
     assert norms[-2] > 5 * norms.median()  # two of 256 are outliers
+
+
+TINY = {
+    "model_type": "llama",
+    "vocab_size": 2048,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 16,
+}
+
+
+def test_predictions_stand_beside_what_was_measured(tmp_path: Path) -> None:
+    found = predictions.measure(tmp_path, quick=True, shapes={"tiny": TINY}, scopes=("block", "full"))
+    printed = [line for line in predictions.table(found).splitlines() if line.startswith("| tiny")]
+    assert [line.split(" | ")[1] for line in printed] == [row["scope"] for row in found["rows"]] == ["block", "full"]
+    for row in found["rows"]:
+        predicted, measured, ratios = row["predicted"], row["measured"], row["ratios"]
+        assert predicted.keys() == {"device_bytes", "host_bytes", "seconds", "cpu_seconds"}
+        assert all(ratios[name] == predicted[name] / measured[name] for name in predicted)
+        assert ratios["device_bytes"] == pytest.approx(1, abs=found["goal"]["bytes"])
+        assert ratios["host_bytes"] == pytest.approx(1, abs=found["goal"]["bytes"])
+        assert predicted["seconds"] == pytest.approx(
+            sum(flops / row["rates"][kind] for kind, flops in row["work"].items() if flops)
+        )

@@ -46,7 +46,7 @@ class Proposal:
     kind: str
     options: list[str]
     prediction: Prediction
-    cost: tuple[float, int, float]
+    cost: tuple[int, int, float]
 
 
 def fits(prediction: Prediction, device_memory: int) -> bool:

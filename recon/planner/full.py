@@ -92,7 +92,6 @@ def _held_all_along(rehearsal: Rehearsal, setting: Setting) -> tuple[Counter[str
     copies = 2 if setting.loss == "distillation" else 1
     optimizer = optimizer_bytes(rehearsal, setting)
     base: Counter[str] = Counter(weights=copies * item * num, masks=masks, optimizer=optimizer)
-    base["weights"] += rehearsal.adapter_bytes(list(rehearsal.parameters), setting)
     if setting.sharding == "ddp":
         base["other"] = item * trained  # buckets in which gradients are reduced
     if setting.is_zero:
@@ -112,6 +111,9 @@ def _held_all_along(rehearsal: Rehearsal, setting: Setting) -> tuple[Counter[str
         base["gradients"] = item * shares(trained)
         # Embeddings and head stay gathered, and beside the block under way the next one.
         base["other"] = item * num - sum(blocks) + sum(sorted(blocks)[-2:])
+    base["weights"] += copies * rehearsal.buffer_bytes  # whole in every process
+    adapters = rehearsal.adapter_bytes(list(rehearsal.parameters), setting)
+    base["weights"] += shares(adapters) if setting.sharding in ("zero3", "fsdp2") else adapters
     return base, setting.sharding in ("none", "ddp")
 
 
@@ -125,7 +127,7 @@ def steps_of(rehearsal: Rehearsal, setting: Setting) -> tuple[Step, list[tuple[S
 
 def _start_moments(rehearsal: Rehearsal, setting: Setting) -> Iterator[Moment]:
     pruned = rehearsal.prunable(setting.exclude)
-    weights = rehearsal.num_parameters * rehearsal.dtype.itemsize
+    weights = rehearsal.num_parameters * rehearsal.item + rehearsal.buffer_bytes
     tokens = setting.num_sequences * setting.seq_len
     calibration = 2 * tokens * rehearsal.dim * rehearsal.dtype.itemsize
     for block in rehearsal.anatomy.blocks:

@@ -11,13 +11,14 @@ CATEGORIES = ("weights", "gradients", "optimizer", "activations", "calibration",
 
 FP32 = 4
 
-SOLVER_COPIES = 15
+SOLVER_COPIES = 12
 """Matrices of the size of the one being solved that conjugate gradients hold in fp32, its dense weight apart: start,
-residual, target, mask and iterate of the whole, and six of the unfinished rows; when finished rows leave, five of the
-six are there twice, the new ones with at most 80 % of the rows."""
+residual, target, mask and iterate of the whole, six of the unfinished rows, and the products of a sum over a row. Rows
+that finish leave within this memory."""
 
-SOLVER_ITERATIONS = 100
-"""Products with the Gram matrix that a solve is taken to need; to 1e-6, rows of real layers take 30 to 300."""
+SOLVER_ITERATIONS = 50
+"""Products of all rows with the Gram matrix that a solve is taken to need. To 1e-6, rows of real layers take 30 to 300
+iterations and leave as they finish; four small models took as long as 20 to 60 products of all rows."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ is not, and makes up a good part of the time of very small models.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from statistics import median
 
 import torch
 from torch import Tensor
@@ -24,8 +23,8 @@ from recon.solvers import ConjugateGradients, LeastSquares
 from recon.statistics import full_fp32
 from recon.windows import BlockWindow, MLPWindow, Window
 
-REPEATS = 3
-"""Measurements of which the median counts, after one to warm up."""
+REPEATS = 5
+"""Measurements of which the shortest counts, for what else a machine does makes it longer; after one to warm up."""
 
 SECONDS = 1.0
 """That a training step may take while it is measured, were it all products: batches are made smaller until it does."""
@@ -34,21 +33,28 @@ PRODUCT = 1024
 """Rows and columns of the product that tells how fast the machine is at all."""
 
 ITERATIONS = 20
-"""Of conjugate gradients, while they are measured."""
+"""Of conjugate gradients, while they are measured: at most."""
 
 
-def measured_rates(source: ModelSource, setting: Setting, device: torch.device) -> dict[Kind, float]:
+Clock = Callable[[], float]
+"""Seconds since whenever."""
+
+
+def measured_rates(
+    source: ModelSource, setting: Setting, device: torch.device, clock: Clock = time.perf_counter
+) -> dict[Kind, float]:
     """FLOP/s of one process, for every kind of work that a run has.
 
     Args:
         source: The model, of which only the configuration is read.
         setting: The options.
         device: Which one to measure.
+        clock: By which; with `time.process_time` in one thread, FLOPs per second of a CPU that has other work.
 
     Raises:
         ValueError: If the model cannot be read.
     """
-    stage = _Stage(source, setting, device)
+    stage = _Stage(source, setting, device, clock)
     rates: dict[Kind, float] = {"walk": stage.walk()}
     if setting.collects and stage.names:
         rates |= {"gram": stage.gram(), "solve": stage.solve()}
@@ -62,13 +68,14 @@ class _Stage:
         source: The model.
         setting: The options.
         device: Where to compute.
+        clock: What tells the time.
     """
 
-    def __init__(self, source: ModelSource, setting: Setting, device: torch.device) -> None:
+    def __init__(self, source: ModelSource, setting: Setting, device: torch.device, clock: Clock) -> None:
         shape = Shape(source)
-        self.asked, self.device = setting, device
+        self.asked, self.device, self.clock = setting, device, clock
         self.fake = shape.cast(setting).trained if setting.is_local else shape.rehearsal(setting)
-        self.small = _smaller(setting, self.fake, device)
+        self.small = _smaller(setting, self.fake, device, clock)
         self.stored = setting.weights_dtype(shape.stored)
         self.model = source.hollow()
         self.residence = Residence(self.model, device)
@@ -109,8 +116,9 @@ class _Stage:
         inputs = torch.randn(2 * width, width, device=self.device)
         problem = LeastSquares(inputs.T @ inputs, torch.randn(rows, width, device=self.device))
         keep = torch.rand(rows, width, device=self.device) < 0.5
-        solver = ConjugateGradients(tolerance=0, max_iterations=ITERATIONS)
-        return 2 * ITERATIONS * rows * width**2 / self._seconds(lambda: solver.solve(problem, keep))
+        iterations = max(1, min(ITERATIONS, width // 4))  # so many that no row is solved, for it would leave
+        solver = ConjugateGradients(tolerance=0.0, max_iterations=iterations)
+        return 2 * iterations * rows * width**2 / self._seconds(lambda: solver.solve(problem, keep))
 
     def windows(self) -> dict[Kind, float]:
         """Training, and held-out errors, of the windows in the block."""
@@ -201,13 +209,13 @@ class _Stage:
         return torch.randn(shape, device=self.device, dtype=dtype)
 
     def _seconds(self, work: Callable[[], object]) -> float:
-        return _seconds(work, self.device)
+        return _seconds(work, self.device, self.clock)
 
 
-def _smaller(setting: Setting, fake: Rehearsal, device: torch.device) -> Setting:
+def _smaller(setting: Setting, fake: Rehearsal, device: torch.device, clock: Clock) -> Setting:
     """With batches of which a training step does not take long."""
     a, b = (torch.randn(PRODUCT, PRODUCT, device=device) for _ in range(2))
-    rate = 2 * PRODUCT**3 / _seconds(lambda: a @ b, device)
+    rate = 2 * PRODUCT**3 / _seconds(lambda: a @ b, device, clock)
     block = fake.anatomy.blocks[0]
     while True:
         if 3 * fake.passed(block, setting).flops <= SECONDS * rate or setting.batch_size * setting.seq_len < 64:
@@ -218,16 +226,16 @@ def _smaller(setting: Setting, fake: Rehearsal, device: torch.device) -> Setting
             setting = replace(setting, seq_len=setting.seq_len // 2)
 
 
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
+def _seconds(work: Callable[[], object], device: torch.device, clock: Clock) -> float:
     def once() -> float:
-        started = time.perf_counter()
+        started = clock()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter() - started
+        return clock() - started
 
     once()
-    return median(once() for _ in range(REPEATS))
+    return min(once() for _ in range(REPEATS))
 
 
 def _fill(parameters: Sequence[torch.nn.Parameter], dtype: torch.dtype) -> None:

@@ -14,13 +14,16 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
 OTHER = "other"
 
-ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-"""The fused attention of a CPU keeps what that of a GPU does; torch's registry of FLOPs lacks it."""
+aten = torch.ops.aten
+FORMULAS: dict[Any, Any] = flop_registry | {
+    aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+}
+"""FLOPs of an operator. The fused attention of a CPU keeps what that of a GPU does; torch's registry lacks it."""
 
 
 class Tracker(TorchDispatchMode):
@@ -48,10 +51,11 @@ class Tracker(TorchDispatchMode):
         """Run an operator and count what it returns."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        for tensor in tree_leaves(out):
+        for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._see(tensor)
-        self.flops += _flops(func, args, kwargs, out)
+        if formula := FORMULAS.get(func._overloadpacket):
+            self.flops += int(formula(*args, **kwargs, out_val=out))
         if self.now.total() > self.peak.total():
             self.peak = self.now.copy()
         return out
@@ -92,14 +96,3 @@ class Tracker(TorchDispatchMode):
     def _free(self, key: int) -> None:
         size, category = self._live.pop(key)
         self.now[category] -= size
-
-
-def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
-    packet = func._overloadpacket
-    if packet is ATTENTION:
-        return sdpa_flop_count(*(tensor.shape for tensor in args[:3]))
-    if packet is ATTENTION_BACKWARD:
-        return sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4]))
-    if packet in flop_registry:
-        return int(flop_registry[packet](*args, **kwargs, out_val=out))
-    return 0

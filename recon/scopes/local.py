@@ -20,7 +20,7 @@ from recon.anatomy import Block
 from recon.atomic import write_json
 from recon.data import TokenData
 from recon.interleaved import Interleaved
-from recon.ledger import followed
+from recon.ledger import followed, sampled
 from recon.masks import Masks
 from recon.scopes.base import Scope, check_finite
 from recon.scopes.parking import Parking
@@ -437,7 +437,8 @@ class LocalScope(Scope):
         """
         assert self.window is not None
         sums = torch.zeros(2, dtype=torch.float64)
-        for rows, batch in self.held_out.batches(self.held_out.rows(), partial(self.batch, self.held_out)):
+        batches = self.held_out.batches(self.held_out.rows(), partial(self.batch, self.held_out))
+        for rows, batch in sampled(batches, "held-out error"):
             output, target = self.outputs(batch)
             error = (output - target).square().sum()
             check_finite(error, f"window {self.window.name}, held-out batch that begins with sequence {rows.start}")
