@@ -13,6 +13,7 @@ from benchmarks.flop_rate import Operations
 from families import FAMILIES, tiny
 from scope_fixtures import IGNORED, data_of, prepared, trainer_of
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from callbacks import MaskEnforcer
 from recon.anatomy import Anatomy
@@ -227,7 +228,7 @@ def test_what_backward_keeps_is_what_real_windows_keep(family: str, half: bool) 
         replay._calls_for(hidden)
         left_out = {one.data_ptr() for one in model.parameters()}
         for call in replay._calls_for(hidden):
-            left_out |= {one.data_ptr() for one in torch.utils._pytree.tree_leaves(call.kwargs) if torch.is_tensor(one)}
+            left_out |= {one.data_ptr() for one in tree_leaves(call.kwargs) if torch.is_tensor(one)}
         for name in window.owned:
             model.get_parameter(name).requires_grad_(True)
         kept: dict[int, Tensor] = {}
