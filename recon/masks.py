@@ -235,7 +235,9 @@ def unpack(packed: UInt8[Tensor, "num_bytes"], shape: tuple[int, ...]) -> Bool[T
 
 def _read_header(path: str | Path) -> dict[str, str]:
     if Path(path).is_dir():
-        raise ValueError(f"`{path}` needs to be a mask file of recon, got a directory; name the .safetensors file in it")
+        raise ValueError(
+            f"`{path}` needs to be a mask file of recon, got a directory; name the .safetensors file in it"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}

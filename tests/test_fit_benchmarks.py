@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from benchmarks import __main__ as command
-from benchmarks import bare_loop, flop_rate, growth, quality, window_parallel
+from benchmarks import bare_loop, flop_rate, growth, profiler, quality, window_parallel
 
 
 def test_fit_and_bare_loop_end_at_the_same_bits(tmp_path: Path) -> None:
@@ -52,6 +52,13 @@ def test_shares_of_the_rate_of_products(tmp_path: Path) -> None:
     tokens, blocks, weights = 20 * 32, 6, 4 * 128**2 + 3 * 128 * 384
     trained = 3 * 2 * tokens * blocks * weights  # forward, and two products backward, but for the inputs of the first
     assert trained < row["operations"] < 10 * trained  # exact solutions are most of the rest, with so few tokens
+
+
+def test_the_profiler_is_measured_with_and_without_categories(tmp_path: Path) -> None:
+    (row,) = profiler.measure(tmp_path, quick=True, scopes=("matrix",))["rows"]
+    assert row["ratio"] == row["with"][0] / row["without"][0]
+    memory = json.loads((tmp_path / "matrix-without-0" / "memory.json").read_text())
+    assert not any(phase.get("categories") for phase in memory["phases"])
 
 
 def test_two_processes_against_one(tmp_path: Path) -> None:

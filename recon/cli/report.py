@@ -14,6 +14,9 @@ from recon.report.memory_phases import phases_section, sides_of
 from recon.report.sections import Section
 from recon.run import memory_file
 
+PIPE_WIDTH = 110
+"""Characters of a line where there is no terminal."""
+
 
 def main(args: list[str]) -> int:
     """Load, print."""
@@ -51,12 +54,15 @@ def _memory(path: Path) -> int:
             f"no categories; run it again with callbacks.MemoryProfiler and its by_category: true"
         )
     console = Console(highlight=False)
+    if not console.is_terminal:  # nine columns of numbers need more than the eighty characters of a pipe
+        console = Console(highlight=False, width=PIPE_WIDTH)
     for side in sides:
         section = phases_section(phases, side, device)
         console.print(section.title, style="italic")
         console.print(_table(section))
         for note in section.notes:
             console.print(note, style="dim")
+        console.print()
     for file in draw_memory(phases, device, str(path), path):
         console.print(str(file), soft_wrap=True)
     return 0

@@ -9,9 +9,6 @@ from recon.report.sections import Section, format_number
 
 MIB = 2**20
 
-MANY_WINDOWS = 12
-"""Windows up to which each one is shown."""
-
 Phase = Mapping[str, Any]
 """One of the `phases` in `memory.json`."""
 
@@ -90,7 +87,7 @@ def phases_section(phases: Sequence[Phase], side: Side, device: str) -> Section:
         device: Where the run computed.
     """
     rows = []
-    for phase in fold_windows(phases, MANY_WINDOWS, partial(tracked, side=side)):
+    for phase in fold_windows(phases, size=partial(tracked, side=side)):
         if tracked(phase, side):
             sizes, moment = phase["categories"][side], phase["moment"][side]
             shown = [*(sizes.get(name, 0) for name in CATEGORIES), tracked(phase, side)]

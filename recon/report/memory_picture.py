@@ -12,10 +12,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from recon.ledger import CATEGORIES, Category, Side
-from recon.report.memory_phases import MANY_WINDOWS, MIB, Phase, describe, fold_windows, sides_of, tracked
+from recon.report.memory_phases import MIB, Phase, describe, fold_windows, sides_of, tracked
 from recon.report.pareto import PNG_DPI
 from recon.report.picture import DARK, WIDTH, plain_style, save
 from recon.report.sections import format_number
+
+MANY_WINDOWS = 12
+"""Windows up to which each one is drawn."""
 
 # Okabe and Ito's colour-blind-safe colours; what training holds is warm, what calibration holds cold, the rest grey
 COLORS: dict[Category, str] = {

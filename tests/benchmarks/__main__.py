@@ -22,7 +22,7 @@ import torch
 from recon.atomic import write_json
 from recon.environment import environment
 
-from . import bare_loop, flop_rate, growth, predictions, quality, window_parallel
+from . import bare_loop, flop_rate, growth, predictions, profiler, quality, window_parallel
 
 Measure = Callable[[Path, argparse.Namespace], dict[str, Any]]
 
@@ -37,6 +37,7 @@ BENCHMARKS: dict[str, tuple[Measure, Callable[[dict[str, Any]], str]]] = {
         window_parallel.table,
     ),
     "predictions": (lambda path, options: predictions.measure(path, options.quick), predictions.table),
+    "profiler": (lambda path, options: profiler.measure(path, options.quick), profiler.table),
     "flop_rate": (lambda path, options: flop_rate.measure(path, options.quick, options.device), flop_rate.table),
 }
 
