@@ -75,6 +75,7 @@ class MemoryProfiler(Callback, PhaseListener):
     def on_run_start(self, directory: Path, device: torch.device) -> None:
         self._directory, self._device, self.phases, self._num_logged = directory, device, [], 0
         self._trainer = self._module = self._shortage = None
+        gc.collect()  # or what an earlier run in this process left in cycles would be frozen, and counted
         self._baseline = resident_bytes()
         if self._follower:
             self._follower.begin_run(device)

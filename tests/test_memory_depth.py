@@ -1,5 +1,6 @@
 """The promise of the local scopes: what the device holds does not depend on how deep the model is."""
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ HIDDEN = 4 * (NUM + HELD_OUT) * SEQ * 32
 
 def phases_of(kind: Any, depth: int, path: Path, **options: Any) -> list[dict[str, Any]]:
     """What was written of the phases of a run on a model of this depth."""
+    gc.collect()  # of what other tests have left
     path.mkdir()
     scope = kind(name=save_tiny("llama", path, num_hidden_layers=depth), **options)
     scope.directory = path

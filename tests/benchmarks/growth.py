@@ -56,8 +56,8 @@ class Point:
 def points(axis: str, quick: bool) -> dict[int, Point]:
     """Value on the axis -> point."""
     if quick:
-        depth, width, num = (1, 2), (32, 64), (4, 8)
-        small = {"num_sequences": 4, "seq_len": 16, "width": 32, "depth": 1}
+        depth, width, num = (1, 2), (32, 64), (8, 16)  # two steps an epoch: the second has optimizer state
+        small = {"num_sequences": 8, "seq_len": 16, "width": 32, "depth": 1}
     else:
         depth, width, num = (6, 12, 24, 48), (64, 128, 256, 512), (16, 32, 64, 128)
         small = {}
