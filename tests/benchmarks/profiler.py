@@ -11,7 +11,7 @@ from .bare_loop import QUICK, Size
 from .fits import fit, say
 
 SCOPES = ("matrix", "submodule", "block", "full")
-REPEATS = 5
+REPEATS = 3
 GOAL = 1.05
 
 _init = MemoryProfiler.__init__
