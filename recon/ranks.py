@@ -73,6 +73,16 @@ def rank_zero_first() -> Iterator[None]:
         dist.barrier(group)
 
 
+def meet() -> None:
+    """Wait for all ranks to come here."""
+    if size() == 1:
+        return
+    try:
+        dist.barrier(patient_group())
+    except RuntimeError:
+        sys.exit(1)  # one of them is gone and has said why
+
+
 def any_rank(value: bool, device: torch.device) -> bool:
     """Whether `value` is true on any rank."""
     if size() == 1:

@@ -142,9 +142,9 @@ def recover(
             phases.enter("prepare")
             if scope.offload != "none" or (scope.start == "exact" and ranks.rank() == 0):
                 scope.to(device)
-            for split in ("train", "validation"):
-                data.tokens(split)  # now: to tokenise is no part of recovery's seconds
             scope.prepare(data, masks, run.path, moved, say, interleaved)
+        for split in ("train", "validation"):
+            data.tokens(split)  # now: to tokenise is no part of recovery's seconds
         if merge:
             _require_complete(scope, run)
         missing = scope.missing(scope.own_windows) if isinstance(scope, LocalScope) else []
@@ -153,6 +153,7 @@ def recover(
             checkpoints.require_same(checkpoint, checkpoints.identity(trainer, masks))
             say(f"go on from {checkpoint}")
         phases.enter("train")
+        ranks.meet()  # or the first would count how long the others load
         started = time.monotonic()
         trainer.fit(scope, ckpt_path=checkpoint, weights_only=True)
         seconds = scope.start_seconds + time.monotonic() - started
