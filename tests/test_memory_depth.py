@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from scope_fixtures import IGNORED, data_of, save_tiny, trainer_of
 
 from callbacks import MaskEnforcer, MemoryProfiler
@@ -73,3 +74,23 @@ def test_full_retraining_holds_more_for_each_block(tmp_path: Path) -> None:
     a_block = (peaks[1] - peaks[0]) / 2
     assert (peaks[2] - peaks[1]) / 4 == pytest.approx(a_block, rel=0.02)
     assert a_block > 0.2 * peaks[0]
+
+
+def test_a_model_larger_than_a_budget_ends_at_the_same_bits(tmp_path: Path) -> None:
+    """Half of the model's bytes are the budget, of device and host together, in every phase from loading on."""
+    options = {"epochs": 1, "batch_size": 4}
+    in_memory = phases_of(BlockDistillation, 8, tmp_path / "memory", **options)
+    on_disk = phases_of(BlockDistillation, 8, tmp_path / "disk", offload="disk", activations="disk", **options)
+    most, most_on_disk = (max(weights_in(phase) for phase in phases) for phases in (in_memory, on_disk))
+    assert most >= 4 * 8 * 9216
+    assert most_on_disk <= most / 2
+    windows = sorted(path.name for path in (tmp_path / "memory" / "windows").glob("*.safetensors"))
+    assert len(windows) == 8
+    for name in windows:
+        one, other = (load_file(tmp_path / place / "windows" / name) for place in ("memory", "disk"))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[weight], other[weight]) for weight in one)
+
+
+def weights_in(phase: dict[str, Any]) -> int:
+    return sum(categories["weights"] for categories in phase["categories"].values())
