@@ -24,6 +24,7 @@ def test_growth_measures_bytes_of_both_sides(tmp_path: Path) -> None:
     block, full = ([by_point[scope, depth]["device_bytes"] for depth in (1, 2)] for scope in ("block", "full"))
     assert block[1] <= 1.02 * block[0]
     assert full[1] > 1.02 * full[0]
+    assert [row["copies"] for row in result["rows"]] == [2, 2, 0, 0]
     assert f"| block | 1 | {by_point['block', 1]['seconds']:.2f} | 1.00 |" in growth.table(result)
 
 

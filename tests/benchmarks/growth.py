@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .fits import Fit, fit, peak_bytes, say
+from .fits import Fit, fit, of_the_fit, peak_bytes, say
 
 SCOPES = ("matrix", "submodule", "block", "full")
+NUM_VALIDATION = 4
 OFFLOADED = ("--model.offload", "host", "--model.activations", "host")
 
 
@@ -31,6 +32,11 @@ class Point:
     num_sequences: int = 32
     seq_len: int = 256
 
+    @property
+    def copy_bytes(self) -> int:
+        """One copy of the hidden states of all sequences, in fp32."""
+        return 4 * (self.num_sequences + NUM_VALIDATION) * self.seq_len * self.width
+
     def options(self, scope: str) -> list[str]:
         """Options of `recon fit`."""
         shape = {
@@ -47,7 +53,7 @@ class Point:
         return [
             *("--model.name", "random", f"--model.shape={json.dumps(shape)}", "-c", "criteria/magnitude"),
             *("--data.num_sequences", str(self.num_sequences), "--data.seq_len", str(self.seq_len)),
-            *("--data.num_validation", "4", batch, "4", "--trainer.accelerator", "cpu"),
+            *("--data.num_validation", str(NUM_VALIDATION), batch, "4", "--trainer.accelerator", "cpu"),
             *([] if scope == "matrix" else ["--model.epochs", "1", "--model.lr", "1e-3"]),
             *([] if scope == "full" else OFFLOADED),
         ]
@@ -85,7 +91,7 @@ def measure(axis: str, directory: Path, quick: bool = False, scopes: tuple[str, 
         found = []
         for value, point in points(axis, quick).items():
             run = fit(scope, directory / f"{scope}-{value}", *point.options(scope))
-            found.append({"scope": scope, axis: value, **_measured(run)})
+            found.append({"scope": scope, axis: value, **_measured(run), "copies": _copies(run, point)})
             say(f"{axis}: {scope}, {value}: {run.seconds:.2f} s")
         for row in found:
             row["times"] = {name: _ratio(row[name], found[0][name]) for name in _measured_names(found[0], axis)}
@@ -99,8 +105,13 @@ def _measured(run: Fit) -> dict[str, Any]:
     return {"seconds": run.seconds, "cpu_seconds": run.cpu_seconds, **peak_bytes(run.memory)}
 
 
+def _copies(run: Fit, point: Point) -> float:
+    """Hidden states on the host at their most, in copies of those of all sequences."""
+    return max(phase["categories"]["host"]["calibration"] for phase in of_the_fit(run.memory)) / point.copy_bytes
+
+
 def _measured_names(row: dict[str, Any], axis: str) -> list[str]:
-    return [name for name in row if name not in ("scope", axis, "times")]
+    return [name for name in row if name not in ("scope", axis, "copies", "times")]
 
 
 def _ratio(value: float | None, first: float | None) -> float | None:
@@ -129,14 +140,14 @@ def table(result: dict[str, Any]) -> str:
     axis = result["axis"]
     lines = [
         f"| scope | {axis} | seconds | times the first | device side, MiB | times the first | host side, MiB | "
-        "times the first |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
+        "times the first | hidden states on the host, copies |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in result["rows"]:
         cells = [f"{row['seconds']:.2f}", _times(row, "seconds")]
         for name in ("device_bytes", "host_bytes"):
             cells += ["" if row[name] is None else f"{row[name] / 2**20:.2f}", _times(row, name)]
-        lines.append(f"| {row['scope']} | {row[axis]} | {' | '.join(cells)} |")
+        lines.append(f"| {row['scope']} | {row[axis]} | {' | '.join(cells)} | {row['copies']:.2f} |")
     if result["lines"]:
         lines += ["", f"| seconds = constant + slope x {axis} | constant | slope | largest deviation from it |"]
         lines += ["|---|--:|--:|--:|"]
