@@ -52,7 +52,7 @@ def measure(
         scopes: Which.
         run: How `recon fit` is run.
     """
-    size = QUICK if quick else Size()
+    size = QUICK if quick else Size(epochs=4)  # half a minute: what each process does once counts less
     made = fit("matrix", directory / "masks", *size.options, "--trainer.accelerator", "cpu")
     masks = made.directory / "masks.safetensors"
     rows = []
