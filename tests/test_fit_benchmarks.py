@@ -11,10 +11,8 @@ from benchmarks import bare_loop, flop_rate, growth, profiler, quality, window_p
 
 
 def test_fit_and_bare_loop_end_at_the_same_bits(tmp_path: Path) -> None:
-    result = bare_loop.measure(tmp_path, quick=True)  # or it raises
-    assert [row["scope"] for row in result["rows"]] == ["matrix", "submodule", "block"]
-    for row in result["rows"]:
-        assert row["ratio"] == row["fit"][0] / row["loop"][0]
+    (row,) = bare_loop.measure(tmp_path, quick=True, scopes=("submodule",))["rows"]  # or it raises
+    assert row["ratio"] == row["fit"][0] / row["loop"][0]
 
 
 def test_growth_measures_bytes_of_both_sides(tmp_path: Path) -> None:

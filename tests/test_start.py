@@ -356,13 +356,22 @@ def test_masks_bring_their_moved_weights_along(scope: str, pruned: Path, tmp_pat
 
 def test_an_exact_start_is_part_of_the_recovery(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with mock.patch("recon.recovery.Path.unlink"):  # keeps the file
+    solve_start = FullRetraining.solve_start
+
+    def taking_an_hour(self: FullRetraining, say: Any) -> Any:
+        found = solve_start(self, say)
+        assert 0 < self.start_seconds < 3600
+        self.start_seconds = 3600.0
+        return found
+
+    with (
+        mock.patch("recon.recovery.Path.unlink"),  # keeps the file
+        mock.patch.object(FullRetraining, "solve_start", taking_an_hour),
+    ):
         assert recon_fit("full", run, "--model.start=exact", "--baselines=false") == 0
     phases = json.loads((run / "memory.json").read_text())["phases"]
     assert [phase["phase"] for phase in phases][:4] == ["load", "prune", "prepare", "start"]
-    (seconds,) = (phase["seconds"] for phase in phases if phase["phase"] == "start")
-    train = sum(phase["seconds"] for phase in phases if phase["phase"].split()[0] in ("embed", "window", "train"))
-    assert report_of(run)["seconds"] == pytest.approx(train + seconds, rel=0.3)
+    assert report_of(run)["seconds"] > 3600
     assert set(load_file(run / EXACT)) == set(Masks.load(run / "masks.safetensors"))
     other = tmp_path / "other"
     assert recon_fit("full", other, "--model.start=exact", "--baselines=false") == 0

@@ -232,12 +232,13 @@ class Scope(L.LightningModule, ABC):
         path = self.directory and self.directory / EXACT
         found: dict[str, torch.Tensor] = {}
         if path is None or not path.exists():
+            tokens = self.data.tokens("train")  # to tokenise is no part of it
             self.phases.enter("start")
             started = time.monotonic()
             with ExitStack() as stack:
                 like = {name: self.model.get_parameter(name) for name in self.masks}
                 sink = found.__setitem__ if path is None else stack.enter_context(written(path, like))
-                solve_all(self.model, self.data.tokens("train"), self.masks, sink, self.forward_batch_size, say)
+                solve_all(self.model, tokens, self.masks, sink, self.forward_batch_size, say)
             self.start_seconds = time.monotonic() - started
         return found if path is None else Start(path, self.masks)
 
