@@ -65,7 +65,7 @@ def points(axis: str, quick: bool) -> dict[int, Point]:
         depth, width, num = (1, 2), (32, 64), (8, 16)  # two steps an epoch: the second has optimizer state
         small = {"num_sequences": 8, "seq_len": 16, "width": 32, "depth": 1}
     else:
-        depth, width, num = (6, 12, 24, 48), (64, 128, 256, 512), (16, 32, 64, 128)
+        depth, width, num = (6, 12, 24, 48), (64, 128, 256), (16, 32, 64, 128)
         small = {}
     if axis == "depth":
         return {one: Point(**small | {"depth": one}) for one in depth}
