@@ -43,6 +43,7 @@ def test_quality_has_no_ratio_where_it_is_not_reached(tmp_path: Path, monkeypatc
     assert "not reached" in quality.table(result)
 
 
+@pytest.mark.slow
 def test_shares_of_the_rate_of_products(tmp_path: Path) -> None:
     result = flop_rate.measure(tmp_path, quick=True, scopes=("block",))
     (row,) = result["rows"]
@@ -53,6 +54,7 @@ def test_shares_of_the_rate_of_products(tmp_path: Path) -> None:
     assert trained < row["operations"] < 10 * trained  # exact solutions are most of the rest, with so few tokens
 
 
+@pytest.mark.slow
 def test_the_profiler_is_measured_with_and_without_categories(tmp_path: Path) -> None:
     (row,) = profiler.measure(tmp_path, quick=True, scopes=("matrix",))["rows"]
     assert row["ratio"] == row["with"][0] / row["without"][0]
@@ -60,6 +62,7 @@ def test_the_profiler_is_measured_with_and_without_categories(tmp_path: Path) ->
     assert not any(phase.get("categories") for phase in memory["phases"])
 
 
+@pytest.mark.slow
 def test_two_processes_against_one(tmp_path: Path) -> None:
     given: list[tuple[int, int]] = []
 
