@@ -31,7 +31,7 @@ class Follower:
     def __init__(self) -> None:
         self.ledger = Ledger(HOLDERS)
         self._kinds: set[str] = set()
-        self._is_new = self._is_sharded = False
+        self._is_sharded = False
         self._forget()
 
     def begin_run(self, device: torch.device) -> None:
@@ -46,9 +46,9 @@ class Follower:
         self.ledger.close()
         self.ledger.reset()
         kind = name.partition(".")[2] if is_window(name) else name
-        self._is_new = kind not in self._kinds
+        is_new = kind not in self._kinds
         self._kinds.add(kind)
-        if self._is_new and name not in NOT_FOLLOWED and not self._is_sharded:
+        if is_new and name not in NOT_FOLLOWED and not self._is_sharded:
             self.ledger.open("at its start")
 
     def end_phase(self) -> dict[Side, Peak]:

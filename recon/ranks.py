@@ -64,10 +64,7 @@ def rank_zero_first() -> Iterator[None]:
         return
     group = patient_group()
     if rank() != 0:
-        try:
-            dist.barrier(group)
-        except RuntimeError:
-            sys.exit(1)  # rank 0 is gone and has said why
+        _wait(group)
     yield
     if rank() == 0:
         dist.barrier(group)
@@ -75,12 +72,15 @@ def rank_zero_first() -> Iterator[None]:
 
 def meet() -> None:
     """Wait for all ranks to come here."""
-    if size() == 1:
-        return
+    if size() > 1:
+        _wait(patient_group())
+
+
+def _wait(group: dist.ProcessGroup) -> None:
     try:
-        dist.barrier(patient_group())
+        dist.barrier(group)
     except RuntimeError:
-        sys.exit(1)  # one of them is gone and has said why
+        sys.exit(1)  # another process is gone and has said why
 
 
 def any_rank(value: bool, device: torch.device) -> bool:

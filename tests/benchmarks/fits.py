@@ -17,7 +17,6 @@ import lightning as L
 from recon.cli.fit import main as recon_fit
 from recon.ledger import SIDES
 from recon.peaks import NOT_FORESEEN
-from recon.report.memory_phases import tracked
 
 LEAN = ("--baselines", "false", "--drift", "false", "--summary", "false", "--data.num_test", "1")
 """Leaves out what is not recovery, as far as that goes."""
@@ -79,12 +78,13 @@ def _timed_fit() -> Iterator[list[float]]:
         yield seconds
 
 
-def peak_bytes(memory: dict[str, Any]) -> dict[str, int | None]:
+def peak_bytes(run: Fit) -> dict[str, int | None]:
     """The largest live tensor bytes in the phases of the fit, on the device's side and on the host's.
 
-    None where `memory.json` does not have them by category.
+    None where the report does not have them by category.
     """
-    return {f"{side}_bytes": max(tracked(phase, side) for phase in of_the_fit(memory)) or None for side in SIDES}
+    tracked = run.report["ranks"][0]["tracked"]
+    return {f"{side}_bytes": sum(tracked.get(side, {}).values()) or None for side in SIDES}
 
 
 def of_the_fit(memory: dict[str, Any]) -> list[dict[str, Any]]:

@@ -102,7 +102,7 @@ def measure(axis: str, directory: Path, quick: bool = False, scopes: tuple[str, 
 
 
 def _measured(run: Fit) -> dict[str, Any]:
-    return {"seconds": run.seconds, "cpu_seconds": run.cpu_seconds, **peak_bytes(run.memory)}
+    return {"seconds": run.seconds, "cpu_seconds": run.cpu_seconds, **peak_bytes(run)}
 
 
 def _copies(run: Fit, point: Point) -> float:

@@ -167,7 +167,7 @@ def compared(planned: dict[str, Any], run: Fit) -> dict[str, Any]:
         assert planned[name] == forecast[name], f"planned {name} {planned[name]}, forecast {forecast[name]}"
     predicted = {"device_bytes": planned["peak_bytes"], "host_bytes": planned["host_bytes"]}
     predicted |= {"seconds": planned["seconds"], "cpu_seconds": planned["cpu_seconds"]}
-    measured = {**peak_bytes(run.memory), "seconds": run.seconds, "cpu_seconds": run.cpu_seconds}
+    measured = {**peak_bytes(run), "seconds": run.seconds, "cpu_seconds": run.cpu_seconds}
     ratios = {name: predicted[name] / measured[name] if measured[name] else None for name in predicted}
     return {
         "predicted": predicted,
