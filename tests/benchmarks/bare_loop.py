@@ -23,7 +23,7 @@ from recon.pretrained import ModelSource
 from recon.seeds import derived_seed
 from recon.statistics import InputStatistics, collect
 
-from .fits import fit, say
+from .fits import Data, fit, say
 
 Weights = dict[str, Tensor]
 
@@ -32,28 +32,16 @@ BATCH_SIZE, LR, BETAS, WARMUP = 4, 1.2e-2, (0.9, 0.95), 0.1  # as configs/scopes
 
 
 @dataclass(frozen=True)
-class Size:
+class Size(Data):
     """How much is recovered.
 
     Args:
-        num_sequences: Calibration sequences.
-        seq_len: Tokens per sequence.
-        num_validation: Held-out sequences.
         epochs: Of each window.
         repeats: Of fit and loop, in turn.
     """
 
-    num_sequences: int = 128
-    seq_len: int = 256
-    num_validation: int = 16
     epochs: int = 2
     repeats: int = 3
-
-    @property
-    def options(self) -> list[str]:
-        """The data, as options of `recon fit`."""
-        names = ("num_sequences", "seq_len", "num_validation")
-        return [part for name in names for part in (f"--data.{name}", str(getattr(self, name)))]
 
 
 QUICK = Size(num_sequences=20, seq_len=32, num_validation=8, epochs=2, repeats=1)
@@ -66,14 +54,16 @@ def measure(directory: Path, quick: bool = False, scopes: tuple[str, ...] = SCOP
         AssertionError: If fit and loop end at different weights.
     """
     size = QUICK if quick else Size()
-    fit("matrix", directory / "masks", *QUICK.options)  # the first one in a process pays for imports
+    fit("matrix", directory / "masks", *QUICK.data_options)  # the first one in a process pays for imports
     rows = []
     for scope in scopes:
         epochs = [] if scope == "matrix" else ["--model.epochs", str(size.epochs)]
         epochs += ["--model.batch_size", str(BATCH_SIZE)]
         row: dict[str, Any] = {"scope": scope, "fit": [], "loop": [], "fit_cpu": [], "loop_cpu": []}
         for repeat in range(size.repeats):
-            run = fit(scope, directory / f"{scope}-{repeat}", *size.options, *epochs, "--trainer.accelerator", "cpu")
+            run = fit(
+                scope, directory / f"{scope}-{repeat}", *size.data_options, *epochs, "--trainer.accelerator", "cpu"
+            )
             loop = BareLoop.prepared(size, Masks.load(run.directory / "masks.safetensors"))
             started, started_cpu = time.perf_counter(), time.process_time()
             weights = loop.run(scope)

@@ -23,6 +23,27 @@ LEAN = ("--baselines", "false", "--drift", "false", "--summary", "false", "--dat
 
 
 @dataclass(frozen=True)
+class Data:
+    """What a model is recovered on.
+
+    Args:
+        num_sequences: Calibration sequences.
+        seq_len: Tokens per sequence.
+        num_validation: Held-out sequences.
+    """
+
+    num_sequences: int = 128
+    seq_len: int = 256
+    num_validation: int = 16
+
+    @property
+    def data_options(self) -> list[str]:
+        """As options of `recon fit`."""
+        names = ("num_sequences", "seq_len", "num_validation")
+        return [part for name in names for part in (f"--data.{name}", str(getattr(self, name)))]
+
+
+@dataclass(frozen=True)
 class Fit:
     """What one run left behind.
 

@@ -88,7 +88,7 @@ def work(device: str, scope: str, quick: bool) -> Work:
         return Work(options, torch.bfloat16, (2 * 2048, 4096, 11008), 8192, counted, 16)
     size = QUICK if quick else Size()
     epochs = [] if scope == "matrix" else ["--model.epochs", str(1 if quick else 2)]
-    options = [*size.options, *epochs, "--trainer.accelerator", "cpu"]
+    options = [*size.data_options, *epochs, "--trainer.accelerator", "cpu"]
     return Work(options, torch.float32, (8 * size.seq_len, 128, 384), 128 if quick else 2048)
 
 

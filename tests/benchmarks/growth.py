@@ -9,33 +9,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .fits import Fit, fit, of_the_fit, peak_bytes, say
+from .fits import Data, Fit, fit, of_the_fit, peak_bytes, say
 
 SCOPES = ("matrix", "submodule", "block", "full")
-NUM_VALIDATION = 4
 OFFLOADED = ("--model.offload", "host", "--model.activations", "host")
 
 
 @dataclass(frozen=True)
-class Point:
+class Point(Data):
     """One model and how much it is recovered on.
 
     Args:
         depth: Blocks.
         width: Hidden size; the MLP is three times as wide, heads have 32 dimensions.
-        num_sequences: Calibration sequences.
-        seq_len: Tokens per sequence.
     """
 
+    num_sequences: int = 32
+    num_validation: int = 4
     depth: int = 6
     width: int = 128
-    num_sequences: int = 32
-    seq_len: int = 256
 
     @property
     def copy_bytes(self) -> int:
         """One copy of the hidden states of all sequences, in fp32."""
-        return 4 * (self.num_sequences + NUM_VALIDATION) * self.seq_len * self.width
+        return 4 * (self.num_sequences + self.num_validation) * self.seq_len * self.width
 
     def options(self, scope: str) -> list[str]:
         """Options of `recon fit`."""
@@ -52,8 +49,7 @@ class Point:
         batch = "--data.batch_size" if scope == "full" else "--model.batch_size"
         return [
             *("--model.name", "random", f"--model.shape={json.dumps(shape)}", "-c", "criteria/magnitude"),
-            *("--data.num_sequences", str(self.num_sequences), "--data.seq_len", str(self.seq_len)),
-            *("--data.num_validation", str(NUM_VALIDATION), batch, "4", "--trainer.accelerator", "cpu"),
+            *(*self.data_options, batch, "4", "--trainer.accelerator", "cpu"),
             *([] if scope == "matrix" else ["--model.epochs", "1", "--model.lr", "1e-3"]),
             *([] if scope == "full" else OFFLOADED),
         ]

@@ -22,7 +22,7 @@ from recon.planner.rate import measured_rates
 from recon.planner.work import seconds_of
 from recon.pretrained import ModelSource
 
-from .fits import Fit, arguments, fit, peak_bytes, say
+from .fits import Data, Fit, arguments, fit, peak_bytes, say
 
 SCOPES = ("matrix", "submodule", "block", "full")
 GOAL = {"bytes": 0.10, "seconds": 0.25}
@@ -67,20 +67,16 @@ SHAPES: dict[str, dict[str, Any] | None] = {
 
 
 @dataclass(frozen=True)
-class Size:
+class Size(Data):
     """How much is recovered.
 
     Args:
-        num_sequences: Calibration sequences.
-        seq_len: Tokens per sequence.
-        num_validation: Held-out sequences.
         epochs: Of each window.
         full_epochs: Of the model in full retraining, which would be over before its start-up counts little.
         batch_size: Sequences per step.
     """
 
     num_sequences: int = 48
-    seq_len: int = 256
     num_validation: int = 8
     epochs: int = 1
     full_epochs: int = 3
@@ -93,8 +89,7 @@ class Size:
         epochs = self.full_epochs if scope == "full" else self.epochs
         return [
             *(*model, "-c", "criteria/magnitude", "--trainer.accelerator", "cpu", batch, str(self.batch_size)),
-            *("--data.num_sequences", str(self.num_sequences), "--data.seq_len", str(self.seq_len)),
-            *("--data.num_validation", str(self.num_validation)),
+            *self.data_options,
             *([] if scope == "matrix" else ["--model.epochs", str(epochs)]),
         ]
 

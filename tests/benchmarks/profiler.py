@@ -24,7 +24,7 @@ def _blind(self: MemoryProfiler, print_table: bool = True, by_category: bool = T
 def measure(directory: Path, quick: bool = False, scopes: tuple[str, ...] = SCOPES) -> dict[str, Any]:
     """Seconds of both in turn and the ratio of their medians, per scope."""
     size = QUICK if quick else Size()
-    options = [*size.options, "--trainer.accelerator", "cpu"]
+    options = [*size.data_options, "--trainer.accelerator", "cpu"]
     masks = fit("matrix", directory / "masks", *options).directory / "masks.safetensors"
     rows = []
     for scope in scopes:

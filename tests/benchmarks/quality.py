@@ -19,7 +19,7 @@ GOAL = 1 / 3
 def measure(directory: Path, quick: bool = False, scopes: tuple[str, ...] = SCOPES) -> dict[str, Any]:
     """Seconds and perplexities of both in turn, and the ratio of median seconds; None if the quality is not reached."""
     size = QUICK if quick else Size()
-    common = (*size.options, "--evaluate_on", "validation", "--trainer.accelerator", "cpu")
+    common = (*size.data_options, "--evaluate_on", "validation", "--trainer.accelerator", "cpu")
     masks = fit("matrix", directory / "masks", *common).directory / "masks.safetensors"
     rows = []
     for scope in scopes:

@@ -53,12 +53,12 @@ def measure(
         run: How `recon fit` is run.
     """
     size = QUICK if quick else Size(epochs=4)  # half a minute: what each process does once counts less
-    made = fit("matrix", directory / "masks", *size.options, "--trainer.accelerator", "cpu")
+    made = fit("matrix", directory / "masks", *size.data_options, "--trainer.accelerator", "cpu")
     masks = made.directory / "masks.safetensors"
     rows = []
     for scope in scopes:
         epochs = [] if scope == "matrix" else ["--model.epochs", str(size.epochs)]
-        options = [*size.options, *epochs, "--masks", str(masks), "--trainer.accelerator", "cpu"]
+        options = [*size.data_options, *epochs, "--masks", str(masks), "--trainer.accelerator", "cpu"]
         row: dict[str, Any] = {"scope": scope}
         weights = {}
         for processes, strategy in ((1, "auto"), (2, "window_parallel")):
