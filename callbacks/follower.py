@@ -4,11 +4,12 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
-from recon.footprint import has_state
-from recon.holders import HOLDERS
-from recon.ledger import Ledger, Peak, Side
+from callbacks.tensor_owners import HOLDERS
+from recon.distributed.strategies import WindowParallelStrategy
+from recon.profiling.entries import Peak, Side
+from recon.profiling.footprint import has_state
+from recon.profiling.ledger import Ledger
 from recon.report.memory_phases import is_window
-from recon.strategies import WindowParallelStrategy
 
 NOT_FOLLOWED = ("load", "save")
 """Phases in which libraries move weights about in ways of their own; what is held when they end is counted."""

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from recon.masks import Masks, unpack
+from recon.pruning.masks import Masks, unpack
 from recon.scopes.base import Scope
 
 ZERO_KEEPING = (

@@ -17,16 +17,22 @@ from rich.table import Table
 from typing_extensions import override
 
 from callbacks.follower import Follower
-from recon.atomic import write_json
-from recon.footprint import Footprint, footprint, has_state
-from recon.ledger import CATEGORIES, SIDES, Peak, Side
-from recon.memory import PeakMeter, resident_bytes
-from recon.out_of_memory import FULL_CURES, LOCAL_CURES, advice, is_out_of_memory, largest_owners, live_by_category
-from recon.phases import PhaseListener
-from recon.ranks import rank
+from recon.basics.files import write_json
+from recon.distributed.ranks import rank
+from recon.profiling.entries import CATEGORIES, SIDES, Peak, Side
+from recon.profiling.footprint import Footprint, footprint, has_state
+from recon.profiling.out_of_memory import (
+    FULL_CURES,
+    LOCAL_CURES,
+    advice,
+    is_out_of_memory,
+    largest_owners,
+    live_by_category,
+)
+from recon.profiling.phases import PhaseListener, memory_file
+from recon.profiling.process_memory import PeakMeter, resident_bytes
 from recon.report.memory import SPLIT, everything_else
 from recon.report.memory_phases import MIB, Phase, fold_windows
-from recon.run import memory_file
 from recon.scopes import FullRetraining
 
 NOTHING = Peak(dict.fromkeys(CATEGORIES, 0))

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks.throughput_monitor import _plugin_to_compute_dt
 from lightning.pytorch.plugins import Precision
 from typing_extensions import override
 
-from recon.flops import flops_per_token
+from callbacks.flops import flops_per_token
 from recon.scopes import FullRetraining
 
 

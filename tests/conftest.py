@@ -22,7 +22,7 @@ def pytest_configure() -> None:
 def _nothing_listens_on() -> Iterator[None]:
     """A test must not leave an account of memory open: its dispatch mode would be on in all that follow."""
     yield
-    from recon.ledger import account  # after the hook above
+    from recon.profiling import ledger as account  # after the hook above
 
     left = list(account._open)
     for ledger in left:

@@ -62,7 +62,7 @@ def main(args: list[str] | None = None) -> int:
 
 def _speaker() -> str | None:
     """Who reports an error of this process: before the processes of a run are connected, all have the same one."""
-    from recon import ranks
+    from recon.distributed import ranks
 
     if ranks.size() > 1:
         return f" on rank {ranks.rank()}"

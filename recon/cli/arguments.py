@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentParser
 
-from recon.configs import resolve_config_names
-from recon.criteria import Criterion
-from recon.patterns import Pattern
-from recon.pruning import Pruning
+from recon.cli.configs import resolve_config_names
+from recon.pruning.criteria import Criterion
+from recon.pruning.patterns import Pattern
+from recon.pruning.prune import Pruning
 
 DEFAULT_CRITERION = {"class_path": "recon.criteria.Wanda"}
 DEFAULT_PATTERN = {"class_path": "recon.patterns.Unstructured"}

@@ -6,8 +6,8 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 
 from recon.cli.arguments import parse
-from recon.comparison import compare
-from recon.plan import Comparison
+from recon.experiment.comparison.compare import compare
+from recon.experiment.comparison.spec import Comparison
 from recon.report import draw_drift, draw_pareto, print_table
 
 

@@ -7,13 +7,13 @@ import yaml
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from recon import checkpoints
 from recon.cli.quiet import quiet
-from recon.consolidation import consolidate
-from recon.lora import Lora, attach, merge_state
-from recon.masks import Masks
-from recon.pretrained import ModelSource
-from recon.run import save_model
+from recon.experiment import checkpoints
+from recon.experiment.consolidation import consolidate
+from recon.experiment.directory import save_model
+from recon.models.loading import ModelSource
+from recon.pruning.masks import Masks
+from recon.scopes.lora import Lora, attach, merge_state
 
 SOURCE = ("name", "shape", "dtype", "revision", "tokenizer", "trust_remote_code")
 

@@ -1,5 +1,6 @@
 """`recon fit`: prune a model and recover it at one scope, configured by LightningCLI."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,20 +9,21 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
-from recon.atomic import atomic_write
-from recon.checkpoints import STOPPED, Checkpoints
+from recon.basics.files import atomic_write
 from recon.cli.arguments import add_pruning_arguments
+from recon.cli.configs import config_directory, resolve_config_names
 from recon.cli.quiet import quiet
-from recon.configs import config_directory, resolve_config_names
 from recon.data import TokenData
-from recon.environment import versions
-from recon.ranks import rank
-from recon.recovery import recover
+from recon.distributed.part import Share
+from recon.distributed.ranks import rank
+from recon.experiment.checkpoints import STOPPED, Checkpoints
+from recon.experiment.directory import RunDirectory, digest
+from recon.experiment.environment import versions
+from recon.experiment.recovery import recover
+from recon.planner.prediction import forecast
 from recon.report import Results, print_table
-from recon.run import RunDirectory, digest
 from recon.scopes import FullRetraining, Scope
-from recon.scopes.local import LocalScope
-from recon.shares import Share
+from recon.scopes.local.module import LocalScope
 
 NOT_FINGERPRINTED = (
     "config",
@@ -173,6 +175,7 @@ def run(args: list[str], merge: bool = False) -> int:
         trainer.loggers = [TensorBoardLogger(str(directory.path), name="logs", version=version)]
     if isinstance(scope, FullRetraining):
         trainer.callbacks.append(Checkpoints(directory.checkpoints, cli.config.checkpoint_every_n_steps))  # pyright: ignore[reportAttributeAccessIssue]
+    exclude = () if built.pruning is None else tuple(built.pruning.exclude)
     console = Console(highlight=False, soft_wrap=True)
     try:
         report = recover(
@@ -190,6 +193,7 @@ def run(args: list[str], merge: bool = False) -> int:
             console.print,
             cli.share,
             merge,
+            partial(forecast, scope, data, trainer, exclude, masked=built.pattern is not None),
         )
     except SIGTERMException:
         if first:

@@ -11,18 +11,18 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 
+from recon.basics.units import in_bytes
 from recon.cli.fit import ParsingCLI, _cli
 from recon.cli.quiet import quiet
 from recon.data import TokenData
+from recon.distributed.strategies import WindowParallelStrategy
+from recon.models.loading import ModelSource
 from recon.planner import SCOPES, Kind, Prediction, Proposal, Setting, Shape, predict, print_plan, propose
-from recon.planner.rate import measured_rates
-from recon.pretrained import ModelSource
+from recon.planner.speed import measured_rates
 from recon.report import Results
 from recon.scopes import BlockDistillation, FullRetraining, MatrixReconstruction, Scope, SubmoduleDistillation
 from recon.scopes.distillation import Distillation
-from recon.scopes.local import LocalScope
-from recon.strategies import WindowParallelStrategy
-from recon.units import in_bytes
+from recon.scopes.local.module import LocalScope
 
 KINDS: dict[str, type[Scope]] = {
     kind.scope: kind for kind in (MatrixReconstruction, SubmoduleDistillation, BlockDistillation, FullRetraining)

@@ -5,15 +5,15 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from recon.baselines import measure_pruned
 from recon.cli.arguments import add_pruning_arguments, choose_device, parse
 from recon.cli.quiet import quiet
 from recon.data import TokenData
-from recon.environment import versions
-from recon.pretrained import ModelSource
+from recon.experiment.baselines import measure_pruned
+from recon.experiment.directory import RunDirectory, digest
+from recon.experiment.environment import versions
+from recon.models.loading import ModelSource
+from recon.pruning.start_weights import MOVED
 from recon.report import Results, print_table
-from recon.run import RunDirectory, digest
-from recon.start import MOVED
 
 
 def main(args: list[str]) -> int:

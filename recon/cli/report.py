@@ -9,10 +9,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from recon.profiling.phases import memory_file
 from recon.report import Results, markdown_table, print_table
 from recon.report.memory_phases import phases_section, sides_of
 from recon.report.sections import Section
-from recon.run import memory_file
 
 PIPE_WIDTH = 110
 """Characters of a line where there is no terminal."""
@@ -43,7 +43,7 @@ def main(args: list[str]) -> int:
 
 def _memory(path: Path) -> int:
     """Print and draw the `memory.json` of a run."""
-    from recon.report.memory_picture import draw_memory  # matplotlib costs a second that only this should pay
+    from recon.report.plots.memory import draw_memory  # matplotlib costs a second that only this should pay
 
     content = _load(path)
     phases, device = content["phases"], content.get("device", "cpu")

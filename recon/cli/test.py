@@ -8,16 +8,16 @@ import yaml
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from recon.baselines import measure
 from recon.cli.arguments import choose_device, parse
+from recon.cli.configs import resolve_config_names
 from recon.cli.quiet import quiet
-from recon.configs import resolve_config_names
 from recon.data import TokenData
-from recon.environment import versions
-from recon.masks import Masks
-from recon.pretrained import ModelSource
+from recon.experiment.baselines import measure
+from recon.experiment.directory import RunDirectory
+from recon.experiment.environment import versions
+from recon.models.loading import ModelSource
+from recon.pruning.masks import Masks
 from recon.report import Report, Results, print_table
-from recon.run import RunDirectory
 
 
 def main(args: list[str]) -> int:

@@ -1,11 +1,10 @@
 """What a run would need, predicted from the model's configuration alone, before anything is downloaded."""
 
-from recon.planner.fitting import Proposal, propose
-from recon.planner.forecast import forecast
-from recon.planner.memory import CATEGORIES, Moment, Prediction, Shape, predict
-from recon.planner.setting import SCOPES, Setting
+from recon.planner.flops import Kind
+from recon.planner.options import SCOPES, Setting
+from recon.planner.prediction import CATEGORIES, Moment, Prediction, Shape, forecast, predict
+from recon.planner.proposals import Proposal, propose
 from recon.planner.table import print_plan
-from recon.planner.work import Kind
 
 __all__ = [
     "CATEGORIES",

@@ -10,8 +10,11 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from recon.planner.fake.model import Rehearsal
+from recon.planner.fake.step import GRADIENTS, KEPT, Step
 from recon.planner.local import solver_bytes
-from recon.planner.moment import (
+from recon.planner.options import Setting
+from recon.planner.snapshot import (
     FP32,
     Moment,
     adamw_bytes,
@@ -19,9 +22,6 @@ from recon.planner.moment import (
     held,
     numel,
 )
-from recon.planner.rehearsal import Rehearsal
-from recon.planner.setting import Setting
-from recon.planner.step import GRADIENTS, KEPT, Step
 
 BUCKET = 200_000_000
 """Elements of a buffer in which DeepSpeed reduces gradients, as Lightning sets it; stages 1 and 2 have two."""

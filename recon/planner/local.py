@@ -12,7 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from recon.planner.moment import (
+from recon.calibration.storage import Budget, Place
+from recon.models.replay import MAX_RECORDED_SHAPES
+from recon.models.windows import AttentionWindow, GroupWindow, MLPWindow, Window
+from recon.planner.fake.model import Rehearsal
+from recon.planner.options import Setting
+from recon.planner.snapshot import (
     FP32,
     SOLVER_COPIES,
     Moment,
@@ -21,11 +26,6 @@ from recon.planner.moment import (
     held,
     numel,
 )
-from recon.planner.rehearsal import Rehearsal
-from recon.planner.setting import Setting
-from recon.replay import MAX_RECORDED_SHAPES
-from recon.storage import Budget, Place
-from recon.windows import AttentionWindow, GroupWindow, MLPWindow, Window
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from recon.planner.fitting import Proposal, fits
-from recon.planner.memory import Prediction, Shape
-from recon.planner.moment import CATEGORIES
+from recon.basics.units import UNITS, readable
+from recon.planner.prediction import Prediction, Shape
+from recon.planner.proposals import Proposal, fits
+from recon.planner.snapshot import CATEGORIES
 from recon.report.sections import MISSING, format_number
 from recon.report.table import WIDEST
-from recon.units import UNITS, readable
 
 HEADERS = {"activations": "acti-\nvations", "calibration": "cali-\nbration", "gradients": "gra-\ndients"}
 HEADERS |= {"optimizer": "opti-\nmizer", "gram": "Gram"}

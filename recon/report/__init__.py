@@ -5,7 +5,7 @@ tables and the pictures read nothing else. Importing this package imports neithe
 """
 
 from recon.report.drift import draw_drift
-from recon.report.pareto import draw_pareto
+from recon.report.plots.pareto import draw_pareto
 from recon.report.schema import SCOPES, Report, Results
 from recon.report.table import markdown_table, print_table
 

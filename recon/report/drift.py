@@ -82,8 +82,8 @@ def draw_drift(results: Results, directory: Path | str) -> list[Path]:
         The files written. A group in which no drift was measured has none.
     """
     # matplotlib costs a second and 50 MiB that only this function should pay
-    from recon.report.depth import draw_depth
-    from recon.report.picture import draw_groups
+    from recon.report.plots.drift import draw_depth
+    from recon.report.plots.picture import draw_groups
 
     return draw_groups(results, Path(directory), "drift", draw_depth)
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from recon.ledger import CATEGORIES, SIDES, Side
+from recon.profiling.entries import CATEGORIES, SIDES, Side
 from recon.report.sections import Section, format_number
 
 MIB = 2**20

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn, get_origin
 
-from recon.atomic import write_json
+from recon.basics.files import write_json
 
 SCOPES = ("dense", "pruned", "matrix", "submodule", "block", "full")
 """What a report can be about, in the order of tables: two references, then the recovery scopes."""

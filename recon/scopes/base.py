@@ -13,19 +13,19 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
-from recon.anatomy import Anatomy
+from recon.calibration.storage import ON_DEVICE, Storage
 from recon.data import TokenData
-from recon.evaluation import Evaluation
-from recon.exact import solve_all
-from recon.interleaved import Interleaved
-from recon.masks import Masks
-from recon.offload import Offload, open_offloaded
-from recon.phases import Phases
-from recon.pretrained import ModelSource, empty
-from recon.replay import Replay
-from recon.residence import Residence
-from recon.start import EXACT, Start, apply, written
-from recon.storage import ON_DEVICE, Storage
+from recon.evaluation.perplexity import Evaluation
+from recon.models.anatomy import Anatomy
+from recon.models.loading import ModelSource, empty
+from recon.models.offload.blocks import Residence
+from recon.models.offload.opening import Offload, open_offloaded
+from recon.models.replay import Replay
+from recon.profiling.phases import Phases
+from recon.pruning.interleaved import Interleaved
+from recon.pruning.masks import Masks
+from recon.pruning.start_weights import EXACT, Start, apply, written
+from recon.scopes.exact import solve_all
 
 StartName = Literal["pruned", "moved", "exact"]
 

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from recon.exact import solve
-from recon.lora import DEFAULT_LORA, Lora, attach, merge
+from recon.calibration.statistics import InputStatistics
+from recon.models.linear import as_out_in, weight_out_in
+from recon.models.windows import GroupWindow, Window, Windows, block_windows, group_windows, submodule_windows
 from recon.scopes.base import StartName, warmup_and_linear_decay
-from recon.scopes.compilation import compiled
-from recon.scopes.local import Batch, LocalScope
-from recon.shapes import as_out_in, weight_out_in
-from recon.statistics import InputStatistics
-from recon.trainable import Parameters, chosen
-from recon.windows import GroupWindow, Window, Windows, block_windows, group_windows, submodule_windows
+from recon.scopes.exact import solve
+from recon.scopes.local.module import Batch, LocalScope
+from recon.scopes.local.window_state import compiled
+from recon.scopes.lora import DEFAULT_LORA, Lora, attach, merge
+from recon.scopes.trainable import Parameters, chosen
 
 Loss = Literal["normalised", "mse", "cosine"]
 

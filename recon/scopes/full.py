@@ -13,18 +13,18 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from recon.anatomy import Anatomy
 from recon.data import TokenData
-from recon.evaluation import evaluate
-from recon.interleaved import Interleaved
-from recon.lora import DEFAULT_LORA, Lora, attach, merge, merge_state
-from recon.masks import Masks
-from recon.pretrained import empty
-from recon.ranks import layout, rank
+from recon.distributed.parameters import gather, whole
+from recon.distributed.ranks import layout, rank
+from recon.distributed.strategies import FullyShardedStrategy, WindowParallelStrategy, ZeroStrategy
+from recon.evaluation.perplexity import evaluate
+from recon.models.anatomy import Anatomy
+from recon.models.loading import empty
+from recon.pruning.interleaved import Interleaved
+from recon.pruning.masks import Masks
 from recon.scopes.base import Scope, check_finite, warmup_and_linear_decay
-from recon.sharding import gather, whole
-from recon.strategies import FullyShardedStrategy, WindowParallelStrategy, ZeroStrategy
-from recon.trainable import Parameters, chosen
+from recon.scopes.lora import DEFAULT_LORA, Lora, attach, merge, merge_state
+from recon.scopes.trainable import Parameters, chosen
 
 FROZEN = "frozen"
 """Key in a checkpoint: the weights that were not trained, if the strategy holds them rounded."""
@@ -179,9 +179,8 @@ class FullRetraining(Scope):
         if isinstance(strategy, ZeroStrategy):
             self._keep_frozen()
         if isinstance(strategy, FullyShardedStrategy):
-            strategy.shard(self.model)
-            for teacher in self._teacher:
-                strategy.shard(teacher)
+            for model in (self.model, *self._teacher):
+                strategy.shard(model, [block.module for block in Anatomy.of(model).blocks])
 
     def _make_ready(self) -> None:
         self.begin_from_start(self.masks)

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recon.activations import Observation
-from recon.ledger import followed
+from recon.calibration.activations import Observation
+from recon.calibration.statistics import InputStatistics
+from recon.models.linear import as_out_in, weight_out_in
+from recon.models.windows import Window, block_windows
+from recon.profiling.ledger import followed
 from recon.scopes.base import StartName, warmup_and_linear_decay
-from recon.scopes.local import LocalScope
-from recon.shapes import as_out_in, weight_out_in
+from recon.scopes.local.module import LocalScope
 from recon.solvers import ConjugateGradients, GradientDescent, LeastSquares, Solver, relative_objective
-from recon.statistics import InputStatistics
-from recon.windows import Window, block_windows
 
 
 class MatrixReconstruction(LocalScope):

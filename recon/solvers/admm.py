@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from recon.factorization import cholesky
 from recon.solvers.base import Solver
+from recon.solvers.cholesky import cholesky
 from recon.solvers.least_squares import LeastSquares, exactly
 from recon.solvers.normalized import normalize
 

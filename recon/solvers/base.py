@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from recon.factorization import dead_columns
+from recon.solvers.cholesky import dead_columns
 from recon.solvers.least_squares import LeastSquares, exactly, require_finite
 
 

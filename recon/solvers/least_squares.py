@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from recon.statistics import InputStatistics, full_fp32
+from recon.calibration.statistics import InputStatistics, full_fp32
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from recon.factorization import dead_columns
+from recon.solvers.cholesky import dead_columns
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from recon.atomic import write_json
-from recon.environment import environment
+from recon.basics.files import write_json
+from recon.experiment.environment import environment
 
 from . import bare_loop, flop_rate, growth, predictions, profiler, quality, window_parallel
 

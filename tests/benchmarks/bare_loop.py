@@ -16,12 +16,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from recon.basics.seeds import derived_seed
+from recon.calibration.collection import collect
+from recon.calibration.statistics import InputStatistics
 from recon.data import TokenData
-from recon.exact import solve
-from recon.masks import Masks
-from recon.pretrained import ModelSource
-from recon.seeds import derived_seed
-from recon.statistics import InputStatistics, collect
+from recon.models.loading import ModelSource
+from recon.pruning.masks import Masks
+from recon.scopes.exact import solve
 
 from .fits import Data, fit, say
 

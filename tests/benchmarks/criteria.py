@@ -20,12 +20,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from recon.atomic import write_json
-from recon.criteria import ADMM, ALPS, RIA, Criterion, Magnitude, Random, SparseFW, SparseGPT, Wanda
-from recon.environment import environment
-from recon.patterns import NM, Pattern, Unstructured
+from recon.basics.files import write_json
+from recon.calibration.statistics import InputStatistics, full_fp32
+from recon.experiment.environment import environment
+from recon.pruning.criteria import ADMM, ALPS, RIA, Criterion, Magnitude, Random, SparseFW, SparseGPT, Wanda
+from recon.pruning.patterns import NM, Pattern, Unstructured
 from recon.solvers import ADMMSolver, ConjugateGradients, LeastSquares, Solver
-from recon.statistics import InputStatistics, full_fp32
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

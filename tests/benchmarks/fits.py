@@ -15,8 +15,8 @@ from unittest import mock
 import lightning as L
 
 from recon.cli.fit import main as recon_fit
-from recon.ledger import SIDES
-from recon.peaks import NOT_FORESEEN
+from recon.experiment.peaks import NOT_FORESEEN
+from recon.profiling.entries import SIDES
 
 LEAN = ("--baselines", "false", "--drift", "false", "--summary", "false", "--data.num_test", "1")
 """Leaves out what is not recovery, as far as that goes."""

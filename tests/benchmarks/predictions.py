@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from recon.cli.plan import main as recon_plan
+from recon.models.loading import ModelSource
 from recon.planner import Setting
-from recon.planner.rate import measured_rates
-from recon.planner.work import seconds_of
-from recon.pretrained import ModelSource
+from recon.planner.flops import seconds_of
+from recon.planner.speed import measured_rates
 
 from .fits import Data, Fit, arguments, fit, peak_bytes, say
 

@@ -1,0 +1,26 @@
+"""Who holds which tensors of a run, for an account of memory.
+
+Objects are asked whenever they are found, even while their `__init__` is under way: so through `vars`.
+"""
+
+import torch
+
+from recon.calibration.activations import Activations
+from recon.calibration.statistics import InputStatistics
+from recon.data import TokenData
+from recon.models.offload.blocks import Residence
+from recon.profiling.entries import Held, Holders
+from recon.pruning.masks import Masks
+from recon.solvers import LeastSquares
+
+GRAMS = ("sum_squares", "gram", "cross", "dense_gram")
+
+HOLDERS: Holders = {
+    torch.optim.Optimizer: lambda one: [Held("optimizer", vars(one).get("state"))],
+    Activations: lambda one: one.held(),
+    InputStatistics: lambda one: [Held("gram", [vars(one).get(name) for name in GRAMS])],
+    LeastSquares: lambda one: [Held("gram", [vars(one).get(name) for name in GRAMS])],
+    Masks: lambda one: [Held("masks", vars(one).get("_packed"), at_home=True)],
+    Residence: lambda one: [Held("weights", one.at_home(), at_home=True)],
+    TokenData: lambda one: [Held("other", vars(one).get("_tokens"), at_home=True)],
+}

@@ -1,0 +1,1 @@
+"""Files, seeds and units: what every other package may use."""

@@ -1,0 +1,1 @@
+"""What calibration text does inside the model: activations between blocks, statistics of matrix inputs."""

@@ -1,0 +1,320 @@
+"""What enters a window and what it should produce, for every calibration sequence.
+
+The model is walked from the first block to the last, once, while the blocks behind are recovered. At any time there
+are at most two copies of the hidden states (what enters, and what should come out) and one attention output;
+overlapping windows on dense inputs keep one copy more for each window that begins inside another.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from recon.calibration.collection import collect
+from recon.calibration.pairs import collect_pairs
+from recon.calibration.prefetch import Batch, Key, Prefetch
+from recon.calibration.statistics import InputStatistics, Need
+from recon.calibration.storage import ON_DEVICE, Storage
+from recon.models.replay import Replay
+from recon.models.windows import Window
+from recon.profiling.entries import Held
+from recon.profiling.ledger import sampled
+
+Propagation = Literal["dense", "recovered_local", "recovered"]
+"""What enters a window, and what it should produce:
+
+- `dense`: what the dense model has there, and what the dense window makes of it. Windows are independent;
+- `recovered_local`: what the recovered blocks before it produce, and what the dense window makes of that: the
+  window is repaired, and the error that enters it passed on;
+- `recovered`: what the recovered blocks before it produce, and what the dense model has behind it: the window
+  makes up for the error that enters it, too.
+"""
+
+Observation = Need | Literal["cross"]
+"""What can be collected of the inputs of matrices; `cross`: Gram matrices of recovered and dense ones together."""
+
+
+class Activations:
+    """Inputs and targets of the blocks under way.
+
+    Args:
+        replay: The model, its weights dense in every block not yet entered.
+        tokens: Calibration sequences, int64[num_sequences, seq_len].
+        batch_size: Sequences per forward pass.
+        device: Where the model computes.
+        propagation: What enters, and what should come out.
+        tap: Whether to record attention, where a single block is entered.
+        starts: Blocks at which later windows begin, if windows overlap: what enters them is kept from the time when
+            the blocks before them were dense.
+        storage: Where the activations are kept, and in which precision.
+
+    Attributes:
+        hidden: What enters the current blocks, [num_sequences, seq_len, dim].
+        attention: What the attention submodule of the current block should return, and after `pass_attention`
+            what it does return; None where it is not recorded.
+        output: What the current blocks should return; None before `enter`.
+        recorded: What a window that ends elsewhere should return, after `record`.
+        blocks: Indices of the current blocks.
+    """
+
+    def __init__(
+        self,
+        replay: Replay,
+        tokens: Int[Tensor, "num seq"],
+        batch_size: int,
+        device: torch.device,
+        propagation: Propagation = "dense",
+        tap: bool = False,
+        starts: Collection[int] = (),
+        storage: Storage = ON_DEVICE,
+    ) -> None:
+        self.replay, self.batch_size, self.propagation = replay, batch_size, propagation
+        self.tap, self.starts = tap, frozenset(starts)
+        self.device, self.storage = device, storage
+        self._prefetch = Prefetch(device) if device.type == "cuda" and storage.may_leave else None
+        self.hidden: Float[Tensor, "num seq dim"] = self._embed(tokens, storage.dtype)
+        self.attention: Float[Tensor, "num seq dim"] | None = None
+        self.output: Float[Tensor, "num seq dim"] | None = None
+        self.recorded: Float[Tensor, "num seq features"] | None = None
+        self.blocks: list[int] = []
+        self._at = 0  # the block that `hidden` enters
+        self._ahead = 0  # the block that the dense stream enters; weights are dense from here on
+        self._adds = False  # whether the current block adds what attention returns to what entered it
+        self._kept: dict[int, Tensor] = {}  # block -> what enters it, dense
+
+    @torch.no_grad()
+    def _embed(self, tokens: Int[Tensor, "num seq"], dtype: torch.dtype | None) -> Float[Tensor, "num seq dim"]:
+        for start in sampled(range(0, len(tokens), self.batch_size), "embed"):
+            piece = self.replay.embed(tokens[start : start + self.batch_size].to(self.device))
+            if start == 0:
+                self.dtype = piece.dtype  # in which the model computes
+                hidden = self.storage.empty((len(tokens), *piece.shape[1:]), dtype or piece.dtype, self.device)
+            hidden[start : start + self.batch_size] = piece
+        return hidden
+
+    def load(self, kept: Tensor, rows: slice | Int[Tensor, "batch"]) -> Tensor:
+        """Some sequences of what is kept, where the model computes and in the precision in which it does."""
+        if isinstance(rows, slice):
+            found = kept[rows]
+        elif kept.device == self.device:
+            found = kept[rows.to(self.device)]
+        else:  # one by one: put together first they would not be pinned, and copied twice
+            found = torch.empty((len(rows), *kept.shape[1:]), dtype=kept.dtype, device=self.device)
+            for room, row in zip(found, rows.tolist(), strict=True):
+                room.copy_(kept[row], non_blocking=True)
+        # The precision changes where the model computes: a copy that changed it would not go on beside anything.
+        return found.to(self.device, non_blocking=True).to(self.dtype)
+
+    def batches(self, keys: Iterable[Key], load: Callable[[Key], Batch]) -> Iterator[tuple[Key, Batch]]:
+        """Each of `keys` with what `load` makes of it; loaded one ahead where that is a copy to a CUDA device."""
+        if self._prefetch is not None:
+            return self._prefetch.batches(keys, load)
+        return ((key, load(key)) for key in keys)
+
+    def rows(self) -> Iterator[slice]:
+        """All sequences in order, batch by batch."""
+        for start in range(0, len(self.hidden), self.batch_size):
+            yield slice(start, start + self.batch_size)
+
+    @torch.no_grad()
+    def enter(
+        self, blocks: Sequence[int], matrices: Mapping[str, nn.Module] | None = None, need: Observation = "none"
+    ) -> dict[str, InputStatistics]:
+        """Go on to consecutive `blocks`; nothing happens if they are current.
+
+        Blocks between the current ones and these are passed on the way, with the weights that they have now.
+
+        Args:
+            blocks: Indices; the first may lie among the current blocks, the last may not.
+            matrices: Of blocks that were never entered before, still dense: name -> linear map.
+            need: What to collect of what enters them; `cross` only with `recovered`.
+
+        Returns:
+            Name of each matrix -> statistics of what enters it.
+
+        Raises:
+            FloatingPointError: If hidden states are no numbers, naming the block and the batch.
+        """
+        if list(blocks) == self.blocks:
+            return {}
+        matrices, start, stop = dict(matrices or {}), blocks[0], blocks[-1] + 1
+        assert start >= self._at, f"blocks are walked in order: {blocks} cannot follow {self.blocks}"
+        assert stop > self._ahead, f"blocks are walked in order: {blocks} cannot follow {self.blocks}"
+        self.replay.keep(range(start, stop))
+        tapped = self.tap and len(blocks) == 1
+        self.attention = (self.attention if self.attention is not None else self._room()) if tapped else None
+        if self.propagation != "dense":
+            for index in range(self._at, start):
+                self._pass(index, self.hidden, self.hidden)
+        if self.propagation == "recovered":
+            found = self._pass_both(start, stop, matrices, need)
+        else:
+            assert need != "cross", "there is one stream"
+            with collect(matrices, need) as found:
+                (self._pass_dense if self.propagation == "dense" else self._pass_local)(start, stop)
+        self.replay.hold(range(start, stop))
+        self.blocks, self._at, self._ahead = list(blocks), start, stop
+        self.recorded = None
+        return found
+
+    def held(self) -> list[Held]:
+        """What is kept of all sequences; before `__init__` has ended, what there is."""
+        own = vars(self)
+        copies = [own.get(name) for name in ("hidden", "attention", "output", "recorded")]
+        copies = [one for one in (*copies, *own.get("_kept", {}).values()) if one is not None]
+        return [Held("calibration", one, at_home=self.storage.is_home(one)) for one in copies]
+
+    @torch.no_grad()
+    def record(self, window: Window) -> None:
+        """Compute what `window`, with the weights that it has now, makes of what enters the current blocks."""
+        self.recorded = None  # lets go of the last one
+        for rows, hidden in self._loaded(self.hidden, "record"):
+            piece = window.forward(self.replay, hidden)
+            if self.recorded is None:
+                self.recorded = self._room(piece.shape[1:])
+            self.recorded[rows] = piece
+
+    @torch.no_grad()
+    def pass_attention(
+        self, matrices: Mapping[str, nn.Module] | None = None, need: Need = "none"
+    ) -> dict[str, InputStatistics]:
+        """Replace what attention should return by what it does return, now that it is recovered.
+
+        Dense inputs stay dense: nothing happens then.
+
+        Args:
+            matrices: Of the current block behind its attention, still dense.
+            need: What to collect of their inputs.
+
+        Returns:
+            Name of each matrix -> statistics of what enters it.
+        """
+        if self.propagation == "dense":
+            return {}
+        assert self.attention is not None, "enter one block first, with `tap`"
+        assert self.output is not None
+        matrices, (block,) = dict(matrices or {}), self.blocks
+        with collect(matrices, need) as found:
+            for rows, hidden in self._loaded(self.hidden, "pass attention"):
+                attention = self.replay.tap(block, hidden)
+                self.attention[rows] = attention
+                if self.propagation == "recovered_local":
+                    self.output[rows] = self.replay.stub(block, hidden, attention)
+                elif need != "none":
+                    self.replay.stub(block, hidden, attention)
+        return found
+
+    @torch.no_grad()
+    def compute(self) -> None:
+        """Compute what the current blocks return with the weights that they have now.
+
+        Raises:
+            FloatingPointError: If an output is no number, naming the block and the batch.
+        """
+        assert self.output is not None, "enter blocks first"
+        source = self.hidden
+        for index in self.blocks:
+            self._pass(index, source, self.output)
+            source = self.output
+
+    def _pass_dense(self, start: int, stop: int) -> None:
+        """Walk the one dense stream on, keeping what enters `start` and the starts behind it."""
+        assert start >= self._ahead or start in self._kept, f"walked in order: block {start} was not to be kept"
+        stream = self.hidden if self.output is None else self.output
+        self.hidden = stream  # lets go of what entered the blocks before
+        for index in range(self._ahead, stop):
+            output = stream
+            if index == start or index in self.starts:
+                self._kept[index] = stream
+                output = self._room()
+            self._pass(index, stream, output, self.attention if index == start else None)
+            stream = output
+        self.hidden, self.output = self._kept.pop(start), stream
+
+    def _pass_local(self, start: int, stop: int) -> None:
+        """What the dense blocks make of recovered hidden states."""
+        assert start >= self._ahead, "windows overlap: the dense weights are gone"
+        self.output = self.output if self.output is not None else self._room()
+        source = self.hidden
+        for index in range(start, stop):
+            self._pass(index, source, self.output, self.attention)
+            source = self.output
+
+    def _pass_both(
+        self, start: int, stop: int, matrices: dict[str, nn.Module], need: Observation
+    ) -> dict[str, InputStatistics]:
+        """Walk the dense stream on, and send the recovered one through the dense blocks if it is to be observed."""
+        if self.output is None:
+            self.output = self._room().copy_(self.hidden)
+        for index in range(self._ahead, start):
+            self._pass(index, self.output, self.output)
+        self._adds = self.attention is not None and self.replay.adds_attention(start)
+        passed, fresh = range(start, self._ahead), range(max(start, self._ahead), stop)
+        if need == "cross":
+            with collect_pairs(matrices) as pairs:
+                for rows, hidden in self._loaded(self.hidden, "walk both"):
+                    hidden = self._through(passed, hidden)
+                    for index in fresh:  # both streams block by block: only one block's dense inputs are held
+                        with pairs.dense():
+                            self._pass_rows(index, rows, self.load(self.output, rows))
+                        with pairs.recovered():
+                            hidden = self.replay.run(index, hidden)
+            return pairs.statistics
+        with collect(matrices, need) as found:
+            for _, hidden in self._loaded(self.hidden, "walk recovered") if need != "none" else ():
+                self._through([*passed, *fresh], hidden)
+        for index in fresh:
+            for rows, dense in self._loaded(self.output, "walk"):
+                self._pass_rows(index, rows, dense)
+        return found
+
+    def _pass_rows(self, index: int, rows: slice, dense: Tensor) -> None:
+        """Send some sequences of the dense stream through a block, in place, and note what attention should return."""
+        assert self.output is not None
+        if self.attention is not None and self._adds:
+            # So that the stream behind attention becomes the dense one: what entered is made up for.
+            attention, output = self.replay.run_and_tap(index, dense)
+            self.attention[rows] = attention + (dense - self.load(self.hidden, rows))
+            self._require_finite(output, index, rows)
+        else:
+            output = self._run(index, rows, dense, self.attention)
+        self.output[rows] = output
+
+    def _through(self, blocks: Iterable[int], hidden: Tensor) -> Tensor:
+        for index in blocks:
+            hidden = self.replay.run(index, hidden)
+        return hidden
+
+    def _pass(self, index: int, source: Tensor, output: Tensor, attention: Tensor | None = None) -> None:
+        for rows, hidden in self._loaded(source, "walk"):
+            output[rows] = self._run(index, rows, hidden, attention)
+
+    def _run(self, index: int, rows: slice, hidden: Tensor, attention: Tensor | None) -> Tensor:
+        """Run one block on some sequences, and record its attention if there is room for it."""
+        if attention is not None:
+            attention[rows], output = self.replay.run_and_tap(index, hidden)
+        else:
+            output = self.replay.run(index, hidden)
+        self._require_finite(output, index, rows)
+        return output
+
+    def _require_finite(self, output: Tensor, index: int, rows: slice) -> None:
+        if not output.isfinite().all():  # a sum of finite fp16 numbers may be infinite
+            raise FloatingPointError(
+                f"hidden states must be finite, got NaN or infinity after block {index} in the batch that begins "
+                f"with sequence {rows.start}; check the weights, or load the model in a wider dtype"
+            )
+
+    def _loaded(self, kept: Tensor, stage: str) -> Iterator[tuple[slice, Tensor]]:
+        """All of what is kept, batch by batch; a batch may be overwritten while it is in use, but none behind it.
+
+        `stage` is what an account of memory calls the pass over them.
+        """
+        return sampled(self.batches(self.rows(), lambda rows: self.load(kept, rows)), stage)
+
+    def _room(self, shape: Sequence[int] | None = None) -> Tensor:
+        """Room for one copy; of the hidden states, or of `shape` for each sequence."""
+        shape = self.hidden.shape if shape is None else (len(self.hidden), *shape)
+        return self.storage.empty(shape, self.hidden.dtype, self.device)

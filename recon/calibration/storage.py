@@ -1,0 +1,162 @@
+"""Where hidden states are kept between two passes: on the device, in the host's memory, or in files."""
+
+import math
+import shutil
+import tempfile
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from recon.basics.files import mapped
+from recon.basics.units import in_bytes, readable
+
+Place = Literal["device", "host", "disk", "auto"]
+"""Where a copy of the hidden states is kept:
+
+- `device`: where the model computes;
+- `host`: in the host's memory, pinned if the device is a CUDA device;
+- `disk`: in a file without a name, mapped into memory, of which the system keeps what it has room for;
+- `auto`: in the first of these whose budget has room for it.
+"""
+
+
+class Budget:
+    """Bytes that copies of the hidden states may take, for `auto`. What a copy took is free again when it is gone.
+
+    Args:
+        device: On the device.
+        host: In the host's memory; no limit if None, and then nothing is kept on disk.
+    """
+
+    def __init__(self, device: int, host: int | None = None) -> None:
+        self.left: dict[Place, float] = {"device": device, "host": math.inf if host is None else host}
+        self.left["disk"] = math.inf
+        self._home: set[int] = set()  # ids of the copies that are not on the device
+
+    @classmethod
+    def of(cls, place: Place, device: str | None, host: str | None) -> "Budget | None":
+        """What the options say; None where none is needed.
+
+        Args:
+            place: `model.activations`.
+            device: `model.activations_budget`, such as 4GiB.
+            host: `model.activations_host_budget`.
+
+        Raises:
+            ValueError: If the options do not go together, or one of them is no amount of memory.
+        """
+        if place != "auto":
+            if device is not None or host is not None:
+                raise ValueError(
+                    f"model.activations_budget and model.activations_host_budget are for model.activations: auto, got "
+                    f"model.activations: {place}; leave them out, or choose auto"
+                )
+            return None
+        if device is None:
+            raise ValueError(
+                "model.activations: auto needs to know what the hidden states may take on a device, got no "
+                "model.activations_budget; give one, such as 4GiB, or choose device, host or disk"
+            )
+        return cls(
+            _amount("activations_budget", device), None if host is None else _amount("activations_host_budget", host)
+        )
+
+    def choose(self, nbytes: int) -> Place:
+        """The first place with room for so many bytes."""
+        return next(place for place, left in self.left.items() if nbytes <= left)
+
+    def take(self, place: Place, tensor: Tensor) -> None:
+        """Count `tensor` there as long as it lives."""
+        self.left[place] -= tensor.nbytes
+        if place != "device":
+            self._home.add(id(tensor))
+        weakref.finalize(tensor, self._free, place, tensor.nbytes, id(tensor)).atexit = False
+
+    def is_home(self, tensor: Tensor) -> bool:
+        """Whether this copy is not on the device."""
+        return id(tensor) in self._home
+
+    def _free(self, place: Place, nbytes: int, key: int) -> None:
+        self.left[place] += nbytes
+        self._home.discard(key)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Where and how hidden states are kept.
+
+    Args:
+        place: See `Place`.
+        dtype: Of what is kept; that in which the model computes if None.
+        budget: What `auto` goes by, shared by all copies that are there at a time.
+        directory: Where files are; the system's directory for temporary files if None.
+    """
+
+    place: Place = "device"
+    dtype: torch.dtype | None = None
+    budget: Budget | None = None
+    directory: Path | None = None
+
+    @property
+    def may_leave(self) -> bool:
+        """Whether what is kept may be elsewhere than where the model computes."""
+        return self.place != "device"
+
+    def is_home(self, tensor: Tensor) -> bool:
+        """Whether a copy is in the host's memory, or mapped into it, whatever computes."""
+        return self.budget.is_home(tensor) if self.budget is not None else self.place != "device"
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Room for one copy.
+
+        Args:
+            shape: Of the copy.
+            dtype: In which it is kept.
+            device: Where the model computes.
+
+        Raises:
+            OSError: If it is to be on disk and there is no room for it.
+        """
+        place = self.place
+        if place == "auto":
+            assert self.budget is not None
+            place = self.budget.choose(math.prod(shape) * dtype.itemsize)
+        if place == "disk":
+            tensor = self._on_disk(shape, dtype)
+        elif place == "host":
+            tensor = torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
+        else:
+            tensor = torch.empty(shape, dtype=dtype, device=device)
+        if self.budget is not None:
+            self.budget.take(place, tensor)
+        return tensor
+
+    def _on_disk(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        where = self.directory or Path(tempfile.gettempdir())
+        try:
+            with tempfile.TemporaryFile(dir=where) as file:
+                return mapped(file, shape, dtype)
+        except OSError as error:
+            needed, free = math.prod(shape) * dtype.itemsize, shutil.disk_usage(where).free
+            raise OSError(
+                error.errno,
+                f"model.activations: disk needs {readable(needed)} for one copy of the hidden states, got "
+                f"{readable(free)} free in `{where}` ({error.strerror}); free space there, choose model.activations: "
+                f"host or fewer data.num_sequences, or halve it with model.activations_dtype: bfloat16",
+            ) from error
+
+
+def _amount(option: str, text: str) -> int:
+    try:
+        return in_bytes(text)
+    except ValueError as error:
+        raise ValueError(f"model.{option}: {error}") from None
+
+
+ON_DEVICE = Storage()
+"""For signatures; it cannot change."""

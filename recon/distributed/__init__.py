@@ -1,0 +1,1 @@
+"""Processes of a run, their parts of the work, and parameters wherever a strategy keeps them."""

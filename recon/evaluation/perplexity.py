@@ -1,0 +1,100 @@
+"""Perplexity, measured one way everywhere, with the protocol named beside the number."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchmetrics.text import Perplexity
+from transformers import PreTrainedModel
+
+from recon.profiling.ledger import sampled
+
+CHUNK = 1024
+"""Tokens whose logits are cast to fp32 at a time."""
+
+
+class StablePerplexity(Perplexity):
+    """torchmetrics' perplexity, from the log-softmax of fp32 logits.
+
+    torchmetrics takes softmax and then log, in the dtype it is given: infinite where a probability is below
+    fp32's smallest number, as badly pruned models have them, and 0.1 % off on bf16 logits.
+    """
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Add logits [token, vocabulary] and the tokens [token] that they should predict."""
+        for logits, tokens in zip(preds.split(CHUNK), target.split(CHUNK), strict=True):
+            self.total_log_probs += F.cross_entropy(logits.float(), tokens, reduction="sum")
+            self.count += tokens.numel()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A perplexity and how it was measured.
+
+    Attributes:
+        perplexity: exp of the mean negative log-likelihood per predicted token.
+        split: Which split was scored.
+        num_sequences: Sequences scored, each on its own: no context crosses their borders.
+        seq_len: Tokens per sequence; the first of each is context only.
+        tokens_scored: Predicted tokens.
+        logits: Precision in which the likelihood was computed.
+    """
+
+    perplexity: float
+    split: str
+    num_sequences: int
+    seq_len: int
+    tokens_scored: int
+    logits: str = "float32"
+
+    @property
+    def protocol(self) -> dict[str, str | int]:
+        """All but the number."""
+        return {name: value for name, value in asdict(self).items() if name != "perplexity"}
+
+
+@torch.no_grad()
+def evaluate(
+    model: PreTrainedModel, batches: DataLoader, split: str = "test", device: torch.device | None = None
+) -> Evaluation:
+    """Perplexity of `model` on batches of equally long token sequences.
+
+    Args:
+        model: In evaluation mode, on the device to compute on.
+        batches: Dicts with `input_ids`, int64[batch, seq_len].
+        split: What to call the data in the protocol.
+        device: Where to compute, if not where the first parameter is.
+
+    Raises:
+        FloatingPointError: If a batch gives logits that are no numbers.
+    """
+    device = device or next(model.parameters()).device
+
+    def logits() -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in batches:
+            ids = batch["input_ids"].to(device)
+            yield ids, model(input_ids=ids, use_cache=False).logits
+
+    return score(sampled(logits(), "evaluate"), split, device)
+
+
+def score(batches: Iterable[tuple[Tensor, Tensor]], split: str, device: torch.device) -> Evaluation:
+    """Perplexity from token ids, int64[batch, seq_len], and logits for them, [batch, seq_len, vocabulary].
+
+    Raises:
+        FloatingPointError: If a batch has logits that are no numbers.
+    """
+    options: Any = {"sync_on_compute": False}  # one rank may evaluate while others wait
+    metric = StablePerplexity(**options).to(device)
+    num_sequences = seq_len = scored = 0
+    for index, (ids, logits) in enumerate(batches):
+        for sequence, tokens in zip(logits, ids, strict=True):  # views: the logits are the largest tensor here
+            metric.update(sequence[:-1], tokens[1:])
+        if not torch.isfinite(metric.total_log_probs):
+            raise FloatingPointError(f"logits must be finite, got NaN or infinity in {split} batch {index}")
+        num_sequences, seq_len, scored = num_sequences + len(ids), ids.shape[1], scored + ids[:, 1:].numel()
+    return Evaluation(float(metric.compute()), split, num_sequences, seq_len, scored)

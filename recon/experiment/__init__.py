@@ -1,0 +1,1 @@
+"""A run from dense model to report, and comparisons of runs."""

@@ -1,0 +1,172 @@
+"""What full retraining saves to go on after it was killed: written whole or not at all, and only for the same run."""
+
+import json
+import shutil
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from typing_extensions import override
+
+from recon.basics.files import write_json
+from recon.data.loader import ResumableLoader
+from recon.distributed.ranks import any_rank, layout
+from recon.pruning.masks import Masks
+
+STOPPED = 128 + signal.SIGTERM
+"""Exit status of a run that was told to stop; Lightning's own would be 0, as if it had ended."""
+
+
+class Checkpoints(Checkpoint):
+    """Saves every `every_n_steps` optimizer steps and when the run is stopped; keeps the last one.
+
+    A checkpoint counts once its marker, a JSON file beside it, is written, and the one before is deleted only
+    then: a run killed at any moment has a checkpoint to go on from, and goes on bit-identically.
+
+    On SIGTERM to any rank, all of them end the step they are in, save and stop. On an exception the state of the
+    last step is saved if there is one process; a rank that fails alone cannot save what the others hold, and the
+    last regular checkpoint is then the one to go on from.
+
+    Args:
+        directory: Where to write.
+        every_n_steps: Optimizer steps between two checkpoints.
+    """
+
+    def __init__(self, directory: Path, every_n_steps: int = 100) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"checkpoint_every_n_steps must be at least 1, got {every_n_steps}")
+        self.directory, self.every_n_steps = directory, every_n_steps
+        self._saved_step = self._last_step = 0
+        self._stepping = False
+        self._told_to_stop = False
+        self._position: dict[str, int] | None = None
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self._position}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._position = state_dict["position"]
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._saved_step = self._last_step = trainer.global_step
+        if self._position is not None:
+            # Lightning restores loaders itself, but not if the learning rate's schedule has asked for their length.
+            assert isinstance(trainer.train_dataloader, ResumableLoader)
+            trainer.train_dataloader.load_state_dict(self._position)
+
+        # Not Lightning's handler: it calls a collective at once, which meets those of the step under way and hangs.
+        # Lightning puts back what was there before it when the fit ends.
+        def stop(number: int, frame: Any) -> None:
+            if not self._told_to_stop and trainer.strategy.launcher is not None:
+                trainer.strategy.launcher.kill(signal.SIGTERM)  # the processes that this one has started
+            self._told_to_stop = True
+
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, stop)
+
+    @override
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        self._stepping = True
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._stepping = False
+        step = trainer.global_step
+        if step == self._last_step:
+            return
+        self._last_step = step
+        stop = any_rank(self._told_to_stop, trainer.strategy.root_device)
+        if stop or step % self.every_n_steps == 0:
+            self._save(trainer, pl_module)
+        if stop:
+            raise SIGTERMException(STOPPED)
+
+    @override
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        # Within a step the weights may be half updated; at an epoch's end Lightning's counters are between two epochs.
+        if trainer.global_step == self._saved_step or self._stepping or not trainer.training:
+            return
+        if trainer.world_size == 1 and _back_to_last_step(trainer):
+            self._save(trainer, pl_module)
+
+    def _save(self, trainer: L.Trainer, module: Any) -> None:
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        self._position = {"given": 0 if progress.is_last_batch else progress.current.ready}
+        path = self.directory / f"step-{trainer.global_step:06}.ckpt"
+        trainer.save_checkpoint(path)
+        if trainer.is_global_zero:
+            write_json(_marker(path), identity(trainer, module.masks) | {"step": trainer.global_step})
+            for other in self.directory.iterdir():
+                if other not in (path, _marker(path)):
+                    _delete(other)
+        self._saved_step = trainer.global_step
+
+
+def identity(trainer: L.Trainer, masks: Masks) -> dict[str, Any]:
+    """What a run and the checkpoint that it goes on from have to have in common."""
+    return layout(trainer) | {"masks": masks.fingerprint()}
+
+
+def last(directory: Path) -> Path | None:
+    """The newest checkpoint that was written completely; None if there is none."""
+    found = sorted(path for path in directory.glob("*.ckpt") if _marker(path).exists())
+    return found[-1] if found else None
+
+
+def require_same(path: Path, ours: dict[str, Any]) -> None:
+    """Refuse to go on from the checkpoint of another run.
+
+    Raises:
+        ValueError: Naming what differs.
+    """
+    theirs = json.loads(_marker(path).read_text())
+    if different := [name for name in ours if ours[name] != theirs.get(name)]:
+        told = ", ".join(
+            "other masks" if name == "masks" else f"{name} {theirs.get(name)}, now {ours[name]}" for name in different
+        )
+        raise ValueError(
+            f"a run goes on from its checkpoint only with the same processes, strategy, precision and masks; {path} "
+            f"was written with {told}; start it as before, or delete {path.parent} to begin anew"
+        )
+
+
+def _marker(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
+def _delete(path: Path) -> None:
+    """The marker first: what has none does not count."""
+    if path.suffix == ".ckpt":
+        _marker(path).unlink(missing_ok=True)
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _back_to_last_step(trainer: L.Trainer) -> bool:
+    """Set Lightning's counters back to the last optimizer step of this epoch; False if it had none.
+
+    Batches whose gradients were accumulated since, or that were under way, are then given again.
+    """
+    progress, accumulate = trainer.fit_loop.epoch_loop.batch_progress, trainer.accumulate_grad_batches
+    batches = progress.current.completed // accumulate * accumulate
+    if batches == 0:
+        return False
+    undone = progress.current.ready - batches
+    for tracker in (progress.current, progress.total):
+        tracker.ready -= undone
+        # As it is in `on_train_batch_end`, where regular checkpoints are written.
+        tracker.started = tracker.processed = tracker.ready  # pyright: ignore[reportAttributeAccessIssue]
+        tracker.completed = tracker.ready - 1
+    progress.is_last_batch = False
+    return True

@@ -1,0 +1,1 @@
+"""Comparisons: which cells there are, each in a process of its own, tuned options, results."""

@@ -1,0 +1,199 @@
+"""What a comparison runs: models x criteria x patterns x allocations x seeds x recoveries, as commands.
+
+A cell's directory is named by its command and by the model it starts from, so that the same cell is found
+again, whatever it is called. Cells whose options are tuned are made when the options have been chosen.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from recon.experiment.comparison.cell import Cell
+from recon.experiment.comparison.tuning import grid
+from recon.experiment.directory import digest
+from recon.experiment.environment import versions
+from recon.models.loading import ModelSource
+from recon.pruning.allocation import Allocation
+from recon.pruning.criteria import Criterion
+from recon.pruning.patterns import Pattern
+from recon.report.tuning import brief
+
+ClassSpec = dict[str, Any]
+"""A class by `class_path` and `init_args`, as in every configuration file."""
+
+
+@dataclass
+class Entry:
+    """One recovery to compare.
+
+    Args:
+        scope: What reports call it: matrix, submodule, block or full.
+        config: Configurations merged in order, such as `[scopes/full, strategies/zero2]`.
+        options: Dotted options of `recon fit`, such as `model.lr: 5.0e-4`.
+        label: How tables call it; the scope decides if not given.
+        tune: Values to try for dotted options of `recon fit`, such as `model.lr: [1.0e-3, 2.0e-3]`; the grid is
+            their product. The point with the lowest perplexity on the validation split is used, the first of several.
+
+    Raises:
+        ValueError: If an option to tune has no values, or has one in `options` as well.
+    """
+
+    scope: str
+    config: list[str] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
+    label: str | None = None
+    tune: dict[str, list[Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.config = self.config or [f"scopes/{self.scope}"]
+        for name, values in self.tune.items():
+            if not values:
+                raise ValueError(f"tune needs at least one value of {name} to try, got none for {self.title!r}")
+            if name in self.options:
+                raise ValueError(f"an option is either given or tuned, got both for {name} of {self.title!r}; drop one")
+
+    @property
+    def title(self) -> str:
+        """What progress lines call it."""
+        return self.label or self.scope
+
+
+@dataclass
+class Comparison:
+    """What to compare: the product of models, criteria, patterns, allocations, seeds and recoveries.
+
+    Args:
+        name: What it is called; its directory is runs/<name>.
+        recoveries: The scopes to compare.
+        criteria: How weights are chosen.
+        patterns: Which zeros are allowed.
+        allocations: How densities differ from block to block, null for not at all.
+        models: Options of the model: `name`, and others as in `recon fit --model.<option>`.
+        seeds: Each chooses calibration sequences and their order; test sequences are shared.
+        data: Options of the data, the same for every cell.
+        options: Options of every `recon fit`.
+        directory: Where to write instead.
+    """
+
+    name: str
+    recoveries: list[Entry]
+    criteria: list[ClassSpec] = field(default_factory=lambda: [{"class_path": "recon.criteria.Wanda"}])
+    patterns: list[ClassSpec] = field(default_factory=lambda: [{"class_path": "recon.patterns.Unstructured"}])
+    allocations: list[ClassSpec | None] = field(default_factory=lambda: [None])
+    models: list[dict[str, Any]] = field(default_factory=lambda: [{"name": "bundled"}])
+    seeds: list[int] = field(default_factory=lambda: [0])
+    data: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    directory: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("recoveries", "criteria", "patterns", "allocations", "models", "seeds"):
+            if not getattr(self, name):
+                raise ValueError(f"a comparison needs at least one of its {name}, got none")
+
+    @property
+    def path(self) -> Path:
+        """Where everything goes."""
+        return Path(self.directory or f"runs/{self.name}")
+
+    @property
+    def num_cells(self) -> int:
+        """Child processes in all: per model the dense one and those of the grids, per group pruning and recoveries."""
+        num_groups = len(self.criteria) * len(self.patterns) * len(self.allocations) * len(self.seeds)
+        num_points = sum(len(grid(entry.tune)) for entry in self.recoveries)
+        return len(self.models) * (1 + num_points + num_groups * (1 + len(self.recoveries)))
+
+
+@dataclass(frozen=True)
+class Group:
+    """The cells that are compared with each other: one model, criterion, pattern and seed.
+
+    Args:
+        model: Options of the model.
+        criterion: What reports call the criterion; likewise `pattern`.
+        pattern: See `criterion`.
+        seed: Of calibration sequences and their order.
+        dense: Measures the dense model.
+        pruned: Makes the masks that all recoveries share, and measures the pruned model.
+        fit: Makes the cell of a recovery from its title, its entry, and options that precede the entry's.
+    """
+
+    model: dict[str, Any]
+    criterion: str
+    pattern: str
+    seed: int
+    dense: Cell
+    pruned: Cell
+    fit: Callable[..., Cell]
+
+    def recovery(self, entry: Entry, chosen: dict[str, Any]) -> Cell:
+        """The cell that recovers as `entry` says, with the options that were chosen for it."""
+        return self.fit(entry.title, entry, chosen)
+
+    def trials(self, entry: Entry) -> list[tuple[dict[str, Any], Cell]]:
+        """The points of the entry's grid, each with the cell that measures it on the validation split."""
+        return [
+            (point, self.fit(f"tune {entry.title} {brief(point)}", entry, point | TRIAL)) for point in grid(entry.tune)
+        ]
+
+
+TRIAL = {"evaluate_on": "validation", "drift": False}
+"""Options of a cell of a grid: what it measures, and that it measures nothing else."""
+
+
+def plan(comparison: Comparison, model: dict[str, Any], describe: Callable[[type, ClassSpec], str]) -> Iterator[Group]:
+    """The groups of one model of a comparison, which make the commands to run.
+
+    Args:
+        comparison: What to compare.
+        model: One of its models.
+        describe: The name of a criterion, pattern or allocation that a class specification makes.
+    """
+    silent = ["--summary", "false"]
+    text = [f"--data={json.dumps(comparison.data)}"] if comparison.data else []
+    identity = {"model": ModelSource(**model).identity(), "data": comparison.data, "versions": versions()}
+    of_model = _options(model, "model")
+
+    def cell(title: str, command: list[str]) -> Cell:
+        slug = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+        key = digest([command, identity])[:8]
+        # A title is only what people read: the cell is found again under another one.
+        found = sorted(comparison.path.glob(f"*-{key}"))
+        directory = found[0] if found else comparison.path / f"{slug}-{key}"
+        return Cell(title, [*command, "--run_dir", str(directory)], directory)
+
+    def fit(common: list[str], masks: list[str], title: str, entry: Entry, chosen: dict[str, Any]) -> Cell:
+        configs = [arg for name in ["cell", *entry.config] for arg in ("-c", name)]
+        options = comparison.options | entry.options | chosen
+        if options.get("pruning.inputs") == "recovered":  # chooses its own along with recovery
+            masks = []
+        return cell(title, ["fit", *configs, *common, *masks, "--baselines", "false", *_options(options)])
+
+    named = [option for option in of_model if not option.startswith("--model.name=")]
+    dense = cell("dense", ["test", model.get("name", "bundled"), *named, *text, *silent])
+    for criterion, pattern, allocation, seed in product(
+        comparison.criteria, comparison.patterns, comparison.allocations, comparison.seeds
+    ):
+        chosen = [f"--criterion={json.dumps(criterion)}", f"--pattern={json.dumps(pattern)}"]
+        of_pattern = describe(Pattern, pattern)
+        if allocation is not None:
+            chosen.append(f"--pruning.allocation={json.dumps(allocation)}")
+            of_pattern += f", {describe(Allocation, allocation)}"
+        common = [*of_model, *text, *chosen, "--seed_everything", str(seed)]
+        pruned = cell("pruned", ["prune", *common, *silent])
+        masks = ["--masks", str(pruned.directory / "masks.safetensors")]
+        of_criterion = describe(Criterion, criterion)
+        yield Group(model, of_criterion, of_pattern, seed, dense, pruned, partial(fit, common, masks))
+
+
+def _options(options: dict[str, Any], prefix: str = "") -> list[str]:
+    """Command-line options for (dotted) names and values."""
+    dotted = f"{prefix}." if prefix else ""
+    return [
+        f"--{dotted}{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in options.items()
+    ]

@@ -1,0 +1,73 @@
+"""The weights in a checkpoint of full retraining, whole, on the host: no process group, no GPU, no second copy."""
+
+import warnings
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recon.distributed.strategies.zero import unpickling_weights_only
+from recon.scopes.full import FROZEN
+
+PREFIX = "model."
+"""Where a scope, the LightningModule that was saved, has its model."""
+
+
+def consolidate(checkpoint: Path) -> dict[str, Tensor]:
+    """Read the model's weights from a checkpoint of any strategy.
+
+    Args:
+        checkpoint: A file (one device, DDP), or the directory of DeepSpeed or of FSDP2.
+
+    Returns:
+        Name, as in the model's state dict, -> whole weight; under ZeRO the fp32 master copy of what was trained.
+        What the file format allows to be mapped is read from the disk when it is used.
+
+    Raises:
+        ValueError: If it is no such checkpoint.
+    """
+    if checkpoint.is_file():
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    elif (checkpoint / "latest").is_file():
+        state = _from_deepspeed(checkpoint)
+    elif (checkpoint / ".metadata").is_file():
+        state = _from_fsdp2(checkpoint)
+    else:
+        raise ValueError(f"a checkpoint is a file, or a directory of DeepSpeed or FSDP2, got {checkpoint}")
+    return {name.removeprefix(PREFIX): weight for name, weight in state.items() if name.startswith(PREFIX)}
+
+
+def _from_deepspeed(checkpoint: Path) -> dict[str, Tensor]:
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    silence = StringIO()
+    with unpickling_weights_only(), redirect_stdout(silence), redirect_stderr(silence):
+        parts = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), lazy_mode=True)
+        held = torch.load(next(checkpoint.glob("checkpoint/*mp_rank_00_model_states.pt")), "cpu", mmap=True)
+    assert parts is not None
+    assert isinstance(held, dict)
+    whole: dict[int, Tensor] = {}  # tied weights stay tied
+    for part in parts.values():
+        if id(part) not in whole:
+            whole[id(part)] = part if isinstance(part, Tensor) else part.contiguous()
+    frozen = {name: weight for name, weight in (held["module"] or {}).items() if name not in parts}  # by stage 1
+    exact = {PREFIX + name: weight for name, weight in held[FROZEN].items()}  # DeepSpeed has them in 16 bits
+    return {name: whole[id(part)] for name, part in parts.items()} | frozen | exact
+
+
+def _from_fsdp2(checkpoint: Path) -> dict[str, Tensor]:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    prefix = "state_dict."
+    state: dict[str, Any] = {}
+    for name, entry in FileSystemReader(checkpoint).read_metadata().state_dict_metadata.items():
+        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata):
+            state[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+    with warnings.catch_warnings(action="ignore"):  # that it is one process; it is meant to be
+        dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+    return {name.removeprefix(prefix): weight for name, weight in state.items()}

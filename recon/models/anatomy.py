@@ -1,0 +1,218 @@
+"""Where a causal language model keeps its blocks, their attention submodules and their prunable matrices.
+
+The only file that knows about architectures, and it knows none by name: everything is read from the
+module tree and three fields of the config. A model that cannot be read this way is refused with a list
+of what was found; no block and no matrix is ever skipped in silence. Embeddings and the head lie
+outside the blocks and are therefore never prunable.
+"""
+
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from recon.models.linear import is_matrix
+
+MAX_LISTED = 8  # names an error message lists before it only counts the rest
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """One decoder block.
+
+    Args:
+        index: Depth, from 0.
+        name: Full module name, such as `model.layers.3`.
+        module: The block itself.
+        attention_name: Full module name of the attention submodule, such as `model.layers.3.self_attn`.
+        attention: The attention submodule itself.
+        matrices: Full module name -> linear map, for every prunable one, in module order.
+    """
+
+    index: int
+    name: str
+    module: nn.Module
+    attention_name: str
+    attention: nn.Module
+    matrices: dict[str, nn.Module]
+
+    def weights_among(self, names: Container[str]) -> dict[str, nn.Module]:
+        """Parameter name -> linear map, for those of its matrices whose weight is one of `names`."""
+        matrices = {f"{name}.weight": module for name, module in self.matrices.items()}
+        return {name: module for name, module in matrices.items() if name in names}
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """All floating-point parameters, under their names in `model.named_parameters()`."""
+        return {
+            f"{self.name}.{name}": parameter
+            for name, parameter in self.module.named_parameters()
+            if parameter.is_floating_point()
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Anatomy:
+    """The blocks of a model, in the order of depth."""
+
+    blocks: list[Block]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "Anatomy":
+        """Read the module tree of `model`.
+
+        Raises:
+            ValueError: If the model is an encoder-decoder, has no block list, has blocks without exactly
+                one attention submodule or without linear maps, shares parameters between blocks, or
+                keeps parameters that are neither vectors nor matrices (fused experts) in its blocks.
+        """
+        if model.config.is_encoder_decoder:
+            raise ValueError(
+                f"recon needs a decoder-only model (config.is_encoder_decoder=False), got "
+                f"{type(model).__name__}, an encoder-decoder. Load a causal language model."
+            )
+        list_name, modules = _block_list(model)
+        names = [f"{list_name}.{index}" for index in range(len(modules))]
+        _refuse_shared_parameters(names, modules)
+        attentions = _attentions(names, modules)
+        _refuse_fused_parameters(names, modules)
+        blocks = []
+        for index, (name, module, attention) in enumerate(zip(names, modules, attentions, strict=True)):
+            matrices = {f"{name}.{inner}": child for inner, child in module.named_modules() if is_matrix(child)}
+            blocks.append(Block(index, name, module, *attention, matrices))
+        _refuse_unreadable_matrices(blocks)
+        return cls(blocks)
+
+    def prunable(self, exclude: Sequence[str] = ()) -> dict[str, nn.Module]:
+        """The weights that may be pruned.
+
+        Args:
+            exclude: Shell patterns (`fnmatch`, case-sensitive) of full module names to leave dense, such
+                as `*.down_proj` or `model.layers.0.*`.
+
+        Returns:
+            Parameter name, such as `model.layers.0.mlp.up_proj.weight`, -> the linear map it belongs to.
+
+        Raises:
+            ValueError: If a pattern matches no prunable matrix, or if nothing is left to prune.
+        """
+        matrices = {name: matrix for block in self.blocks for name, matrix in block.matrices.items()}
+        for pattern in exclude:
+            if not any(fnmatchcase(name, pattern) for name in matrices):
+                raise ValueError(
+                    f"Each exclude pattern must match the module name of a prunable matrix, {pattern!r} "
+                    f"matches none of {_listed(list(matrices))}. Embeddings and the head are never pruned "
+                    f"and need no pattern."
+                )
+        kept = {
+            f"{name}.weight": matrix
+            for name, matrix in matrices.items()
+            if not any(fnmatchcase(name, pattern) for pattern in exclude)
+        }
+        if not kept:
+            raise ValueError(
+                f"At least one matrix must be left to prune, but {list(exclude)} exclude all "
+                f"{len(matrices)}. Exclude less."
+            )
+        return kept
+
+
+def _block_list(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
+    """Name and items of the shortest-named `ModuleList` as long as the config says the model is deep."""
+    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    lengths = {name: len(m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    candidates = [name for name, length in lengths.items() if length and length == depth]
+    if not candidates:
+        found = _listed([f"{name} ({length})" for name, length in lengths.items()]) or "no ModuleList"
+        raise ValueError(
+            f"recon needs a ModuleList of blocks as long as config.num_hidden_layers ({depth}), found "
+            f"{found} in {type(model).__name__}. Load a causal language model with one list of blocks."
+        )
+    name = min(candidates, key=len)
+    return name, list(model.get_submodule(name).children())
+
+
+def _attentions(names: list[str], modules: list[nn.Module]) -> list[tuple[str, nn.Module]]:
+    """Name and module of the one attention submodule of every block."""
+    found = [list(_outermost_attentions(n, m)) for n, m in zip(names, modules, strict=True)]
+    without = [
+        f"{name} ({', '.join(f'{n}: {type(child).__name__}' for n, child in module.named_children())})"
+        for name, module, attentions in zip(names, modules, found, strict=True)
+        if not attentions
+    ]
+    if without:
+        raise ValueError(
+            f"recon needs an attention submodule with parameters (a class whose name contains attention or "
+            f"attn) in every block, found none in {len(without)} of {len(names)} blocks: "
+            f"{_listed(without)}. State-space and hybrid models are not supported."
+        )
+    for name, attentions in zip(names, found, strict=True):
+        if len(attentions) > 1:
+            listed = _listed([f"{n} ({type(child).__name__})" for n, child in attentions])
+            raise ValueError(
+                f"recon needs exactly one attention submodule in every block, found {len(attentions)} in "
+                f"{name}: {listed}. Models with cross-attention are not supported."
+            )
+    return [attentions[0] for attentions in found]
+
+
+def _outermost_attentions(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Attention submodules below `module` that lie in no other one (GPT-Neo nests them)."""
+    for inner, child in module.named_children():
+        kind = type(child).__name__.lower()
+        is_attention = "attention" in kind or "attn" in kind
+        if is_attention and any(True for _ in child.parameters()):
+            yield f"{name}.{inner}", child
+        else:
+            yield from _outermost_attentions(f"{name}.{inner}", child)
+
+
+def _refuse_shared_parameters(names: list[str], modules: list[nn.Module]) -> None:
+    owner: dict[int, str] = {}
+    for name, module in zip(names, modules, strict=True):
+        for inner, parameter in module.named_parameters():
+            full = f"{name}.{inner}"
+            first = owner.setdefault(id(parameter), full)
+            if first != full:
+                raise ValueError(
+                    f"recon needs blocks that share no parameters, since each is recovered by itself, but "
+                    f"{full} is {first}. Models with shared blocks are not supported."
+                )
+
+
+def _refuse_fused_parameters(names: list[str], modules: list[nn.Module]) -> None:
+    fused = [
+        f"{name}.{inner} {list(parameter.shape)}"
+        for name, module in zip(names, modules, strict=True)
+        for inner, parameter in module.named_parameters()
+        if parameter.ndim > 2
+    ]
+    if fused:
+        raise ValueError(
+            f"recon prunes two-dimensional matrices of Linear and Conv1D modules, found {len(fused)} block "
+            f"parameters of more dimensions (fused experts or convolutions), which it would leave dense: "
+            f"{_listed(fused)}. Load a model whose blocks hold none."
+        )
+
+
+def _refuse_unreadable_matrices(blocks: list[Block]) -> None:
+    for block in blocks:
+        if not block.matrices:
+            kinds = sorted({type(module).__name__ for module in block.module.modules()})
+            raise ValueError(
+                f"recon prunes Linear and Conv1D modules, found none in {block.name}, which holds {_listed(kinds)}."
+            )
+        for name, matrix in block.matrices.items():
+            weight = matrix.get_parameter("weight")
+            if not weight.is_floating_point():
+                raise ValueError(
+                    f"recon needs floating-point weights, got {weight.dtype} for {name}.weight. Load the "
+                    f"model without quantisation."
+                )
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    rest = len(names) - MAX_LISTED
+    return ", ".join(names[:MAX_LISTED]) + (f" and {rest} more" if rest > 0 else "")

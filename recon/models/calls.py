@@ -1,0 +1,201 @@
+"""How a model calls its blocks: in which form they return, and with which arguments besides hidden states.
+
+Everything is learned by running the model once, cheaply; nothing is known about any architecture.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+
+from recon.models.anatomy import Anatomy, Block
+
+Hidden: TypeAlias = Float[Tensor, "batch seq dim"]
+Tokens: TypeAlias = Int[Tensor, "batch seq"]
+
+
+class Halt(Exception):
+    """Ends a forward pass whose remaining part nobody needs."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a module returns: a tensor (`length` is None), or a tuple that begins with it."""
+
+    length: int | None
+
+    @classmethod
+    def of(cls, output: Any, name: str) -> "Form":
+        """Read the form off a real output of the module called `name`."""
+        if isinstance(output, Tensor):
+            return cls(None)
+        if type(output) is tuple and output and isinstance(output[0], Tensor):
+            return cls(len(output))
+        raise ValueError(
+            f"Blocks and attention submodules must return a tensor or a tuple that begins with one, {name} "
+            f"returned {type(output).__name__}. This model is not supported."
+        )
+
+    def wrap(self, tensor: Tensor) -> Tensor | tuple[Tensor | None, ...]:
+        """`tensor` in this form, None for the other elements (caches, attention weights)."""
+        return tensor if self.length is None else (tensor, *[None] * (self.length - 1))
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """All that the model passes to one of its blocks besides the hidden states.
+
+    Args:
+        args: Positional arguments after the hidden states.
+        kwargs: Keyword arguments other than `hidden_states`.
+        hidden_by_name: Whether the hidden states come as the keyword `hidden_states`.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    hidden_by_name: bool
+
+    @classmethod
+    def split(cls, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple["Call", Tensor]:
+        """Separate the hidden states from the rest of a call of the block called `name`."""
+        hidden_by_name = not args
+        hidden = kwargs.get("hidden_states") if hidden_by_name else args[0]
+        if not isinstance(hidden, Tensor) or hidden.ndim != 3:
+            received = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
+            raise ValueError(
+                f"Blocks must take hidden states [batch, seq, dim] first or as `hidden_states`, {name} was "
+                f"called with {received} and the keywords {sorted(kwargs)}. This model is not supported."
+            )
+        rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+        if any(isinstance(value, Cache) for value in (*args, *rest.values())):
+            raise ValueError(
+                f"Blocks must be called without a cache when use_cache=False, {name} was given one. "
+                f"This model is not supported."
+            )
+        return cls(tuple(args[1:]), rest, hidden_by_name), hidden
+
+    def to(self, convert: Callable[[Tensor], Tensor]) -> "Call":
+        """The same call with its tensors as `convert` gives them."""
+        return Call(_converted(self.args, convert), _converted(self.kwargs, convert), self.hidden_by_name)
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Any:
+        """Call `block` on `hidden` and return all that it returns."""
+        if self.hidden_by_name:
+            return block(hidden_states=hidden, **self.kwargs)
+        return block(hidden, *self.args, **self.kwargs)
+
+
+def record_calls(model: PreTrainedModel, anatomy: Anatomy, tokens: Tokens, form: Form) -> list[Call]:
+    """Record how `model` calls each of its blocks, in one forward pass that computes none of them.
+
+    Every block is replaced by the identity, and the pass halts at the last block's call. Masks, rotary
+    embeddings and positions depend on the shape of `tokens` and not on their values, since recon never
+    pads: all sequences have the same length.
+
+    Args:
+        model: Any model that `Anatomy` can read.
+        anatomy: Its anatomy.
+        tokens: Token ids of the shape to record.
+        form: What the blocks return.
+
+    Returns:
+        One call a block.
+
+    Raises:
+        ValueError: If the blocks are not called one after the other, or not as `Call` requires.
+    """
+    calls: list[Call] = []
+
+    def identity_of(block: Block) -> Callable[..., Any]:
+        def identity(*args: Any, **kwargs: Any) -> Any:
+            if block.index != len(calls):
+                raise ValueError(
+                    f"Blocks must be called in the order of their list, {block.name} was called in place "
+                    f"of {anatomy.blocks[len(calls)].name}. This model is not supported."
+                )
+            call, hidden = Call.split(block.name, args, kwargs)
+            calls.append(call)
+            if len(calls) == len(anatomy.blocks):
+                raise Halt
+            return form.wrap(hidden)
+
+        return identity
+
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        for block in anatomy.blocks:
+            stack.enter_context(forward_replaced(block.module, identity_of(block)))
+        with suppress(Halt):
+            model(input_ids=tokens, use_cache=False)
+    if len(calls) < len(anatomy.blocks):
+        raise ValueError(
+            f"The model must call all {len(anatomy.blocks)} blocks, it called only the first {len(calls)}. "
+            f"Load the model without early exit or layer skipping."
+        )
+    return calls
+
+
+class Conversion:
+    """Puts tensors on a device, those of one dtype in another; one that several calls share stays shared.
+
+    Blocks are passed the same mask and rotary embeddings: without this, each of them would get a copy.
+
+    Args:
+        device: Where they go.
+        before: The dtype that hidden states had when the calls were recorded.
+        after: The dtype that tensors get which had that one.
+    """
+
+    def __init__(self, device: torch.device, before: torch.dtype, after: torch.dtype) -> None:
+        self.device, self.before, self.after = device, before, after
+        self._done: dict[int, tuple[Tensor, Tensor]] = {}  # the tensor too, so that its id is not used again
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """`tensor` there."""
+        if id(tensor) not in self._done:
+            dtype = self.after if tensor.dtype == self.before else tensor.dtype
+            self._done[id(tensor)] = tensor, tensor.to(self.device, dtype)
+        return self._done[id(tensor)][1]
+
+
+def _converted(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
+    """`value` with all tensors in it, at any depth of tuples, lists and dicts, converted."""
+    if isinstance(value, Tensor):
+        return convert(value)
+    if isinstance(value, dict):
+        return {key: _converted(item, convert) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_converted(item, convert) for item in value)
+    return value
+
+
+@contextmanager
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Shadow `module.forward`, and give back what others (accelerate) may have set there before."""
+    previous = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if previous is None:
+            del module.forward
+        else:
+            module.forward = previous
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Switch dropout and layer drop off, whatever mode a trainer has put the model in."""
+    training = [child for child in module.modules() if child.training]
+    for child in training:
+        child.training = False
+    try:
+        yield
+    finally:
+        for child in training:
+            child.training = True

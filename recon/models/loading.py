@@ -1,0 +1,326 @@
+"""Loading models and tokenizers: bundled, from a directory, from the hub, or random of a given shape."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from textwrap import shorten
+from typing import Any
+
+import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from recon.basics.seeds import isolated_seed
+
+BUNDLED = Path(__file__).parent / "bundled"
+
+UNREADABLE = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    KeyError,
+    TypeError,
+    ImportError,
+    EOFError,
+    SafetensorError,
+    StrictDataclassError,
+    UnpicklingError,
+)
+"""What transformers raises on a missing, damaged or foreign model."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Which model, from where, in which precision.
+
+    Args:
+        name: `bundled`, a directory in Hugging Face format, a name on the hub, or `random`. An existing
+            directory wins over the hub; `./bundled` and `./random` are directories too.
+        shape: For `random`: the model's configuration, `model_type` included.
+        dtype: Precision of the weights: float32, bfloat16, float16, or `auto` for the stored one.
+        revision: Commit, tag or branch of a hub model.
+        tokenizer: Where the tokenizer is, if not with the model; for `random` the bundled one by default.
+        trust_remote_code: Run code that comes with the model. Off, because it can do anything.
+        seed: Decides the weights of a `random` model.
+    """
+
+    name: str = "bundled"
+    shape: dict[str, Any] | None = None
+    dtype: str = "float32"
+    revision: str | None = None
+    tokenizer: str | None = None
+    trust_remote_code: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float32", "bfloat16", "float16", "auto"):
+            raise ValueError(f"model.dtype must be float32, bfloat16, float16 or auto, got {self.dtype!r}")
+        if (self.name == "random") != (self.shape is not None):
+            without = "without" if self.shape is None else "with"
+            raise ValueError(
+                f"model.shape belongs to model.name: random, and to it only, got {self.name!r} {without} one"
+            )
+        if self.shape is not None and "model_type" not in self.shape:
+            raise ValueError(f"model.shape needs a model_type, for example llama, got only {', '.join(self.shape)}")
+
+    def model(self, device: torch.device | None = None) -> PreTrainedModel:
+        """Load (or make) the model in evaluation mode, without a cache, on `device` (the CPU if None).
+
+        Raises:
+            ValueError: If there is no such model, with what was tried.
+        """
+        if self.shape is not None:
+            model = self._random(self.shape)
+        else:
+            dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
+            options = {"dtype": dtype, "weights_only": True, "output_loading_info": True}
+            model, loaded = self._load(AutoModelForCausalLM, "model.name", self.name, self.revision, **options)
+            if missing := sorted(loaded["missing_keys"]):  # transformers fills them with random numbers
+                raise ValueError(
+                    f"model.name needs a complete causal language model, {self.name} lacks {len(missing)} of "
+                    f"{type(model).__name__}'s weights, the first is {missing[0]}"
+                )
+        model.config.use_cache = False
+        if device is not None:
+            nn.Module.to(model, device)
+        return model.eval()
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model without its weights, on the meta device.
+
+        Raises:
+            ValueError: If there is no such model, with what was tried.
+        """
+        config, dtype = self._config_and_dtype()
+        return empty(AutoModelForCausalLM, config, dtype, self.trust_remote_code)
+
+    def hollow(self) -> PreTrainedModel:
+        """The model with its buffers, in evaluation mode, without a cache, each parameter NaN in a single number.
+
+        What is computed with such a parameter shows it, and it can be given data by `parameter.data = ...`, which one
+        on the meta device refuses.
+
+        Raises:
+            ValueError: If there is no such model, with what was tried.
+        """
+        config, dtype = self._config_and_dtype()
+        with _parameters_on_meta(), isolated_seed(self.seed):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=self.trust_remote_code)
+            for module in model.modules():
+                module._is_hf_initialized = False
+            model.initialize_weights()  # again, in fp32: so buffers are computed when a model is loaded (GPT-J)
+        hollow: dict[int, nn.Parameter] = {}  # tied ones stay tied
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+                if id(parameter) not in hollow:
+                    nan = torch.full((), torch.nan, dtype=parameter.dtype).expand(parameter.shape)
+                    hollow[id(parameter)] = nn.Parameter(nan, requires_grad=False)
+                setattr(module, name, hollow[id(parameter)])
+        model.config.use_cache = False
+        return model.eval()
+
+    def files(self) -> Path:
+        """The directory with the model's safetensors files; from the hub it is downloaded if it is not in the cache.
+
+        Raises:
+            ValueError: If there is no such model, with what was tried.
+        """
+        path = _directory("model.name", self.name)
+        if path is not None:
+            return path
+        _ask_hub_once("model.name", self.name, self.revision)
+        patterns = ["*.json", "model*.safetensors"]
+        try:
+            return Path(snapshot_download(self.name, revision=self.revision or "main", allow_patterns=patterns))
+        except UNREADABLE as error:
+            raise ValueError(
+                f"model.name needs `bundled`, a directory in Hugging Face format or a hub name; there is no directory "
+                f"{self.name}, and the files of the hub name could not be had: {_said(error)}"
+            ) from error
+
+    def _config_and_dtype(self) -> tuple[PreTrainedConfig, torch.dtype]:
+        if self.shape is not None:
+            config = self._config(self.shape)
+        else:
+            config = self._load(AutoConfig, "model.name", self.name, self.revision)
+        dtype: Any = getattr(torch, self.dtype) if self.dtype != "auto" else config.dtype or torch.float32
+        return config, dtype
+
+    def load(self, device: torch.device | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Load model and tokenizer, which fit together.
+
+        Raises:
+            ValueError: If one of them cannot be loaded, or the tokenizer has ids without an embedding.
+        """
+        model = self.model(device)
+        return model, self.tokenizer_for(model)
+
+    def tokenizer_for(self, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+        """Load the tokenizer of `model`.
+
+        Raises:
+            ValueError: If it cannot be loaded, or has ids without an embedding.
+        """
+        tokenizer = self.load_tokenizer()
+        _require_vocabulary(model, tokenizer)
+        return tokenizer
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the tokenizer.
+
+        Raises:
+            ValueError: If there is none, with what was tried.
+        """
+        if self.tokenizer is not None:
+            return self._load(AutoTokenizer, "model.tokenizer", self.tokenizer, None)
+        if self.shape is not None:
+            return self._load(AutoTokenizer, "model.tokenizer", "bundled", None)
+        return self._load(AutoTokenizer, "model.name", self.name, self.revision)
+
+    def identity(self) -> dict[str, Any]:
+        """What identifies the weights: a digest of local files, a hub name with its revision, or a shape."""
+        if self.shape is not None:
+            return {"shape": self.shape, "seed": self.seed, "dtype": self.dtype}
+        path = _directory("model.name", self.name)
+        if path is None:
+            return {"name": self.name, "revision": self.revision or "main", "dtype": self.dtype}
+        return {"files": directory_digest(path), "dtype": self.dtype}
+
+    def _random(self, shape: dict[str, Any]) -> PreTrainedModel:
+        dtype = torch.float32 if self.dtype == "auto" else getattr(torch, self.dtype)
+        config = self._config(shape)
+        try:
+            with isolated_seed(self.seed):
+                return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        except UNREADABLE as error:
+            raise _no_shape(error) from error
+
+    def _config(self, shape: dict[str, Any]) -> PreTrainedConfig:
+        try:
+            return AutoConfig.for_model(**shape)
+        except UNREADABLE as error:
+            raise _no_shape(error) from error
+
+    def _load(self, auto: Any, option: str, name: str, revision: str | None, **options: Any) -> Any:
+        path = _directory(option, name)
+        if path is not None and revision is not None:
+            raise ValueError(f"model.revision belongs to names on the hub, got {revision!r} with the directory {path}")
+        if path is None:
+            _ask_hub_once(option, name, revision)
+        try:
+            return auto.from_pretrained(
+                path or name,
+                revision=revision or "main",
+                trust_remote_code=self.trust_remote_code,
+                **options,
+            )
+        except UNREADABLE as error:
+            where = f"the directory {path}" if path else f"there is no directory {name}, and the hub name"
+            cure = "; if it holds no tokenizer, give model.tokenizer" if auto is AutoTokenizer else ""
+            raise ValueError(
+                f"{option} needs `bundled`, a directory in Hugging Face format or a hub name; "
+                f"{where} could not be read as {auto.__name__}: {_said(error)}{cure}"
+            ) from error
+
+
+def _no_shape(error: Exception) -> ValueError:
+    return ValueError(f"model.shape needs the configuration of a causal language model: {_said(error)}")
+
+
+def empty(kind: Any, config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model of `config` without weights, on the meta device; `kind` is its class or one of the Auto classes."""
+    with torch.device("meta"):
+        if hasattr(kind, "from_config"):
+            return kind.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code).eval()
+        return kind(config).to(dtype).eval()
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules made within have parameters on the meta device, and buffers as ever: some are computed when made."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:  # a tied one that is there already stays the same
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = on_meta  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
+
+
+def _said(error: Exception) -> str:
+    return shorten(f"{error}", 500) or type(error).__name__
+
+
+def _require_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that every id of `tokenizer` has an embedding in `model`.
+
+    Raises:
+        ValueError: If it has not; the model would fail with an index error in its first forward pass.
+    """
+    embeddings = model.get_input_embeddings().get_parameter("weight").shape[0]
+    if len(tokenizer) > embeddings:
+        raise ValueError(
+            f"the tokenizer's ids need {len(tokenizer)} embeddings, the model has {embeddings}; "
+            f"give the model's own tokenizer as model.tokenizer"
+        )
+
+
+def _directory(option: str, name: str) -> Path | None:
+    """The directory that `name` is, or None if it can only be a name on the hub."""
+    path = BUNDLED if name == "bundled" else Path(name).expanduser()
+    if name and path.is_dir():
+        return path
+    if not name or path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        what = "is a file" if name and path.exists() else "does not exist"
+        raise ValueError(
+            f"{option} needs `bundled`, a directory in Hugging Face format or a hub name, got {name!r}, which {what}"
+        )
+    return None
+
+
+def _ask_hub_once(option: str, name: str, revision: str | None) -> None:
+    """Fail at once where the hub cannot be reached: transformers would go on trying for half a minute to ten.
+
+    Raises:
+        ValueError: If the model is not in the cache and no connection comes about.
+    """
+    try:
+        if not isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+            get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision))
+    except (OSError, ValueError):
+        return  # an answer, or offline mode: transformers says what it means
+    except Exception as error:  # of the hub's HTTP library, which is another one from release to release
+        raise ValueError(
+            f"{option} needs `bundled`, a directory in Hugging Face format or a hub name; there is no directory "
+            f"{name}, and the Hugging Face hub cannot be reached ({_said(error)}); correct the path, or download "
+            f"the model where there is a network: hf download {name}"
+        ) from error
+
+
+def directory_digest(path: Path) -> str:
+    """Sha256 over names and contents of the files that make up a model directory."""
+    digest = hashlib.sha256()
+    for file in sorted(path.glob("*")):
+        if file.suffix in (".safetensors", ".json", ".bin", ".model") and file.name != "card.json":
+            digest.update(file.name.encode())
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()

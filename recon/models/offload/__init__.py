@@ -1,0 +1,1 @@
+"""Models whose blocks are on the host or on disk, and on the device only while needed."""

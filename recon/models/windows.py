@@ -1,0 +1,211 @@
+"""Windows: the parts of a model that are recovered at once.
+
+No forward pass is rewritten here. An attention window is a tapped block, an MLP window a stubbed one (so
+norms, residuals and multipliers all come from the model), a block window one or more replayed blocks, a
+group window a block halted after some of its linear maps.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+
+from recon.models.anatomy import MAX_LISTED, Anatomy, Block
+from recon.models.calls import Hidden
+from recon.models.replay import Outputs, Replay
+
+
+@dataclass(frozen=True, eq=False)
+class Window(ABC):
+    """A part of the model that is recovered at once.
+
+    Args:
+        name: Such as `003.attention`, `003.mlp`, `003.1-o_proj`, `002-004`; names sort in the order of recovery.
+        blocks: The consecutive blocks that it lies in.
+        owned: The parameters that it trains, under their names in `model.named_parameters()`.
+        shared: Parameters that it depends on but leaves frozen, since the other window of its block
+            depends on them too.
+    """
+
+    name: str
+    blocks: list[Block]
+    owned: list[str]
+    shared: list[str]
+
+    @property
+    def indices(self) -> list[int]:
+        """Indices of its blocks."""
+        return [block.index for block in self.blocks]
+
+    @abstractmethod
+    def forward(self, replay: Replay, hidden: Hidden, attention: Hidden | None = None) -> Outputs:
+        """What the window makes of its inputs.
+
+        Args:
+            replay: The model that holds the window.
+            hidden: What enters its first block.
+            attention: What the attention submodule returned; only an `MLPWindow` reads it.
+        """
+
+
+class AttentionWindow(Window):
+    """One block up to the point where its attention submodule returns."""
+
+    def forward(self, replay: Replay, hidden: Hidden, attention: Hidden | None = None) -> Hidden:
+        """The output of the attention submodule."""
+        return replay.tap(self.blocks[0].index, hidden)
+
+
+class MLPWindow(Window):
+    """One block with the output of its attention submodule given."""
+
+    def forward(self, replay: Replay, hidden: Hidden, attention: Hidden | None = None) -> Hidden:
+        """The output of the block; `attention` is required."""
+        if attention is None:
+            raise ValueError(
+                f"Window {self.name} needs the output of {self.blocks[0].attention_name} as `attention`, got "
+                f"None. Record it with `Replay.tap` or `Replay.run_and_tap`."
+            )
+        return replay.stub(self.blocks[0].index, hidden, attention)
+
+
+class BlockWindow(Window):
+    """One or more consecutive blocks."""
+
+    def forward(self, replay: Replay, hidden: Hidden, attention: Hidden | None = None) -> Hidden:
+        """The output of the last block."""
+        for block in self.blocks:
+            hidden = replay.run(block.index, hidden)
+        return hidden
+
+
+@dataclass(frozen=True, eq=False)
+class GroupWindow(Window):
+    """Some linear maps of one block.
+
+    All that lies between them in the block is used as it is at that moment and not trained.
+
+    Args:
+        matrices: Full module names of the linear maps.
+        ends: Those on whose output no other of them depends.
+    """
+
+    matrices: list[str]
+    ends: list[str]
+
+    @property
+    def holds_nonlinearity(self) -> bool:
+        """Whether one of its maps reads another's output; attention, an activation function or a norm lies between."""
+        return len(self.ends) < len(self.matrices)
+
+    def forward(self, replay: Replay, hidden: Hidden, attention: Hidden | None = None) -> Outputs:
+        """The outputs of the ends, side by side along the last dimension."""
+        return torch.cat(replay.outputs(self.blocks[0].index, hidden, self.ends), dim=-1)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Which linear maps of a block are recovered together.
+
+    Args:
+        groups: Lists of shell patterns (`fnmatch`, case-sensitive) of full module names, one list a window of each
+            block, in the order of recovery: `[["*.q_proj", "*.k_proj", "*.v_proj"], ["*.o_proj"]]`. A group whose
+            maps do not read each other holds no non-linearity; with `*.o_proj` the first would hold attention.
+    """
+
+    groups: list[list[str]]
+
+    def __post_init__(self) -> None:
+        if not self.groups or not all(self.groups):
+            raise ValueError(f"windows.groups needs at least one group of at least one pattern, got {self.groups}")
+
+
+def submodule_windows(replay: Replay) -> list[Window]:
+    """Attention and MLP window of every block, in the order of depth.
+
+    The attention window owns what its output depends on, the MLP window everything else in the block.
+    What both depend on (the input norm, where attention and MLP run in parallel) neither owns.
+    """
+    windows: list[Window] = []
+    for block in replay.anatomy.blocks:
+        by_attention, by_mlp = replay.dependencies(block.index)
+        shared = [name for name in block.parameters() if name in by_attention & by_mlp]
+        attention = [name for name in block.parameters() if name in by_attention - by_mlp]
+        # Not `by_mlp`: an expert to which the probe routes no token is the MLP's all the same.
+        mlp = [name for name in block.parameters() if name not in by_attention]
+        windows.append(AttentionWindow(f"{block.index:03d}.attention", [block], attention, shared))
+        windows.append(MLPWindow(f"{block.index:03d}.mlp", [block], mlp, shared))
+    return windows
+
+
+def block_windows(anatomy: Anatomy, size: int, stride: int | None = None) -> list[BlockWindow]:
+    """Windows of `size` consecutive blocks that cover the model.
+
+    Args:
+        anatomy: The blocks.
+        size: Blocks a window, at least 1. The last window is shorter where fewer are left; a size beyond the
+            depth gives one window over all blocks.
+        stride: Blocks from one window's start to the next one's, `size` if None. Where it is smaller, windows
+            overlap and own the blocks that they share both.
+    """
+    if size < 1:
+        raise ValueError(f"A block window holds at least one block, got size {size}.")
+    stride = size if stride is None else stride
+    if not 1 <= stride <= size:
+        raise ValueError(f"Block windows need a stride of at least 1 and at most their size {size}, got {stride}.")
+    windows = []
+    # The last start is the first whose window reaches the last block.
+    for start in range(0, max(len(anatomy.blocks) - size, 0) + stride, stride):
+        blocks = anatomy.blocks[start : start + size]
+        name = "-".join(f"{index:03d}" for index in sorted({blocks[0].index, blocks[-1].index}))
+        owned = [parameter for block in blocks for parameter in block.parameters()]
+        windows.append(BlockWindow(name, blocks, owned, shared=[]))
+    return windows
+
+
+def group_windows(replay: Replay, groups: Sequence[Sequence[str]]) -> list[GroupWindow]:
+    """One window a block and group of linear maps, in the order of depth, then of `groups`.
+
+    Each owns the weights and biases of its maps and nothing else. A block in which a group matches nothing has
+    no window of this group.
+
+    Args:
+        replay: The model.
+        groups: Shell patterns of full module names: see `Windows`.
+
+    Raises:
+        ValueError: If a pattern matches no linear map, two groups match the same one, or one is not called once
+            for all tokens.
+    """
+    matrices = [name for block in replay.anatomy.blocks for name in block.matrices]
+    for pattern in (pattern for group in groups for pattern in group):
+        if not any(fnmatchcase(name, pattern) for name in matrices):
+            raise ValueError(
+                f"Each pattern of windows.groups must match the module name of a linear map in a block, {pattern!r} "
+                f"matches none of {len(matrices)}, which begin with {', '.join(matrices[:MAX_LISTED])}."
+            )
+    for name in matrices:
+        matching = [list(group) for group in groups if _matches(name, group)]
+        if len(matching) > 1:
+            raise ValueError(
+                f"Each linear map may belong to only one group of windows.groups, {name} matches {len(matching)}: "
+                f"{' and '.join(map(str, matching))}. Make their patterns narrower, such as `*.mlp.c_proj`."
+            )
+    digits = len(str(len(groups) - 1))  # so that names sort as groups do
+    windows = []
+    for block in replay.anatomy.blocks:
+        for number, group in enumerate(groups):
+            found = [name for name in block.matrices if _matches(name, group)]
+            if not found:
+                continue
+            kinds = dict.fromkeys(name.rpartition(".")[2] for name in found)  # one for all experts
+            owned = [name for name in block.parameters() if name.rpartition(".")[0] in found]
+            name = f"{block.index:03d}.{number:0{digits}d}-{'-'.join(kinds)}"
+            windows.append(GroupWindow(name, [block], owned, [], found, replay.ends(block.index, found)))
+    return windows
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

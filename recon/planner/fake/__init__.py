@@ -1,0 +1,1 @@
+"""A model without data: its steps taken on fake tensors, whose bytes are counted."""

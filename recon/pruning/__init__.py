@@ -1,0 +1,1 @@
+"""Which weights survive: criteria under patterns, masks, and the walk through the model."""

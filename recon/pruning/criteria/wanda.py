@@ -1,0 +1,26 @@
+"""Wanda: a weight matters if it is large and its input is (arXiv 2306.11695)."""
+
+from typing import ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+from recon.calibration.statistics import InputStatistics, Need
+from recon.pruning.criteria.base import Criterion
+
+
+class Wanda(Criterion):
+    """Score |W_ij| * ||X_j||_2 (arXiv 2306.11695, eq. 1); the paper compares within each row."""
+
+    needs: ClassVar[Need] = "norms"
+
+    def scores(
+        self, weight: Float[Tensor, "out in_"], statistics: InputStatistics | None, name: str
+    ) -> Float[Tensor, "out in_"]:
+        """Rate each weight by its size times the norm of its input."""
+        if statistics is None:
+            raise ValueError(
+                f"{self} needs the norms of the inputs of `{name}`, got no statistics; "
+                'run the model inside `collect(..., need="norms")`'
+            )
+        return weight.float().abs() * statistics.norms

@@ -1,0 +1,59 @@
+"""Pruning block by block along with recovery: the masks of a block are chosen when recovery gets there.
+
+Its statistics then come from what the recovered blocks before it produce. Pruning up front cannot have those.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from recon.calibration.statistics import InputStatistics
+from recon.models.anatomy import Block
+from recon.profiling.ledger import followed
+from recon.pruning.criteria import Criterion
+from recon.pruning.masks import Masks
+from recon.pruning.patterns import Pattern
+from recon.pruning.prune import prune_block
+
+MASKS = "masks"
+"""In a run's directory, while masks are still being chosen: those of each block."""
+
+
+@dataclass(frozen=True)
+class Interleaved:
+    """How a local scope prunes the blocks that it comes to.
+
+    Args:
+        criterion: How much a weight matters.
+        patterns: Which zeros are allowed, for each block.
+        prunable: Parameter name -> linear map, over all blocks.
+        directory: Where the masks of each block are kept, so that a killed run goes on with them; nowhere if None.
+    """
+
+    criterion: Criterion
+    patterns: Sequence[Pattern]
+    prunable: Mapping[str, nn.Module]
+    directory: Path | None = None
+
+    def held(self, block: Block) -> Masks | None:
+        """The masks of a block that were chosen before; None if there are none."""
+        path = self._path(block)
+        return Masks.load(path) if path is not None and path.exists() else None
+
+    def prune(self, block: Block, statistics: Mapping[str, InputStatistics]) -> tuple[Masks, dict[str, Tensor]]:
+        """Choose the survivors of a dense block; their moved weights too, if the criterion moves them."""
+        matrices = block.weights_among(self.prunable)
+        found = {name: statistics[name] for name in matrices}
+        with followed("choose masks"):
+            keep, moved = prune_block(matrices, found, self.criterion, self.patterns[block.index])
+        masks = Masks({name: chosen.cpu().contiguous() for name, chosen in keep.items()})
+        path = self._path(block)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            masks.save(path, {"criterion": str(self.criterion), "pattern": str(self.patterns[block.index])})
+        return masks, moved
+
+    def _path(self, block: Block) -> Path | None:
+        return self.directory and self.directory / MASKS / f"{block.index:03d}.safetensors"

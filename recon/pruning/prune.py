@@ -1,0 +1,275 @@
+"""Pruning a model: which weights survive, found by walking its blocks from the first to the last."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from recon.calibration.activations import Activations
+from recon.calibration.collection import collect
+from recon.calibration.statistics import InputStatistics
+from recon.calibration.storage import ON_DEVICE, Storage
+from recon.models.anatomy import Anatomy
+from recon.models.linear import as_out_in, weight_out_in
+from recon.models.replay import Replay
+from recon.profiling.ledger import followed
+from recon.pruning.allocation import Allocation
+from recon.pruning.criteria import Criterion
+from recon.pruning.masks import Masks
+from recon.pruning.patterns import Pattern
+from recon.pruning.start_weights import MOVED, Sink, Start, apply, written
+
+CAME_WITH_MOVED = "moved"
+"""Key in the metadata of masks: where the moved weights are that were written with them, seen from their directory."""
+
+
+@dataclass
+class Pruning:
+    """How a model is pruned, besides criterion and pattern.
+
+    Args:
+        exclude: Names of modules that stay dense; shell patterns such as `*.down_proj`.
+        inputs: Whether a block's statistics come from what the dense blocks before it produce ("dense"), from what
+            the pruned ones do ("pruned"), or from what the recovered ones do ("recovered"). With the first two all
+            masks are chosen upfront; with the last they are chosen interleaved with recovery, a block's when recovery
+            gets there. That needs a local scope with model.propagation recovered or recovered_local.
+        batch_size: Sequences per forward pass.
+        allocation: How densities differ from block to block; the pattern's everywhere if null. Measured on the dense
+            model whatever `inputs` says.
+    """
+
+    exclude: list[str] = field(default_factory=list)
+    inputs: Literal["dense", "pruned", "recovered"] = "dense"
+    batch_size: int = 8
+    allocation: Allocation | None = None
+
+    def describe(self, pattern: Pattern) -> str:
+        """What reports call `pattern`, with the allocation if there is one: `60% per row, owl`."""
+        return str(pattern) if self.allocation is None else f"{pattern}, {self.allocation}"
+
+
+def prune(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    criterion: Criterion,
+    pattern: Pattern,
+    options: Pruning | None = None,
+    progress: Callable[[str], None] = lambda line: None,
+    moved: Sink | None = None,
+    replay: Replay | None = None,
+    storage: Storage = ON_DEVICE,
+) -> Masks:
+    """Choose the weights of `model` that survive. The model itself is left as it was.
+
+    Args:
+        model: In evaluation mode, on the device to compute on.
+        tokens: Calibration sequences, int64[num_sequences, seq_len].
+        criterion: How much a weight matters.
+        pattern: Which zeros are allowed.
+        options: See `Pruning`.
+        progress: Is told each block, in a line.
+        moved: Is given every weight as a criterion that moves weights leaves it: in the parameter's layout and
+            dtype, on its device, zero where pruned.
+        replay: Of the model, if its blocks are not on the device.
+        storage: Where hidden states are kept.
+
+    Raises:
+        ValueError: If the pattern does not fit a matrix or an option, or an exclusion matches nothing.
+        FloatingPointError: If inputs or statistics are no numbers.
+    """
+    options = options or Pruning()
+    _require_compatible(criterion, pattern, options)
+    replay = replay or Replay(model, Anatomy.of(model))
+    blocks = matrices_by_block(replay.anatomy, options.exclude)
+    patterns = block_patterns(replay, tokens, criterion, pattern, options, progress, storage)
+    walk = Activations(replay, tokens, options.batch_size, replay.device, storage=storage)
+    scores: dict[str, Tensor] = {}
+    masks = Masks({})
+    for index, (matrices, of_block) in enumerate(zip(blocks, patterns, strict=True)):
+        with collect(matrices, need=criterion.needs) as statistics:
+            walk.enter([index])
+        if pattern.across_model:
+            for name, module in matrices.items():
+                scores[name] = criterion.scores(weight_out_in(module), statistics[name], name)
+        else:
+            with followed("choose masks"):
+                chosen, start = prune_block(matrices, statistics, criterion, of_block)
+            block_masks = Masks({name: keep.cpu().contiguous() for name, keep in chosen.items()})
+            masks.add(block_masks)
+            if moved is not None:
+                for name, weight in start.items():
+                    moved(name, weight)
+            if options.inputs == "pruned":
+                _pass_pruned(walk, block_masks, start or None, model)
+        progress(f"prune  block {index + 1}/{len(blocks)}  {len(matrices)} matrices  {criterion}  {of_block}")
+    if pattern.across_model:
+        modules = {name: module for matrices in blocks for name, module in matrices.items()}
+        keep = {name: as_out_in(modules[name], chosen) for name, chosen in pattern.select_all(scores).items()}
+        masks = Masks({name: chosen.cpu().contiguous() for name, chosen in keep.items()})
+    return masks
+
+
+def prune_block(
+    matrices: Mapping[str, nn.Module],
+    statistics: Mapping[str, InputStatistics],
+    criterion: Criterion,
+    pattern: Pattern,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Choose the survivors of the matrices of one block. The matrices themselves are left as they were.
+
+    A matrix whose rows have different patterns is pruned under each of them, and of each result those rows are
+    taken: what a criterion makes of a row may depend on the others.
+
+    Args:
+        matrices: Parameter name -> linear map, dense.
+        statistics: Parameter name -> what entered it.
+        criterion: How much a weight matters.
+        pattern: Of this block; one that does not rank across the model.
+
+    Returns:
+        Parameter name -> mask, True = kept, and parameter name -> weight as a criterion that moves weights leaves
+        it, zero where pruned; none for other criteria. Both in the parameter's layout and on its device, weights
+        in its dtype.
+
+    Raises:
+        ValueError: If the pattern does not fit a matrix.
+    """
+    keep: dict[str, Tensor] = {}
+    moved: dict[str, Tensor] = {}
+    for name, module in matrices.items():
+        weight = weight_out_in(module)
+        parts = pattern.parts(name, weight.shape[0], weight.shape[1])
+        results = [criterion.prune(weight, statistics[name], part, name) for _, part in parts]
+        after, chosen = results[0]
+        if len(parts) > 1:
+            rows = [some for some, _ in parts]
+            after, chosen = (
+                torch.cat([result[i][some] for result, some in zip(results, rows, strict=True)]) for i in range(2)
+            )
+        keep[name] = as_out_in(module, chosen)
+        if criterion.moves_weights:
+            moved[name] = as_out_in(module, after.to(weight.dtype).masked_fill(~chosen, 0))
+    return keep, moved
+
+
+def block_patterns(
+    replay: Replay,
+    tokens: Tensor,
+    criterion: Criterion,
+    pattern: Pattern,
+    options: Pruning,
+    progress: Callable[[str], None] = lambda line: None,
+    storage: Storage = ON_DEVICE,
+) -> list[Pattern]:
+    """The pattern of every block: `pattern` itself, or what the allocation makes of it.
+
+    Args:
+        replay: The dense model; with an allocation it is walked once.
+        tokens: Calibration sequences, int64[num_sequences, seq_len].
+        criterion: By which the survivors are chosen.
+        pattern: For the whole model.
+        options: See `Pruning`.
+        progress: Is told the densities, in a line.
+        storage: Where hidden states are kept.
+
+    Raises:
+        ValueError: If blocks cannot differ under `pattern`, or the allocation's options do not suit it.
+    """
+    blocks = matrices_by_block(replay.anatomy, options.exclude)
+    if options.allocation is None:
+        return [pattern] * len(blocks)
+    walk = Activations(replay, tokens, options.batch_size, replay.device, storage=storage)
+    patterns = options.allocation.patterns(walk, blocks, criterion, pattern)
+    progress(f"allocate  {options.allocation}  densities {' '.join(f'{one.density:.3f}' for one in patterns)}")
+    return list(patterns)
+
+
+def matrices_by_block(anatomy: Anatomy, exclude: Sequence[str] = ()) -> list[dict[str, nn.Module]]:
+    """For each block, parameter name -> the linear map to prune, none where all are excluded.
+
+    Raises:
+        ValueError: If an exclusion matches nothing or nothing is left to prune.
+    """
+    prunable = anatomy.prunable(exclude)
+    return [block.weights_among(prunable) for block in anatomy.blocks]
+
+
+def prune_to(
+    masks_file: Path,
+    model: PreTrainedModel,
+    tokens: Tensor,
+    criterion: Criterion,
+    pattern: Pattern,
+    options: Pruning | None = None,
+    progress: Callable[[str], None] = lambda line: None,
+    replay: Replay | None = None,
+    storage: Storage = ON_DEVICE,
+) -> Masks:
+    """As `prune`, and write the masks; before them, and beside, what a criterion that moves weights makes of these."""
+    options = options or Pruning()
+    made_by = {"criterion": str(criterion), "pattern": options.describe(pattern)}
+    if criterion.moves_weights:
+        prunable = Anatomy.of(model).prunable(options.exclude)
+        weights = {name: module.get_parameter("weight") for name, module in prunable.items()}
+        with written(masks_file.with_name(MOVED), like=weights) as moved:
+            masks = prune(model, tokens, criterion, pattern, options, progress, moved, replay, storage)
+        made_by[CAME_WITH_MOVED] = MOVED
+    else:
+        masks = prune(model, tokens, criterion, pattern, options, progress, None, replay, storage)
+    masks.save(masks_file, made_by)
+    return masks
+
+
+def moved_with(masks_file: Path, masks: Masks) -> Start | None:
+    """The moved weights that were written with the masks in `masks_file`; None if their criterion moves none.
+
+    Raises:
+        ValueError: If they are no longer there, or are those of other masks.
+    """
+    made_by = Masks.read_metadata(masks_file)
+    if CAME_WITH_MOVED not in made_by:
+        return None
+    path = masks_file.parent / made_by[CAME_WITH_MOVED]
+    if not path.exists():
+        raise ValueError(
+            f"the masks in {masks_file} are those of {made_by['criterion']}, which moves weights, and need {path}, "
+            f"which does not exist; copy it there, or prune again"
+        )
+    return Start(path, masks)
+
+
+def _require_compatible(criterion: Criterion, pattern: Pattern, options: Pruning) -> None:
+    if options.inputs == "recovered":
+        raise ValueError(
+            "pruning.inputs: recovered chooses the masks of a block when recovery gets there and needs a local scope "
+            "with model.propagation recovered or recovered_local, got a run that chooses all masks upfront; choose "
+            "pruning.inputs: dense or pruned, or recover with such a scope and without --masks"
+        )
+    if pattern.across_model and options.inputs == "pruned":
+        raise ValueError(
+            f"pruning.inputs: pruned needs masks block by block, got a pattern that chooses across the model "
+            f"({pattern}); choose pruning.inputs: dense or a pattern per row or per matrix"
+        )
+    if pattern.across_model and type(criterion).prune is not Criterion.prune:
+        raise ValueError(
+            f"{criterion} chooses within one matrix, where it also sees what the other weights can make up for, and "
+            f"{pattern} across the model; choose a pattern per row or per matrix, or a criterion that only scores"
+        )
+    if options.allocation is not None:
+        options.allocation.require(pattern)
+
+
+def _pass_pruned(walk: Activations, masks: Masks, start: Mapping[str, Tensor] | None, model: nn.Module) -> None:
+    """Replace the walk's output of its current block by that of the pruned block, then restore the block's weights."""
+    dense = {name: model.get_parameter(name).detach().clone() for name in masks}
+    try:
+        apply(model, masks, start)
+        walk.compute()
+    finally:
+        with torch.no_grad():
+            for name, weight in dense.items():
+                model.get_parameter(name).copy_(weight)

@@ -1,0 +1,150 @@
+"""What recovery starts from, if not from the surviving weights as they were: other values for them, in one file.
+
+A start has a weight for every mask: its parameter's own layout, zero where pruned. The file is written one weight at
+a time and read one weight at a time, so that a start as large as the model never lies in memory.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from recon.basics.files import atomic_write
+from recon.distributed.parameters import whole
+from recon.models.anatomy import Block
+from recon.models.offload.blocks import Residence
+from recon.pruning.masks import Masks
+
+MOVED = "moved.safetensors"
+"""Beside the masks of a criterion that moves weights: the weights as it left them."""
+
+EXACT = "start.safetensors"
+"""In a run's directory: the exact solution of each matrix by itself."""
+
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+"""As safetensors calls them."""
+
+Sink = Callable[[str, Tensor], None]
+"""Takes the name of a parameter and its weight in the parameter's layout."""
+
+
+class Start(Mapping[str, Tensor]):
+    """Parameter name -> weight, on the CPU, read from the file each time it is asked for.
+
+    Args:
+        path: The file.
+        masks: Which weights it has to have.
+
+    Raises:
+        ValueError: If names or shapes in the file are not those of the masks.
+    """
+
+    def __init__(self, path: Path, masks: Masks) -> None:
+        self.path = path
+        with safe_open(path, framework="pt") as file:
+            self._shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        expected = {name: tuple(keep.shape) for name, keep in masks.items()}
+        if self._shapes != expected:
+            differing = sorted(name for name in expected | self._shapes if self._shape(name) != expected.get(name))
+            raise ValueError(
+                f"start weights need the names and shapes of the masks, got {len(differing)} that differ in {path}, "
+                f"the first `{differing[0]}`: {self._shape(differing[0])} there, {expected.get(differing[0])} among "
+                f"the masks; use the file that was written with these masks, or prune again"
+            )
+
+    def _shape(self, name: str) -> tuple[int, ...] | None:
+        return self._shapes.get(name)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._shapes:
+            raise KeyError(name)
+        with safe_open(self.path, framework="pt") as file:  # an open file would keep its pages resident
+            return file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+
+@contextmanager
+def written(path: Path, like: Mapping[str, Tensor]) -> Iterator[Sink]:
+    """Write a start weight by weight, in any order; the file is whole when the context ends, or absent.
+
+    `safetensors.torch.save_file` would need all weights at once.
+
+    Args:
+        path: The file.
+        like: Parameter name -> a tensor of the shape and the dtype in which its weight is written.
+
+    Yields:
+        What to give each weight to; it raises ValueError if a weight is not finite in its dtype.
+    """
+    places, header, offset = {}, {}, 0
+    for name, tensor in like.items():
+        end = offset + tensor.numel() * tensor.element_size()
+        places[name] = offset
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the format wants the data aligned
+    for stale in path.parent.glob(f".{path.name}.*.tmp"):  # of a start that was killed; as large as the model
+        stale.unlink()
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+
+        def write(name: str, weight: Tensor) -> None:
+            weight = weight.detach().to("cpu", like[name].dtype).contiguous()
+            assert weight.shape == like[name].shape, name
+            if not weight.isfinite().all():
+                raise ValueError(
+                    f"start weights need to be finite in {weight.dtype}, got NaN or infinity in `{name}`; load the "
+                    f"model in a wider model.dtype"
+                )
+            file.seek(8 + len(text) + places.pop(name))
+            file.write(weight.view(-1).view(torch.uint8).numpy().data)
+
+        yield write
+        assert not places, f"no weight was given for {list(places)}"
+
+
+@torch.no_grad()
+def apply(model: nn.Module, masks: Masks, start: Mapping[str, Tensor] | None) -> None:
+    """Zero the pruned weights of `model` in place and give the others their values in `start`, if there is one.
+
+    As `Masks.apply`, before FSDP2 shards the model or DeepSpeed copies it.
+
+    Args:
+        model: Has a parameter for every mask.
+        masks: Which weights survive.
+        start: Has a weight for every mask; the survivors stay as they are if None.
+
+    Raises:
+        ValueError: If a weight of `start` is not zero where it is pruned.
+    """
+    masks.apply(model)
+    if start is None:
+        return
+    for name, keep in masks.items():
+        weight = start[name]
+        if (weight != 0).logical_and_(~keep.to(weight.device)).any():
+            raise ValueError(
+                f"start weights need to be zero where they are pruned, `{name}` is not; use the {MOVED} that was "
+                f"written with these masks, or prune again"
+            )
+        with whole(model.get_parameter(name), write=True) as parameter:
+            parameter.copy_(weight)
+
+
+def amend_by(masks: Masks, start: Mapping[str, Tensor] | None, residence: Residence) -> Callable[[Block], None]:
+    """For `Residence.amend`: prune each block that arrives, and give its survivors their weights in `start`."""
+
+    def amend(block: Block) -> None:
+        apply(residence.model, masks.subset(name for name in block.parameters() if name in masks), start)
+
+    return amend

@@ -1,0 +1,1 @@
+"""Pictures of reports: Pareto, drift, memory."""

@@ -1,0 +1,95 @@
+"""The exact solution of every pruned matrix by itself: the matrix scope's result, and a start for the other scopes."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from recon.calibration.activations import Activations
+from recon.calibration.collection import collect
+from recon.calibration.statistics import InputStatistics
+from recon.models.anatomy import Anatomy
+from recon.models.linear import as_out_in, weight_out_in
+from recon.models.replay import Replay
+from recon.profiling.ledger import followed
+from recon.pruning.masks import Masks
+from recon.pruning.start_weights import Sink
+from recon.solvers import ConjugateGradients, LeastSquares, Solution, Solver
+
+EXACT_SOLVER = ConjugateGradients()
+"""As exact as fp32 allows."""
+
+
+def solve(
+    module: nn.Module,
+    dense: Tensor,
+    statistics: InputStatistics,
+    keep: Tensor,
+    name: str,
+    solver: Solver = EXACT_SOLVER,
+) -> Solution:
+    """Solve one matrix, from the weight that it has now.
+
+    Args:
+        module: The linear map.
+        dense: Its dense weight, out x in.
+        statistics: Of its inputs, with the Gram matrix; those of pairs pose the problem with dense targets.
+        keep: Its mask, in its own layout.
+        name: What error messages call it.
+        solver: Conjugate gradients by default.
+
+    Raises:
+        ValueError: If numbers are not finite.
+    """
+    problem = LeastSquares.of(statistics, dense)
+    return solver.solve(problem, as_out_in(module, keep.to(dense.device)), weight_out_in(module), name)
+
+
+def solve_all(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    masks: Masks,
+    sink: Sink,
+    batch_size: int = 8,
+    progress: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Solve every pruned matrix of a dense model on its dense inputs, block by block. The model is left as it was.
+
+    Args:
+        model: In evaluation mode, on the device to compute on.
+        tokens: Calibration sequences, int64[num_sequences, seq_len].
+        masks: Which weights survive.
+        sink: Is given each solution, in the parameter's layout, dtype and on its device.
+        batch_size: Sequences per forward pass.
+        progress: Is told each block, in a line.
+
+    Raises:
+        ValueError: If a mask is not that of a linear map in a block, or numbers are not finite.
+        FloatingPointError: If hidden states are no numbers.
+    """
+    anatomy = Anatomy.of(model)
+    by_block = [block.weights_among(masks) for block in anatomy.blocks]
+    orphans = masks.keys() - {name for matrices in by_block for name in matrices}
+    if orphans:
+        raise ValueError(
+            f"model.start: exact needs every pruned weight to be that of a linear map in a block, got {len(orphans)} "
+            f"that belong to none, {min(orphans)} the first; exclude them with `pruning.exclude` or choose "
+            f"model.start: pruned"
+        )
+    walk = Activations(Replay(model, anatomy), tokens, batch_size, next(model.parameters()).device)
+    for block, matrices in zip(anatomy.blocks, by_block, strict=True):
+        if not matrices:
+            continue
+        with collect(matrices, need="gram") as statistics:
+            walk.enter([block.index])
+        gradients = []
+        with followed("solve"):
+            for name, module in matrices.items():
+                dense = weight_out_in(module)
+                solution = solve(module, dense, statistics[name], masks[name], name)
+                gradients.append(solution.projected_gradient)
+                sink(name, as_out_in(module, solution.weight).to(dense.dtype))
+        progress(
+            f"start  block {block.index + 1}/{len(anatomy.blocks)}  {len(matrices)} matrices solved  "
+            f"projected gradient at most {max(gradients):.1e}"
+        )

@@ -1,0 +1,1 @@
+"""Recovery window by window in one fit."""

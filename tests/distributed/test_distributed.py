@@ -1,0 +1,169 @@
+"""Full retraining in two processes: the weights of one process, with exact masks, and after any interruption the same.
+
+Every run writes to <directory of the module>/<kind>/<name>; the model and the masks of all are in <directory>/masks.
+"""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from recon.cli import main
+from recon.pruning.masks import Masks
+from tests.support import distributed_runs as runs
+from tests.support.processes import Failed, in_processes
+
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
+PRECISIONS = ("32-true", "bf16-mixed")
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("distributed")
+    in_processes(runs.prune_model, directory / "masks", world=1)
+    for precision in PRECISIONS:
+        in_processes(runs.fit, "auto", precision, 1, directory / "one" / precision, world=1)
+    return directory
+
+
+def finished(directory: Path, strategy: str, precision: str) -> Path:
+    """The directory of an uninterrupted run; run now if no test has before."""
+    run = directory / ("one" if strategy == "auto" else strategy) / precision
+    if not (run / "report.json").exists():
+        in_processes(runs.fit_keeping_checkpoint, strategy, precision, 2, run)
+    return run
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("strategy", [*STRATEGIES, "zero3_offload"])
+def test_weights_of_one_process_with_exact_masks(strategy: str, precision: str, directory: Path) -> None:
+    run = directory / strategy / precision
+    expected = {"working copy"} | ({"fp32 master copy"} if strategy.startswith("zero") else set())
+    for largest in in_processes(runs.fit_keeping_checkpoint, strategy, precision, 2, run):
+        assert largest == dict.fromkeys(expected, 0.0)
+    assert runs.largest_pruned(run) == 0
+    one, two = runs.weights(directory / "one" / precision), runs.weights(run)
+    assert runs.difference(one, two) < (1e-6 if precision == "32-true" else 5e-3)
+    assert all(two[name].dtype == weight.dtype for name, weight in one.items())
+    frozen = "model.embed_tokens.weight"
+    assert (one[frozen] == two[frozen]).all()  # not rounded by 16-bit training
+    report = json.loads((run / "report.json").read_text())
+    assert report["mask_violations"] == 0
+    assert len(report["ranks"]) == report["environment"]["processes"] == 2
+    assert report["environment"]["strategy"] == strategy
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_last_checkpoint_is_consolidated_to_the_model_that_the_run_wrote(
+    strategy: str, directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = finished(directory, strategy, "bf16-mixed")
+    assert main(["consolidate", str(run)]) == 0
+    written = run / "model-step-000008"
+    assert capsys.readouterr().out.strip() == f"{run}/checkpoints/step-000008.ckpt written to {written}, masks exact"
+    assert runs.same(load_file(written / "model.safetensors"), runs.weights(run))
+    assert AutoModelForCausalLM.from_pretrained(written).dtype == torch.float32
+    for file in ("config.json", "tokenizer.json"):
+        assert (written / file).read_text() == (run / "model" / file).read_text()
+
+
+def test_zeroing_weights_after_each_step_leaves_the_master_copy_to_drift(directory: Path) -> None:
+    run = directory / "zero2-advice" / "run"
+    with pytest.raises(
+        Failed, match=r"pruned weights need to be zero, got .* in the fp32 master copy of `model\.layers\.0"
+    ):
+        in_processes(runs.train_without_enforcer, "zero2", run)
+    assert not (run / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "which"),
+    [
+        ("zero3", "all"),
+        ("fsdp2", "one"),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in (("ddp", "all"), ("zero1", "all"), ("zero2", "one"))),
+    ],
+)
+def test_a_killed_run_ends_bit_identically(strategy: str, which: str, directory: Path) -> None:
+    run = directory / f"{strategy}-killed" / "bf16-mixed"
+    often = ("--checkpoint_every_n_steps", "3")
+    stop = runs.Stop(signal.SIGKILL, batch=9, only_rank_1=which == "one")  # in step 4 of 8, the first of epoch 2
+    with pytest.raises(Failed, match="died with exit code -9"):
+        in_processes(runs.fit_and_stop, stop, strategy, "bf16-mixed", 2, run, *often)
+    assert not (run / "report.json").exists()
+    in_processes(runs.fit, strategy, "bf16-mixed", 2, run, *often)
+    assert runs.same(runs.weights(run), runs.weights(finished(directory, strategy, "bf16-mixed")))
+    assert json.loads((run / "report.json").read_text())["environment"]["resumed"]
+    assert not (run / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "world", "batch", "step"),
+    [("auto", 1, 4, 3), ("auto", 1, 7, 4), ("zero2", 2, 4, 3), ("fsdp2", 2, 7, 4)],
+)
+def test_a_terminated_run_saves_the_step_that_it_is_in_and_ends_bit_identically(
+    strategy: str, world: int, batch: int, step: int, directory: Path
+) -> None:
+    run = directory / f"{strategy}-terminated-{step}" / "bf16-mixed"  # step 4 ends the first epoch
+    stop = runs.Stop(signal.SIGTERM, batch, only_rank_1=world > 1)
+    with pytest.raises(Failed, match="SIGTERMException: 143"):
+        in_processes(runs.fit_and_stop, stop, strategy, "bf16-mixed", world, run, world=world)
+    assert [path.name for path in (run / "checkpoints").glob("*.json")] == [f"step-00000{step}.json"]
+    in_processes(runs.fit, strategy, "bf16-mixed", world, run, world=world)
+    assert runs.same(runs.weights(run), runs.weights(finished(directory, strategy, "bf16-mixed")))
+
+
+def test_one_process_that_fails_saves_its_last_step_and_ends_bit_identically(directory: Path) -> None:
+    run = directory / "failed" / "bf16-mixed"
+    with pytest.raises(Failed, match="the test says stop"):  # when batch 5 begins, the second of step 3
+        in_processes(runs.fit_and_stop, runs.Fail(5), "auto", "bf16-mixed", 1, run, world=1)
+    assert [path.name for path in (run / "checkpoints").glob("*.json")] == ["step-000002.json"]
+    more = ("--data.batch_size", "8")
+    with pytest.raises(Failed, match=r"the same processes, .* written with processes 1, now 2, .*; start"):
+        in_processes(runs.fit, "ddp", "bf16-mixed", 2, run, *more)
+    masks = Masks.load(run / "masks.safetensors")
+    Masks({name: ~keep for name, keep in masks.items()}).save(run / "masks.safetensors")
+    with pytest.raises(Failed, match="written with other masks"):
+        in_processes(runs.fit, "auto", "bf16-mixed", 1, run, world=1)
+    masks.save(run / "masks.safetensors", Masks.read_metadata(directory / "masks" / "masks.safetensors"))
+    in_processes(runs.fit, "auto", "bf16-mixed", 1, run, world=1)
+    assert runs.same(runs.weights(run), runs.weights(finished(directory, "auto", "bf16-mixed")))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "more"),
+    [
+        ("zero2", ()),
+        ("zero3", ("--model.partitioned", "true", "--model.gradient_checkpointing", "true")),
+        ("fsdp2", ("--model.gradient_checkpointing", "true")),
+    ],
+)
+def test_distillation_by_a_sharded_teacher(strategy: str, more: tuple[str, ...], directory: Path) -> None:
+    one, two = directory / "distilled" / "one", directory / "distilled" / strategy
+    distilled = ("--model.loss", "distillation", "--model.train", "all")
+    if not one.exists():
+        in_processes(runs.fit, "auto", "32-true", 1, one, *distilled, world=1)
+    in_processes(runs.fit, strategy, "32-true", 2, two, *distilled, *more)
+    assert runs.difference(runs.weights(one), runs.weights(two)) < 1e-6
+    assert runs.largest_pruned(two) == 0
+    measured, expected = (json.loads((run / "report.json").read_text()) for run in (two, one))
+    assert measured["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-5)
+    assert measured["mask_violations"] == 0
+
+
+@pytest.mark.parametrize(
+    ("strategy", "more", "match"),
+    [
+        ("zero2", ("--data.num_sequences", "24"), "got 3 and 2; change data.num_sequences .*limit_train_batches to 2"),
+        ("zero2", ("--model.partitioned", "true"), "needs a strategy that loads weights in parts, .* got zero2"),
+        ("zero3", ("--model.partitioned", "true", "--baselines", "true"), "takes the whole model, and no baselines"),
+        ("ddp", ("-c", "scopes/submodule"), "submodule scope runs in one process, got .* that make 2"),
+    ],
+)
+def test_what_cannot_work_is_refused(strategy: str, more: tuple[str, ...], match: str, directory: Path) -> None:
+    with pytest.raises(Failed, match=match):
+        in_processes(runs.fit, strategy, "32-true", 2, directory / "refused" / strategy, *more)

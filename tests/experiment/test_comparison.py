@@ -1,0 +1,150 @@
+"""A comparison end to end: cells in processes of their own, kept by fingerprint, failures shown."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from recon.cli.compare import describe
+from recon.experiment.comparison.spec import Comparison, Entry, plan
+from recon.pruning.masks import Masks
+
+SMOKE = [sys.executable, "-m", "recon", "compare", "-c", "comparisons/smoke"]
+NAMES = {
+    "scope",
+    "criterion",
+    "pattern",
+    "seed",
+    "perplexity",
+    "dense_perplexity",
+    "pruned_perplexity",
+    "recovered",
+    "sparsity",
+    "mask_violations",
+    "peak_host_bytes",
+    "peak_device_bytes",
+    "seconds",
+    "train_tokens",
+    "status",
+    "run_dir",
+}
+
+
+def run(*args):
+    return subprocess.run([*SMOKE, *args], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """The smoke comparison, with one recovery added that must fail."""
+    directory = tmp_path_factory.mktemp("smoke")
+    recoveries = [
+        {"scope": "matrix"},
+        {"scope": "submodule", "options": {"model.epochs": 1}},
+        {"scope": "block", "label": "block broken", "options": {"model.epochs": 0}},
+        {"scope": "full", "options": {"model.epochs": 1}},
+    ]
+    options = ["--directory", str(directory), f"--recoveries={json.dumps(recoveries)}"]
+    return directory, options, run(*options)
+
+
+def test_results(smoke):
+    directory, _, finished = smoke
+    assert finished.returncode == 1, finished.stderr
+    cells = json.loads((directory / "results.json").read_text())["cells"]
+    assert [cell["scope"] for cell in cells] == ["dense", "pruned", "matrix", "submodule", "block", "full"]
+    for cell in cells:
+        assert cell.keys() >= NAMES
+        assert (cell["criterion"], cell["pattern"], cell["seed"]) == ("wanda", "2:4", 0)
+        if cell["status"] == "ok":
+            assert cell["mask_violations"] == 0
+            assert cell["sparsity"] == (0 if cell["scope"] == "dense" else 0.5)
+            assert cell["dense_perplexity"] == cells[0]["perplexity"]
+            assert cell["pruned_perplexity"] == cells[1]["perplexity"]
+            assert Path(cell["run_dir"], "report.json").exists()
+            assert isinstance(cell["peak_host_bytes"], int)
+
+
+def test_a_failed_cell_is_shown_and_stops_nothing(smoke):
+    directory, _, finished = smoke
+    failed = json.loads((directory / "results.json").read_text())["cells"][4]
+    assert failed["status"] == "failed"
+    assert "model.epochs must be at least 1, got 0" in failed["error"]
+    assert "1 of 6 cells failed" in finished.stdout
+
+
+def test_progress_names_cell_and_window(smoke):
+    assert "[3/6 matrix] window 2/2  001" in smoke[2].stdout
+    assert "[4/6 submodule] window 4/4  001.mlp" in smoke[2].stdout
+
+
+def test_masks_are_shared(smoke):
+    directory = smoke[0]
+    masks = {Masks.load(path).fingerprint() for path in directory.glob("*/masks.safetensors")}
+    assert len(list(directory.glob("*/masks.safetensors"))) == 4  # pruned, matrix, submodule, full
+    assert len(masks) == 1
+
+
+def test_second_run_keeps_finished_cells_and_draws_again(smoke):
+    directory, options, _ = smoke
+    reports = {path: path.stat().st_mtime_ns for path in directory.glob("*/report.json")}
+    again = run(*options)
+    assert again.returncode == 1
+    assert "[3/6 matrix]" not in again.stdout
+    assert reports == {path: path.stat().st_mtime_ns for path in directory.glob("*/report.json")}
+    for name in ("pareto.png", "pareto.svg"):
+        assert (directory / name).stat().st_size > 1000
+
+
+def planned(comparison):
+    """Groups of the only model, each with the cells of its recoveries."""
+    groups = plan(comparison, comparison.models[0], describe)
+    return [(group, [group.recovery(entry, {}) for entry in comparison.recoveries]) for group in groups]
+
+
+def test_plan_shares_dense_and_masks_across_recoveries():
+    comparison = Comparison(
+        "x", [Entry("matrix"), Entry("full", ["scopes/full"], {"model.lr": 1e-4}, "low lr")], seeds=[0, 1]
+    )
+    (first, cells), (second, more) = planned(comparison)
+    assert first.dense == second.dense
+    assert first.pruned.directory != second.pruned.directory
+    assert len({cell.directory for cell in cells + more}) == 4
+    masks = str(first.pruned.directory / "masks.safetensors")
+    assert all(masks in cell.command for cell in cells)
+    assert [cells for _, cells in planned(comparison)] == [cells, more]
+    assert first.pattern == "60% per row"
+
+
+def test_allocations_have_masks_and_tables_of_their_own():
+    owl = {"class_path": "recon.allocation.OWL"}
+    (uniform, _), (other, cells) = planned(Comparison("x", [Entry("matrix")], allocations=[None, owl]))
+    assert (uniform.pattern, other.pattern) == ("60% per row", "60% per row, owl")
+    assert uniform.pruned.directory != other.pruned.directory
+    assert uniform.dense == other.dense
+    option = '--pruning.allocation={"class_path": "recon.allocation.OWL"}'
+    assert option in other.pruned.command
+    assert option in cells[0].command
+    assert not any("allocation" in part for part in uniform.pruned.command)
+
+
+def test_a_recovery_that_chooses_its_own_masks_is_given_none():
+    options = {"model.propagation": "recovered", "pruning.inputs": "recovered"}
+    ((_, (shared, own)),) = planned(Comparison("x", [Entry("block"), Entry("block", options=options)]))
+    assert "--masks" in shared.command
+    assert "--masks" not in own.command
+    assert "--pruning.inputs=recovered" in own.command
+
+
+def test_an_option_changes_the_directory():
+    one, other = (Comparison("x", [Entry("full", options={"model.lr": lr})]) for lr in (1e-4, 2e-4))
+    ((first, (cell,)),), ((second, (changed,)),) = planned(one), planned(other)
+    assert first.pruned == second.pruned
+    assert cell.directory != changed.directory
+
+
+def test_a_comparison_without_recoveries_is_refused():
+    with pytest.raises(ValueError, match="at least one"):
+        Comparison("x", [])

@@ -1,0 +1,601 @@
+"""Predictions against counts by hand and against live bytes of real training on the CPU."""
+
+import gc
+import json
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from callbacks import MaskEnforcer
+from recon.cli import main
+from recon.cli.configs import config_directory
+from recon.cli.fit import parse_only
+from recon.models.anatomy import Anatomy
+from recon.models.loading import ModelSource
+from recon.models.replay import Replay
+from recon.models.windows import submodule_windows
+from recon.planner import Kind, Setting, Shape, predict, propose
+from recon.planner import prediction as forecast
+from recon.planner import speed as rate
+from recon.planner.fake.model import Rehearsal
+from recon.planner.fake.tracker import Tracker
+from recon.planner.flops import KINDS
+from recon.planner.local import solver_bytes
+from recon.planner.snapshot import CATEGORIES
+from recon.report import Report, Results
+from recon.report.groups import group_cells
+from recon.report.prediction import SHARDED, prediction_section
+from recon.report.sections import MISSING
+from recon.scopes import BlockDistillation, FullRetraining, MatrixReconstruction, Pretraining, SubmoduleDistillation
+from recon.solvers import ConjugateGradients, LeastSquares
+from tests.benchmarks.flop_rate import Operations
+from tests.support.families import FAMILIES, tiny
+from tests.support.scope_fixtures import IGNORED, data_of, prepared, trainer_of
+
+pytestmark = [pytest.mark.filterwarnings(warning) for warning in IGNORED]
+
+V, D, H, L = 2048, 64, 160, 3
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": V,
+    "hidden_size": D,
+    "intermediate_size": H,
+    "num_hidden_layers": L,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+}
+SHALLOW = {**LLAMA, "num_hidden_layers": 2}
+GPT2: dict[str, Any] = {"model_type": "gpt2", "vocab_size": V, "n_embd": D, "n_layer": 2, "n_head": 4}
+MATRICES = 4 * D * D + 3 * D * H
+BLOCK = MATRICES + 2 * D
+N = 2 * V * D + L * BLOCK + D
+BUFFERS = 2 * 4 * 8  # inverse frequencies of half a head, as they are and as they were
+
+MODELS = sorted((config_directory() / "models").glob("*.yaml"))
+TOTALS = {
+    "opt-125m": 125_239_296,
+    "opt-350m": 331_196_416,
+    "opt-1.3b": 1_315_758_080,
+    "opt-2.7b": 2_651_596_800,
+    "opt-6.7b": 6_658_473_984,
+    "opt-13b": 12_853_473_280,
+    "opt-30b": 29_974_540_288,
+    "opt-66b": 65_719_701_504,
+    "llama-2-7b": 6_738_415_616,
+    "llama-2-13b": 13_015_864_320,
+    "llama-2-70b": 68_976_648_192,
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.1-70b": 70_553_706_496,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen2.5-14b": 14_770_033_664,
+    "qwen2.5-32b": 32_763_876_352,
+    "qwen2.5-72b": 72_706_203_648,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
+    "qwen3-32b": 32_762_123_264,
+    "mistral-7b": 7_241_732_096,
+}
+
+
+def shape_of(sizes: dict[str, Any] = LLAMA, **options: Any) -> Shape:
+    return Shape(ModelSource("random", sizes, **options))
+
+
+@pytest.fixture(scope="module")
+def llama() -> Shape:
+    return shape_of()
+
+
+# --- configurations ----------------------------------------------------------------------------------
+
+
+def test_every_model_has_a_total() -> None:
+    assert {path.stem for path in MODELS} == set(TOTALS)
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+def test_a_model_has_the_published_size_and_plans(path: Any) -> None:
+    sizes = yaml.safe_load(path.read_text())["model"]["shape"]
+    assert shape_of(sizes).num_parameters == TOTALS[path.stem]
+    assert_plans(shape_of(sizes | {"num_hidden_layers": 2}))  # what lies deeper is like it
+
+
+def test_a_deep_model_plans() -> None:
+    sizes = yaml.safe_load((config_directory() / "models" / "llama-2-70b.yaml").read_text())["model"]["shape"]
+    assert_plans(shape_of(sizes))
+
+
+def assert_plans(shape: Shape) -> None:
+    setting = Setting("block", batch_size=1, seq_len=128, num_sequences=2, num_validation=1)
+    found = predict(shape, setting)
+    buffers = shape.rehearsal(setting).buffer_bytes
+    assert found.peak.held["weights"] == 4 * shape.num_parameters + buffers
+    assert buffers in (0, 2 * 4 * 32, 2 * 4 * 64)  # inverse frequencies of half a head, as they are and as they were
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_a_model_goes_with_a_scope_in_either_order(order: int) -> None:
+    names = ["models/llama-2-7b", "scopes/block"]
+    args = [arg for name in (names[order], names[1 - order]) for arg in ("-c", name)]
+    config = parse_only([*args, "--model.num_blocks", "2"])
+    assert config.model.class_path.endswith("BlockDistillation")
+    assert config.model.init_args.shape["hidden_size"] == 4096
+    assert config.model.init_args.num_blocks == 2
+
+
+# --- by hand -----------------------------------------------------------------------------------------
+
+
+def test_a_block_by_hand(llama: Shape) -> None:
+    setting = Setting("block", batch_size=2, seq_len=16, num_sequences=8, num_validation=4, start="pruned")
+    assert llama.num_parameters == N
+    found = predict(llama, setting)
+    by_name = {moment.name: moment.held for moment in found.moments}
+    assert by_name.keys() == {"collect", "forward", "backward", "step"}
+    for moment in by_name.values():
+        assert moment["weights"] == 4 * N + BUFFERS
+        assert moment["calibration"] == 2 * (8 + 4) * 16 * D * 4
+    forward = by_name["forward"]
+    assert forward["gradients"] == 4 * BLOCK
+    assert forward["optimizer"] == 8 * BLOCK + 4 * 9  # seven matrices and two norms
+    assert forward["masks"] == MATRICES  # unpacked, those of the window under way
+    assert forward["gram"] == 0
+    assert by_name["step"]["other"] >= 4 * BLOCK  # on CUDA
+    assert found.disk["windows"] == 4 * L * BLOCK
+    assert found.disk["masks"] == found.host["masks"] == L * MATRICES // 8
+    assert found.host["weights"] == found.disk["model"] == 4 * N
+
+
+def test_gram_matrices_by_hand(llama: Shape) -> None:
+    setting = Setting("matrix", batch_size=2, seq_len=16, num_sequences=8, num_validation=4, start="pruned", epochs=1)
+    held = {moment.name: moment.held for moment in predict(llama, setting).moments}
+    gram = 4 * (3 * D * D + H * H)  # query, key and value share theirs, gate and up too
+    assert held["solve"]["gram"] == held["collect"]["gram"] == gram
+    assert held["solve"]["optimizer"] == held["solve"]["gradients"] == 0
+    two = predict(llama, replace(setting, scope="block", start="exact", num_blocks=2))
+    assert {moment.name: moment.held for moment in two.moments}["solve"]["gram"] == 2 * gram
+    cross = predict(llama, replace(setting, propagation="recovered"))
+    assert cross.peak.held["gram"] == 3 * gram
+
+
+@pytest.mark.parametrize("spread", [0, 2], ids=["rows finish together", "rows finish one by one"])
+def test_what_a_solve_holds_is_what_a_real_one_holds(spread: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(400, 200, generator=generator) * torch.logspace(0, spread, 200)
+    gram, dense = X.T @ X, torch.randn(100, 200, generator=generator)
+    keep = torch.rand(dense.shape, generator=generator) < 0.5
+    with Tracker([gram, dense, keep]) as tracker:
+        ConjugateGradients().solve(LeastSquares(gram, dense), keep)
+    vectors = tracker.peak.total() - solver_bytes(dense.numel(), casts=False)  # of a number a row or column
+    assert 0 <= vectors <= 40 * 4 * 200
+
+
+@pytest.mark.parametrize(
+    ("sharding", "precision", "weights", "gradients", "optimizer"),
+    [
+        ("ddp", "32-true", 4 * N + BUFFERS, 4 * L * BLOCK, 8 * L * BLOCK + 4 * 9 * L),
+        ("zero1", "bf16-mixed", 2 * N + BUFFERS, 2 * L * BLOCK, 6 * L * BLOCK),
+        ("zero2", "bf16-mixed", 2 * N + BUFFERS, L * BLOCK, 6 * L * BLOCK),
+        ("zero3", "bf16-mixed", N + BUFFERS, L * BLOCK, 6 * L * BLOCK),
+        ("fsdp2", "32-true", 2 * N + BUFFERS, 2 * L * BLOCK, 4 * L * BLOCK + 2 * 9 * L),
+    ],
+)
+def test_two_processes_by_hand(
+    llama: Shape, sharding: Any, precision: str, weights: int, gradients: int, optimizer: int
+) -> None:
+    setting = Setting("full", 2, 16, 8, 4, start="pruned", loss="cross_entropy", sharding=sharding, world_size=2)
+    found = predict(llama, replace(setting, precision=precision, accumulate=2))
+    forward = next(moment.held for moment in found.moments if moment.name == "forward")
+    assert (forward["weights"], forward["gradients"], forward["optimizer"]) == (weights, gradients, optimizer)
+
+
+def test_offloaded_training_is_on_the_host(llama: Shape) -> None:
+    options: dict[str, Any] = {"sharding": "zero3", "offload_optimizer": True, "offload_parameters": True}
+    setting = Setting("full", 2, 16, 8, 4, start="pruned", loss="cross_entropy", precision="bf16-mixed", **options)
+    found = predict(llama, setting)
+    assert found.peak.held["weights"] == BUFFERS
+    assert found.peak.held["optimizer"] == found.peak.held["gradients"] == 0
+    assert found.host["optimizer"] == 12 * L * BLOCK
+    assert found.host["gradients"] == 6 * L * BLOCK
+
+
+# --- against real training ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("half", [False, True])
+def test_what_backward_keeps_is_what_real_windows_keep(family: str, half: bool) -> None:
+    model = tiny(family)
+    setting = Setting("submodule", batch_size=3, seq_len=24, precision="bf16-mixed" if half else "32-true")
+    rehearsal = Rehearsal(model.config, torch.float32)
+    replay = Replay(model, Anatomy.of(model))
+    for window, fake in zip(submodule_windows(replay)[:2], rehearsal.windows(setting)[:2], strict=True):
+        assert window.owned == fake.owned
+        model.requires_grad_(False)
+        hidden = torch.randn(3, 24, rehearsal.dim)
+        attention, target = torch.randn_like(hidden), torch.randn_like(hidden)
+        replay._calls_for(hidden)
+        left_out = {one.data_ptr() for one in model.parameters()}
+        for call in replay._calls_for(hidden):
+            left_out |= {one.data_ptr() for one in tree_leaves(call.kwargs) if torch.is_tensor(one)}
+        for name in window.owned:
+            model.get_parameter(name).requires_grad_(True)
+        kept: dict[int, Tensor] = {}
+
+        def pack(tensor: Tensor, kept: dict[int, Tensor] = kept, left_out: set[int] = left_out) -> Tensor:
+            if tensor.untyped_storage().data_ptr() not in left_out:
+                kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                output = window.forward(replay, hidden, attention).float()
+            _ = (output - target).square().sum() / target.square().sum()
+            measured = sum(one.untyped_storage().nbytes() for one in kept.values())
+        assert rehearsal.window(fake, setting, torch.float32).kept == pytest.approx(measured, rel=0.02)
+
+
+SCOPES = {
+    "matrix": lambda **options: MatrixReconstruction(**options),
+    "submodule": lambda **options: SubmoduleDistillation(epochs=2, **options),
+    "two blocks": lambda **options: BlockDistillation(epochs=2, num_blocks=2, **options),
+    "full": lambda **options: FullRetraining(epochs=2, **options),
+    "distilled": lambda **options: FullRetraining(
+        epochs=1, loss="distillation", gradient_checkpointing=True, **options
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "precision"),
+    [(kind, LLAMA if kind in ("two blocks", "full") else SHALLOW, "32-true") for kind in SCOPES]
+    + [("submodule", GPT2, "32-true"), ("two blocks", SHALLOW, "bf16-mixed"), ("full", GPT2, "bf16-mixed")],
+)
+def test_the_peak_of_a_real_fit(kind: str, sizes: dict[str, Any], precision: Any) -> None:
+    scope = SCOPES[kind](name="random", shape=sizes)
+    data = data_of(num=24, validation=8, seq=32, batch_size=8)
+    trainer = trainer_of(MaskEnforcer(), precision=precision)
+    gc.collect()
+    with Tracker() as tracker:
+        prepared(scope, data)
+        gc.collect()
+        tracker.reset()
+        trainer.fit(scope)
+    found = predict(Shape(scope.source), Setting.of(scope, data, trainer))
+    predicted = found.peak.total + found.host["masks"]
+    assert predicted == pytest.approx(tracker.peak.total(), rel=0.05)
+    if kind in ("full", "distilled"):
+        assert found.flops == pytest.approx(tracker.flops, rel=0.01)
+
+
+def test_the_tracker_counts_storages_once_and_until_they_are_freed() -> None:
+    kept = torch.zeros(100)
+    with Tracker([kept]) as tracker:
+        kept.add_(1)
+        one = torch.ones(10, 10)
+        view = one.t()[:5]
+        assert tracker.now == Counter(other=400)
+        tracker.label(view, "gradients")
+        del one
+        assert tracker.now["gradients"] == 400
+        del view
+        assert tracker.now.total() == 0
+        assert tracker.peak.total() == 400
+        a = torch.zeros(3, 5)
+        _ = a @ a.T
+        assert tracker.flops == 2 * 3 * 5 * 3
+
+
+# --- relations ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", ["submodule", "block", "full"])
+def test_more_of_anything_needs_no_less(llama: Shape, scope: Any) -> None:
+    loss = "cross_entropy" if scope == "full" else "normalised"
+    setting = Setting(scope, 2, 16, 8, 4, start="pruned", loss=loss)
+    base = predict(llama, setting).peak.total
+    for option in ("batch_size", "seq_len"):
+        assert predict(llama, replace(setting, **{option: 2 * getattr(setting, option)})).peak.total > base
+    deeper = shape_of({**LLAMA, "num_hidden_layers": 2 * L})
+    assert predict(deeper, setting).peak.total > base
+    more = predict(llama, replace(setting, num_sequences=16))
+    assert more.flops > predict(llama, setting).flops
+    assert (more.peak.total > base) == setting.is_local
+
+
+def test_offload_does_not_grow_with_depth(llama: Shape) -> None:
+    deeper = shape_of({**LLAMA, "num_hidden_layers": 2 * L})
+    for scope in ("matrix", "submodule", "block"):
+        setting = Setting(scope, 2, 16, 8, 4, start="pruned", offload="host")
+        moments = [{one.name: one.total for one in predict(shape, setting).moments} for shape in (llama, deeper)]
+        assert moments[0].keys() == moments[1].keys()
+        for name in moments[0].keys() - {"embed"}:
+            assert moments[1][name] == pytest.approx(moments[0][name], rel=0.02)
+        on_host, on_disk = (predict(llama, replace(setting, offload=place)) for place in ("host", "disk"))
+        assert on_host.host["weights"] == 4 * N
+        assert on_disk.host["weights"] == 4 * (N - L * BLOCK)
+        assert on_host.peak.held["weights"] == on_disk.peak.held["weights"] == 4 * BLOCK
+
+
+@pytest.mark.parametrize("scope", ["matrix", "submodule", "block"])
+def test_activations_are_where_they_are_put(llama: Shape, scope: Any) -> None:
+    setting = Setting(scope, 2, 16, 8, 4, start="pruned")
+    copies = [8 * 16 * D * 4, 4 * 16 * D * 4] * (3 if scope == "submodule" else 2)  # calibration, then held out
+
+    def placed(**options: Any) -> tuple[int, int, int]:
+        found = predict(llama, replace(setting, **options))
+        return found.peak.held["calibration"], found.host["calibration"], found.disk["activations"]
+
+    assert placed() == (sum(copies), 0, 0)
+    assert placed(activations="host") == (0, sum(copies), 0)
+    assert placed(activations="disk") == (0, 0, sum(copies))
+    assert placed(activations="auto", activations_budget=sum(copies)) == (sum(copies), 0, 0)
+    assert placed(activations="auto", activations_budget=copies[0]) == (copies[0], sum(copies[1:]), 0)
+    room = {"activations_budget": copies[1], "activations_host_budget": copies[0]}  # each for one copy alone
+    assert placed(activations="auto", **room) == (copies[1], copies[0], sum(copies[2:]))
+    assert placed(activations="host", activations_dtype=torch.bfloat16) == (0, sum(copies) // 2, 0)
+
+
+def test_processes_that_recover_windows_of_their_own_share_the_time_but_not_the_memory(llama: Shape) -> None:
+    setting = Setting("submodule", 2, 16, 8, 4, activations="disk")
+    rates: dict[Kind, float] = dict.fromkeys(KINDS, 2.0**30)
+    one = predict(llama, setting, rates)
+    two = predict(llama, replace(setting, world_size=2), rates)
+    apart = predict(llama, replace(setting, world_size=2, num_nodes=2), rates)
+    assert two.peak == one.peak
+    assert two.host == {name: 2 * size for name, size in one.host.items()}
+    assert apart.host == one.host
+    assert two.disk == {**one.disk, "activations": 2 * one.disk["activations"]}
+    assert two.work == one.work
+    assert two.seconds == (one.work["walk"] + (one.flops - one.work["walk"]) / 2) / 2**30
+
+
+def test_time_follows_the_rate(llama: Shape) -> None:
+    setting = Setting("full", 2, 16, 8, 4, start="pruned", loss="cross_entropy", sharding="ddp", world_size=2)
+    found = predict(llama, setting, flop_rate=2.0**30)
+    assert found.seconds == found.flops / 2**31
+    assert predict(llama, setting).seconds is None
+    assert found.work.keys() == {"training", "rest", "held out"}
+    rates: dict[Kind, float] = {"training": 2.0**30, "rest": 2.0**31, "held out": 2.0**32}
+    taken = (4 * found.work["training"] + 2 * found.work["rest"] + found.work["held out"]) / 2**32
+    assert predict(llama, setting, rates).seconds == taken / 2
+
+
+@pytest.mark.parametrize("scope", ["submodule", "block", "full"])
+def test_proposals_fit_and_are_sorted(llama: Shape, scope: Any) -> None:
+    loss = "cross_entropy" if scope == "full" else "normalised"
+    setting = Setting(scope, 2, 64, 16, 4, start="pruned", loss=loss)
+    if scope == "block":
+        setting = replace(setting, num_blocks=2, precision="bf16-mixed")
+    peak = predict(llama, setting).peak.total
+    assert propose(llama, setting, peak) == []
+    found = propose(llama, setting, int(0.9 * peak))
+    assert found
+    assert [one.cost for one in found] == sorted(one.cost for one in found)
+    for one in found:
+        changed = one.prediction.setting
+        assert one.options
+        assert predict(llama, changed).peak.total == one.prediction.peak.total <= 0.9 * peak
+        together = [each.batch_size * each.accumulate * each.world_size for each in (setting, changed)]
+        assert setting.is_local or together[0] == together[1]
+    assert propose(llama, setting, 1000) == []
+
+
+# --- what is refused ---------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_planned_is_refused(llama: Shape) -> None:
+    data = data_of()
+    with pytest.raises(ValueError, match="got Pretraining"):
+        Setting.of(Pretraining(LLAMA), data)
+    data.num["train"] = None
+    with pytest.raises(ValueError, match=r"data\.num_sequences, got null"):
+        Setting.of(MatrixReconstruction(), data)
+    with pytest.raises(ValueError, match="64-true"):
+        Setting("block", precision="64-true")
+    with pytest.raises(ValueError, match="zero2_offload"):
+        Setting("full", offload="host")
+    with pytest.raises(ValueError, match="no pattern"):
+        predict(llama, Setting("block", masked=False))
+
+
+# --- the command -------------------------------------------------------------------------------------
+
+COMMAND = ["plan", "-c", "scopes/submodule", "--data.seq_len", "16", "--model.name", "random", "--model.shape"]
+SMALL = json.dumps({**LLAMA, **{key: value for key, value in FAMILIES["llama"].items() if key == "hidden_size"}})
+
+
+def test_the_command_prints_a_row_a_scope(capsys: Any) -> None:
+    few = ["--model.batch_size", "1", "--data.batch_size", "1"]  # which leaves no smaller ones to try
+    assert main([*COMMAND, SMALL, *few, "--device_memory", "1MiB", "--flop_rate", "1e9"]) == 0
+    out = capsys.readouterr().out
+    rows = [line.split()[0] for line in out.splitlines() if line.strip()]
+    assert [name for name in rows if name in ("matrix", "submodule", "block", "full")][:4] == [
+        "matrix",
+        "submodule",
+        "block",
+        "full",
+    ]
+    assert " no " in out
+
+
+def test_the_command_prints_json(capsys: Any) -> None:
+    options = ["--json", "true", "--scopes", "[full]", "--trainer.devices", "2", "-c", "strategies/zero2"]
+    assert main([*COMMAND, SMALL, *options]) == 0
+    out = capsys.readouterr().out
+    found = json.loads(out[out.index("{") :])
+    (row,) = found["scopes"]
+    assert (row["scope"], row["setting"]["sharding"], row["setting"]["world_size"]) == ("full", "zero2", 2)
+    assert sum(row["categories"].values()) == row["peak_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--device_memory", "24"], "one of the units"),
+        (["--scopes", "[everything]"], "got everything"),
+        (["--data.num_validation", "null"], "data.num_validation, got null"),
+        (["--trainer.devices", "auto"], "a number of trainer.devices"),
+    ],
+)
+def test_the_command_says_what_is_wrong(options: list[str], said: str, capsys: Any) -> None:
+    assert main([*COMMAND, SMALL, *options]) == 1
+    assert said in capsys.readouterr().err
+
+
+# --- rates and reports -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", ["matrix", "submodule", "block", "full"])
+def test_rates_are_those_of_the_work_that_is_measured(scope: Any, monkeypatch: Any) -> None:
+    """By a clock that ticks once per operation: whatever is measured has to take as long as its FLOPs say."""
+
+    def ticks(work: Any, device: torch.device, clock: Any) -> float:
+        with Operations() as operations:
+            work()
+        return operations.total / 2**30
+
+    monkeypatch.setattr(rate, "_seconds", ticks)
+    monkeypatch.setattr(rate, "SECONDS", 2**25 / 2**30)  # batches are made smaller, too
+    loss = "cross_entropy" if scope == "full" else "normalised"
+    source = ModelSource("random", LLAMA)
+    setting = Setting(scope, 8, 32, 16, 4, loss=loss, device="cpu")
+    found = rate.measured_rates(source, setting, torch.device("cpu"))
+    work = predict(Shape(source), setting).work
+    assert found.keys() >= {kind for kind, flops in work.items() if flops}
+    solve = found.pop("solve")
+    assert 0.8 * 2**30 <= solve <= 2**30  # besides its iterations there is a start
+    assert found == dict.fromkeys(found, 2**30)
+
+
+def test_rates_are_measured(llama: Shape) -> None:
+    setting = Setting("block", 2, 16, 8, 4, device="cpu")
+    rates = rate.measured_rates(ModelSource("random", LLAMA), setting, torch.device("cpu"))
+    found = predict(llama, setting, rates)
+    assert all(one > 0 for one in rates.values())
+    assert found.seconds == pytest.approx(sum(flops / rates[kind] for kind, flops in found.work.items()))
+
+
+def test_the_command_measures_rates(capsys: Any) -> None:
+    row = row_of([*COMMAND, SMALL, *FEW, "--scopes", "[block]", "--flop_rate", "measure"], capsys)
+    assert row["flop_rate"].keys() == {"walk", "gram", "solve", "training", "held out"}
+    assert row["seconds"] == pytest.approx(sum(row["work"][kind] / one for kind, one in row["flop_rate"].items()))
+
+
+FEW = ["--data.num_sequences", "4", "--data.num_validation", "2", "--model.batch_size", "2", "--trainer.devices", "1"]
+
+
+def row_of(args: list[str], capsys: Any) -> dict[str, Any]:
+    """The last row of a plan as JSON."""
+    assert main([*args, "--json", "true"]) == 0
+    out = capsys.readouterr().out
+    return json.loads(out[out.index("{") :])["scopes"][-1]
+
+
+def report_of(found: dict[str, Any], **options: Any) -> Report:
+    return Report(scope="submodule", model="m", criterion="c", pattern="p", seed=0, prediction=found, **options)
+
+
+def test_rates_are_those_of_a_run(llama: Shape, tmp_path: Any, capsys: Any) -> None:
+    found = predict(llama, Setting("submodule", 2, 16, 8, 4, world_size=2)).as_dict()
+    report_of(found, seconds=8.0).save(tmp_path / "report.json")
+    command = [*COMMAND, SMALL, *FEW, "--flop_rate", str(tmp_path)]
+    row = row_of([*command, "--scopes", "[submodule]"], capsys)
+    assert row["flop_rate"] == found["flops"] / 8 / 2  # of one process
+    assert row["seconds"] == pytest.approx(row["flops"] / row["flop_rate"])
+    row = row_of([*command, "--scopes", "[block]"], capsys)
+    assert (row["flop_rate"], row["seconds"]) == (None, None)  # no block scope was run
+    report_of({}, seconds=8.0).save(tmp_path / "report.json")
+    assert main(command) == 1
+    assert "whose report has no FLOPs and seconds" in capsys.readouterr().err
+
+
+def test_a_forecast_is_the_prediction_of_the_run_and_leaves_no_trace() -> None:
+    data = data_of(num=8, validation=4, seq=16, batch_size=2)
+    scope = BlockDistillation(name="random", shape=LLAMA, batch_size=2, offload="host", activations="host")
+    trainer, before = trainer_of(), torch.get_rng_state()
+    found = forecast(scope, data, trainer, exclude=("*.0.*",), masked=True)
+    options: dict[str, Any] = {"exclude": ("*.0.*",), "offload": "host", "activations": "host", "device": "cpu"}
+    setting = Setting("block", 2, 16, 8, 4, **options)
+    assert found == predict(shape_of(), setting).as_dict()
+    json.dumps(found)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_forecast_says_why_there_is_none() -> None:
+    data = data_of()
+    options = {"exclude": (), "masked": False}
+    assert (
+        "no pattern" in forecast(BlockDistillation(name="random", shape=LLAMA), data, trainer_of(), **options)["reason"]
+    )
+    data.num["validation"] = None
+    found = forecast(FullRetraining(name="random", shape=LLAMA), data, trainer_of(), **options)
+    assert found.keys() == {"reason"}
+    assert "data.num_validation, got null" in found["reason"]
+
+
+MIB = 2**20
+
+
+def predicted(scope: str = "submodule", world_size: int = 1, **options: Any) -> dict[str, Any]:
+    """What stands in a report of a run that was to hold 6 MiB on the device, 2 MiB on the host."""
+    setting = {"world_size": world_size, "num_nodes": 1, "sharding": "none", **options}
+    categories = dict.fromkeys(CATEGORIES, 0) | {"weights": 4 * MIB, "optimizer": 2 * MIB}
+    host = dict.fromkeys(CATEGORIES, 0) | {"calibration": 2 * MIB}
+    return {"setting": setting, "categories": categories, "host": host, "flops": 10**9, "seconds": None}
+
+
+def ranks_of(*weights: int) -> list[dict[str, Any]]:
+    """Processes whose devices hold so many MiB of weights, and whose hosts 1 MiB of activations."""
+    return [{"tracked": {"device": {"weights": one * MIB}, "host": {"calibration": MIB}}} for one in weights]
+
+
+def section_of(*cells: Report) -> Any:
+    (group,) = group_cells(Results(list(cells)))
+    return prediction_section(group)
+
+
+def test_a_run_is_held_against_its_prediction_by_category() -> None:
+    section = section_of(report_of(predicted(), seconds=2.0, ranks=ranks_of(5), run_dir="there"))
+    assert section.rows == [
+        ["device: weights", "4.0", "5.0", "0.80"],
+        ["device: optimizer", "2.0", "0.0", MISSING],
+        ["device, peak", "6.0", "5.0", "1.20"],
+        ["host, peak", "2.0", "1.0", "2.00"],
+        ["seconds", MISSING, "2.0", MISSING],
+    ]
+    assert section.notes == ["5.0e+08 FLOP/s: `recon plan --flop_rate there` predicts seconds at this rate"]
+
+
+def test_several_runs_are_held_against_their_predictions_in_total() -> None:
+    two = predicted(world_size=2, sharding="zero2")
+    section = section_of(
+        report_of(predicted(), label="one", ranks=ranks_of(5)),
+        report_of(two, label="two processes", ranks=ranks_of(3, 4)),  # the larger device; the hosts of both
+        report_of({"reason": "nothing is known"}, label="none"),
+        report_of({}, label="not planned"),
+    )
+    assert section.rows == [
+        ["one", "6.0", "5.0", "1.20", "2.0", "1.0", "2.00"],
+        ["two processes", "6.0", "4.0", "1.50", "2.0", "2.0", "1.00"],
+    ]
+    assert section.notes == ["none: no prediction, for nothing is known", SHARDED]
+
+
+def test_without_a_prediction_there_is_no_section() -> None:
+    assert section_of(report_of({}, ranks=ranks_of(5))) is None
+    section = section_of(report_of({"reason": "nothing is known"}))
+    assert section.notes == ["submodule: no prediction, for nothing is known"]
