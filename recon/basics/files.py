@@ -1,20 +1,15 @@
-"""Files that are whole or absent, locks, and tensors that live in a file instead of memory."""
+"""Files that are whole or absent, and locks between processes."""
 
 import fcntl
 import json
-import math
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from mmap import ALLOCATIONGRANULARITY, mmap
-from os import SEEK_END
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 
 @contextmanager
@@ -81,22 +76,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def mapped(file: IO[bytes], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor at the end of `file`, whose pages the system reads and writes back as it sees fit.
-
-    A file without a name (`tempfile.TemporaryFile`) may be closed at once: its content goes with the last tensor in
-    it, or with the process, however that ends.
-
-    Raises:
-        OSError: If the disk has no room for all of it. Without reserving it the process would be killed where it
-            first writes to a page that the disk has no room for.
-    """
-    length = math.prod(shape) * dtype.itemsize
-    start = -(-file.seek(0, SEEK_END) // ALLOCATIONGRANULARITY) * ALLOCATIONGRANULARITY
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(file.fileno(), start, length)
-    else:  # macOS
-        file.truncate(start + length)
-    return torch.frombuffer(mmap(file.fileno(), length, offset=start), dtype=dtype).view(*shape)

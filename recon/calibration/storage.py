@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from recon.basics.files import mapped
+from recon.basics.mapped import mapped
 from recon.basics.units import in_bytes, readable
 
 Place = Literal["device", "host", "disk", "auto"]

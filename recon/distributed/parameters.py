@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from recon.basics.files import mapped
+from recon.basics.mapped import mapped
 
 
 def whole_shape(parameter: Tensor) -> torch.Size:

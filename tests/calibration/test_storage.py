@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from callbacks import MaskEnforcer
-from recon.basics.files import mapped
+from recon.basics.mapped import mapped
 from recon.calibration.activations import Activations
 from recon.calibration.storage import Budget, Storage
 from recon.cli.fit import ParsingCLI, _cli
@@ -217,7 +217,7 @@ def test_the_place_is_not_part_of_what_identifies_a_run(tmp_path: Path) -> None:
 @on_linux
 def test_a_killed_process_leaves_no_file(tmp_path: Path) -> None:
     code = (
-        "import sys, time, torch; from pathlib import Path; from recon.storage import Storage\n"
+        "import sys, time, torch; from pathlib import Path; from recon.calibration.storage import Storage\n"
         "kept = Storage('disk', directory=Path(sys.argv[1])).empty((64,), torch.float32, torch.device('cpu'))\n"
         "kept.zero_(); print('kept', flush=True); time.sleep(60)"
     )

@@ -20,8 +20,7 @@ from recon.models.anatomy import Anatomy
 from recon.models.loading import ModelSource
 from recon.models.replay import Replay
 from recon.models.windows import submodule_windows
-from recon.planner import Kind, Setting, Shape, predict, propose
-from recon.planner import prediction as forecast
+from recon.planner import Kind, Setting, Shape, forecast, predict, propose
 from recon.planner import speed as rate
 from recon.planner.fake.model import Rehearsal
 from recon.planner.fake.tracker import Tracker
