@@ -105,6 +105,12 @@ def test_every_folder_has_a_readme():
     assert [str(folder.relative_to(ROOT)) for folder in FOLDERS if not (folder / "README.md").is_file()] == []
 
 
+def test_every_file_is_named_in_the_readme_of_its_folder():
+    files = [path for path in SOURCES if not path.name.startswith("__")] + sorted((ROOT / "launch").glob("*.*"))
+    unnamed = [path for path in files if f"`{path.name}`" not in (path.parent / "README.md").read_text()]
+    assert [str(path.relative_to(ROOT)) for path in unnamed if path.name != "README.md"] == []
+
+
 def test_readme_is_short():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= MAX_README_LINES
