@@ -7,10 +7,13 @@ import shlex
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
+from textwrap import dedent
+from typing import Any
 
 import grimp
 import pytest
 from jsonargparse import ArgumentParser
+from transformers import AutoModelForCausalLM
 
 from recon.cli import main
 
@@ -169,10 +172,16 @@ def test_commands_parse(page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert refused == []
 
 
-def test_python_example_compiles():
-    lines = code_lines(ROOT / "README.md")
-    first = next(number for number, line in enumerate(lines) if line.startswith("from pathlib"))
-    example = "\n".join(lines[first:])
-    compile(example, "README.md", "exec")
-    assert "recon.prune(" in example
-    assert "recon.recover(" in example
+@pytest.mark.slow
+def test_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    block = next(text for text in (ROOT / "README.md").read_text().split("\n\n") if "import recon\n" in text)
+    (tmp_path / "recon").symlink_to(ROOT / "recon")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(dedent(block), "README.md", "exec"), names)
+    report = names["report"]
+    assert report.dense_perplexity < report.perplexity < report.pruned_perplexity
+    recovered = AutoModelForCausalLM.from_pretrained("recovered")
+    zeros = {name: int((weight == 0).sum()) for name, weight in recovered.named_parameters() if name in names["masks"]}
+    assert zeros
+    assert all(2 * zeros[name] == recovered.get_parameter(name).numel() for name in zeros)
