@@ -47,7 +47,7 @@ def unpickling_metadata_only() -> Iterator[None]:
             first = next(iter(failure.failures.values()))[0]
             reason = str(first).strip().splitlines()[0]
             raise ValueError(
-                f"a checkpoint needs the entries that torch wrote, one cannot be read ({reason}); delete the checkpoint, "
+                f"a checkpoint needs the entries that torch wrote, one cannot be read ({reason}); delete it, "
                 f"or copy it again from where it was made"
             ) from failure
 
