@@ -7,6 +7,7 @@ import re
 import sys
 
 from recon import __version__
+from recon.basics.children import die_with_parent
 
 COMMANDS = {
     "fit": "prune a model and recover it at one scope: recon fit -c scopes/submodule",
@@ -51,6 +52,7 @@ def main(args: list[str] | None = None) -> int:
         print(f"recon: there is no command {args[0]!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     try:
+        die_with_parent()
         return importlib.import_module(f"recon.cli.{args[0]}").main(args[1:])
     except ERRORS as error:
         if os.environ.get("RECON_TRACEBACK"):

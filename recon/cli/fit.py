@@ -14,6 +14,7 @@ from recon.cli.arguments import add_pruning_arguments
 from recon.cli.configs import config_directory, resolve_config_names
 from recon.cli.quiet import quiet
 from recon.data import TokenData
+from recon.distributed import ranks
 from recon.distributed.part import Share
 from recon.distributed.ranks import rank
 from recon.experiment.checkpoints import STOPPED, Checkpoints
@@ -200,6 +201,7 @@ def run(args: list[str], merge: bool = False) -> int:
             where = directory.path
             console.print(f"stopped by SIGTERM; what was done is in {where}, the same command goes on from there")
         raise SIGTERMException(STOPPED) from None  # Lightning's own exit status would be 0, as if it had ended
+    ranks.finish(trainer)
     if isinstance(scope, LocalScope) and cli.share is not None:
         console.print(
             f"part {cli.share}: {len(scope.own_windows)} of {len(scope.windows)} windows are in "

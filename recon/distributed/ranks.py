@@ -1,5 +1,6 @@
 """The processes of a run: started and connected before anything heavy happens, one of them ahead where needed."""
 
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,8 +12,14 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_only
 
+from recon.basics.children import parent_of_children
+
 PATIENCE = timedelta(days=7)
 """How long ranks wait while rank 0 prunes or evaluates; if it dies they notice at once."""
+
+
+GOODBYE = 60.0
+"""Seconds for the other processes to end after this one has; they have nothing left to do then."""
 
 
 def rank() -> int:
@@ -35,8 +42,18 @@ def start(trainer: L.Trainer, module: L.LightningModule) -> None:
     strategy = trainer.strategy
     strategy.connect(module)
     if strategy.launcher is not None:
-        strategy.launcher.launch(lambda: None, trainer=trainer)
+        with parent_of_children():
+            strategy.launcher.launch(lambda: None, trainer=trainer)
     strategy.setup_environment()
+
+
+def finish(trainer: L.Trainer) -> None:
+    """Let the processes that `start` has started end before this one, whose end would end them."""
+    for process in getattr(trainer.strategy.launcher, "procs", ()):
+        try:
+            process.wait(GOODBYE)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 def layout(trainer: L.Trainer) -> dict[str, Any]:

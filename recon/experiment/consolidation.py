@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recon.distributed.strategies.zero import unpickling_weights_only
+from recon.distributed.unpickling import unpickling_metadata_only, unpickling_weights_only
 from recon.scopes.full import FROZEN
 
 PREFIX = "model."
@@ -65,9 +65,9 @@ def _from_fsdp2(checkpoint: Path) -> dict[str, Tensor]:
 
     prefix = "state_dict."
     state: dict[str, Any] = {}
-    for name, entry in FileSystemReader(checkpoint).read_metadata().state_dict_metadata.items():
-        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata):
-            state[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
-    with warnings.catch_warnings(action="ignore"):  # that it is one process; it is meant to be
+    with unpickling_metadata_only(), warnings.catch_warnings(action="ignore"):  # of one process: it is meant to be
+        for name, entry in FileSystemReader(checkpoint).read_metadata().state_dict_metadata.items():
+            if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata):
+                state[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
         dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
     return {name.removeprefix(prefix): weight for name, weight in state.items()}

@@ -1,12 +1,15 @@
 """FSDP2: weights, gradients and optimizer state sharded over the processes by torch itself."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 from typing_extensions import override
+
+from recon.distributed.unpickling import unpickling_metadata_only
 
 
 class FullyShardedStrategy(ModelParallelStrategy):
@@ -26,3 +29,8 @@ class FullyShardedStrategy(ModelParallelStrategy):
         for block in blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        with unpickling_metadata_only():
+            return super().load_checkpoint(checkpoint_path, weights_only)

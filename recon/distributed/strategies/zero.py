@@ -1,10 +1,7 @@
 """ZeRO-1, -2 and -3 by DeepSpeed, as Lightning's strategy with what it lacks."""
 
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
-from unittest.mock import patch
 
 import lightning as L
 import torch
@@ -13,6 +10,8 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typing_extensions import override
+
+from recon.distributed.unpickling import unpickling_weights_only
 
 
 class ZeroStrategy(DeepSpeedStrategy):
@@ -120,20 +119,6 @@ class ZeroStrategy(DeepSpeedStrategy):
         config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": partitions}
         config |= {key: self.config[key] for key in ("bf16", "fp16") if key in self.config}
         return deepspeed.initialize(model=model, config=config, dist_init_required=False)[0]
-
-
-@contextmanager
-def unpickling_weights_only() -> Iterator[None]:
-    """DeepSpeed unpickles its checkpoints without restriction; here only tensors and three types of its own pass."""
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    with (
-        patch.dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"),
-        torch.serialization.safe_globals([ZeroStageEnum, fragment_address, LossScaler]),
-    ):
-        yield
 
 
 def _allow_cpu() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from recon.basics.children import parent_of_children
 from recon.report import Report
 
 
@@ -48,6 +49,7 @@ def _run(cell: Cell, prefix: str, say: Callable[[str], None]) -> str | None:
     command = [sys.executable, "-m", "recon", *cell.command]
     with (
         log_file.open("w") as log,
+        parent_of_children(),
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process,
     ):
         assert process.stdout is not None
