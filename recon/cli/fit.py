@@ -11,7 +11,9 @@ from rich.console import Console
 
 from recon.basics.files import atomic_write
 from recon.cli.arguments import add_pruning_arguments
-from recon.cli.configs import config_directory, resolve_config_names
+from recon.cli.arrange import arrange
+from recon.cli.configs import config_directory
+from recon.cli.errors import usage
 from recon.cli.quiet import quiet
 from recon.data import TokenData
 from recon.distributed.part import Share
@@ -54,6 +56,8 @@ DECISIVE = (
 
 class FitCLI(LightningCLI):
     """LightningCLI with the options of pruning and of the run directory."""
+
+    command = "fit"
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what a scope and a trainer do not have."""
@@ -132,24 +136,25 @@ class ParsingCLI(FitCLI):
 
 
 def _cli(args: list[str], kind: type[FitCLI] = FitCLI) -> FitCLI:
-    return kind(
-        Scope,
-        TokenData,
-        subclass_mode_model=True,
-        run=False,
-        save_config_callback=None,
-        seed_everything_default=0,
-        auto_configure_optimizers=False,
-        load_from_checkpoint_support=False,
-        parser_kwargs={
-            "prog": "recon fit",
-            "exit_on_error": False,
-            "description": "Prune a model and recover it at one scope.",
-            "default_config_files": [str(config_directory() / "base.yaml")],
-        },
-        trainer_defaults={"logger": False},
-        args=resolve_config_names(args),
-    )
+    with usage():
+        return kind(
+            Scope,
+            TokenData,
+            subclass_mode_model=True,
+            run=False,
+            save_config_callback=None,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_kwargs={
+                "prog": f"recon {kind.command}",
+                "exit_on_error": False,
+                "description": "Prune a model and recover it at one scope.",
+                "default_config_files": [str(config_directory() / "base.yaml")],
+            },
+            trainer_defaults={"logger": False},
+            args=arrange(kind.command, args),
+        )
 
 
 def main(args: list[str]) -> int:

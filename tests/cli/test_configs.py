@@ -28,7 +28,7 @@ def test_overlay_of_a_scope(name):
 
 @pytest.mark.parametrize("name", COMPARISONS)
 def test_comparison(name):
-    config = build_parser().parse_args(resolve_config_names(["-c", name]))
+    config = build_parser().parse_args(arrange("compare", ["-c", name]))
     assert config.name == name.removeprefix("comparisons/")
     assert {entry.scope for entry in config.recoveries} <= {"matrix", "submodule", "block", "full"}
 
