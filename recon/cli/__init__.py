@@ -6,6 +6,8 @@ import os
 import sys
 
 from recon import __version__
+from recon.cli.errors import ERRORS, UsageError, did_you_mean, plain
+from recon.cli.interrupt import STATUS, Interrupt, told
 
 COMMANDS = {
     "fit": "prune a model and recover it at one scope: recon fit -c scopes/submodule",
@@ -35,15 +37,16 @@ def main(args: list[str] | None = None) -> int:
     Returns:
         The exit status: 0; 1 if the run failed; 2 if the command line is wrong; 130 if Ctrl-C stopped it.
     """
-    args = sys.argv[1:] if args is None else args
+    interrupt = Interrupt()
+    if args is None:  # not where Python code calls this: signals are its own
+        interrupt.install()
+        args = sys.argv[1:]
     if not args or args[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if args else 2
     if args[0] == "--version":
         print(__version__)
         return 0
-    from recon.cli.errors import ERRORS, UsageError, did_you_mean, plain
-
     command, *rest = args
     if command not in COMMANDS:
         hint = did_you_mean(command, COMMANDS) or f"; there are {', '.join(COMMANDS)}"
@@ -58,10 +61,12 @@ def main(args: list[str] | None = None) -> int:
             print(f"recon {command}: error{who}: {plain(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, UsageError | argparse.ArgumentError) else 1
     except KeyboardInterrupt:
-        return _stopped(command)
+        return told(command)
     except SystemExit as stop:
-        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning answers Ctrl-C by exit status 1
-            return _stopped(command)
+        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning answers it by exit status 1
+            return told(command)
+        if interrupt.pressed:  # the fit has said so
+            return STATUS
         raise
 
 
@@ -76,12 +81,6 @@ def _run(command: str, args: list[str]) -> int:
         return 0
     arrange(command, args)  # for what it refuses; the command does this again, also if it is called from Python
     return importlib.import_module(f"recon.cli.{command}").main(args)
-
-
-def _stopped(command: str) -> int:
-    goes_on = "; the same command goes on from what it has written" if command in ("fit", "compare") else ""
-    print(f"recon {command}: stopped by Ctrl-C{goes_on}", file=sys.stderr)
-    return 130
 
 
 def _speaker() -> str | None:

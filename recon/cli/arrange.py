@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from recon.cli.command_line import CommandLine, Config, Item, load_value
+from recon.cli.command_line import CommandLine, Config, Item, classes_in, load_value
 from recon.cli.errors import UsageError, closest, did_you_mean
 from recon.cli.names import CHOICES
 from recon.cli.options import ALWAYS, BOOL, DEFAULTS, LIST, Option, options, scope_names
@@ -37,9 +37,11 @@ def _check(command: str, line: CommandLine, known: dict[str, Option]) -> None:
     if command == "fit" and "model" not in chosen and not asks:
         _check_roots(command, line, known)
         raise UsageError(f"recon fit needs a scope to recover at, got none; choose one: -c {', '.join(scope_names())}")
-    for config in line.configs:
-        for name in names_in(config.content, known):
-            _check_name(command, name, known, chosen, f" (in {config.path})")
+    for config in line.configs:  # by the classes that it names itself, if another class takes its options' place later
+        own = classes_in(config.content)
+        known_there = options(command, line.chosen | own)
+        for name in names_in(config.content, known_there):
+            _check_name(command, name, known_there, chosen | own, f" (in {config.path})")
     for item in line.items:
         if item.token.startswith("--"):
             _check_name(command, item.name, known, chosen)
@@ -132,7 +134,7 @@ def _check_name(command: str, given: str, known: dict[str, Option], chosen: dict
     """Refuse one option if the command does not have it."""
     name = given.replace(".init_args.", ".")
     parts = name.split(".")
-    if parts[-1] in ("help", "class_path", "init_args", "print_config", "") or "dict_kwargs" in parts:
+    if parts[-1] in ("help", "class_path", "init_args", "") or "dict_kwargs" in parts or name.startswith("print_"):
         return
     above = [".".join(parts[:num]) for num in range(1, len(parts))]
     group = next((one for one in reversed(above) if one in known and known[one].choice), None)

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
 
 ERRORS = (ValueError, OSError, FloatingPointError, MemoryError)
 """What a user can cure; anything else is a fault of ours and keeps its traceback."""
@@ -37,19 +37,20 @@ def did_you_mean(word: str, words: Iterable[str], prefix: str = "") -> str:
 
 
 def closest(word: str, words: Iterable[str], num: int = 2) -> list[str]:
-    """The words most like `word`, whatever their case; else those that contain it."""
+    """The words most like `word`, whatever their case, and about equally so; else those that contain it."""
     by_lower = {one.lower(): one for one in words}
     close = get_close_matches(word.lower(), by_lower, n=num, cutoff=0.7)
     if not close and len(word) > 2:
         close = [one for one in by_lower if word.lower() in one][:num]
-    return [by_lower[one] for one in close]
+    likeness = {one: SequenceMatcher(None, word.lower(), one).ratio() for one in close}
+    return [by_lower[one] for one in close if likeness[one] > likeness[close[0]] - 0.05]
 
 
 NOISE = re.compile(
-    r"(Does not validate against any of the Union|Subtypes: |Errors:$|- Errors:$|Given value type|Expected a path but |"
-    r"(- )?Expected a <class 'NoneType'>|Problem with given class_path|Parser key )"
+    r"(Does not validate against any of the Union|Subtypes: |Errors:$|Given value type|Expected a path but |"
+    r"Expected a <class 'NoneType'>|Problem with given class_path|Parser key )"
 )
-EXPECTED = re.compile(r"(?:- )?Expected (?:a |an )?(?P<type>.*?)(?:\. Got value: (?P<value>.*))?$")
+EXPECTED = re.compile(r"Expected (?:a |an )?(?P<type>.*?)(?:\. Got value: (?P<value>.*))?$")
 GIVEN = re.compile(r"Given value: (?:NestedArg\(key='.*?', val=(?P<nested>.*)\)|(?P<value>.*))$")
 TYPES = {"float": "a number", "int": "a whole number", "bool": "true or false", "str": "a text", "list": "a list"}
 
@@ -65,7 +66,7 @@ def plain(message: str) -> str:
         return "\n".join(line.strip() for line in message.splitlines() if line.strip())
     option = "--" + ".".join(keys)
     types, value, others = [], "", []
-    for line in (line.strip() for line in message.splitlines()):
+    for line in (line.strip().removeprefix("- ") for line in message.splitlines()):
         if found := GIVEN.match(line):
             value = value or (found["nested"] or found["value"]).strip("'")
         elif line and (not NOISE.match(line) or "instantiatable" in line):
@@ -74,7 +75,7 @@ def plain(message: str) -> str:
                 types += [_type(found["type"])] * (_type(found["type"]) not in types)
                 value = found["value"] or value
             elif line:
-                others.append(line.removeprefix("- "))
+                others.append(line)
     if others:
         return _of_option(option, list(dict.fromkeys(others)))
     if value.startswith("Namespace("):

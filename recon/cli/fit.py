@@ -14,6 +14,7 @@ from recon.cli.arguments import add_pruning_arguments
 from recon.cli.arrange import arrange
 from recon.cli.configs import config_directory
 from recon.cli.errors import usage
+from recon.cli.names import with_short_paths
 from recon.cli.quiet import quiet
 from recon.data import TokenData
 from recon.distributed.part import Share
@@ -113,7 +114,7 @@ class FitCLI(LightningCLI):
         options["trainer"] = {name: self.config.trainer[name] for name in DECISIVE}
         for name in NOT_FINGERPRINTED_OF_MODEL:
             options["model"]["init_args"].pop(name, None)
-        self.fingerprint: dict[str, Any] = {"options": options, "versions": versions()}
+        self.fingerprint: dict[str, Any] = {"options": with_short_paths(options), "versions": versions()}
         if masks is not None and Path(masks).is_file():
             self.fingerprint["masks"] = digest(Path(masks).read_bytes().hex())
         scope = self.config.model.class_path.rpartition(".")[2]
@@ -203,7 +204,7 @@ def run(args: list[str], merge: bool = False) -> int:
     except SIGTERMException:
         if first:
             where = directory.path
-            console.print(f"stopped by SIGTERM; what was done is in {where}, the same command goes on from there")
+            console.print(f"stopped; what was done is in {where}, the same command goes on from there")
         raise SIGTERMException(STOPPED) from None  # Lightning's own exit status would be 0, as if it had ended
     if isinstance(scope, LocalScope) and cli.share is not None:
         console.print(

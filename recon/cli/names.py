@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
+from recon import FACE
 from recon.cli.errors import UsageError, did_you_mean
 from recon.cli.source import SourceClass, descends, full_module, public_classes
 
@@ -93,10 +94,8 @@ def resolve_class(option: str, text: str) -> str:
     if len(found) == 1:
         return f"{choice.face}.{found[0]}"
     forms = "N:M such as 2:4, a sparsity such as 60%, or " if option == "pattern" else ""
-    raise UsageError(
-        f"--{option} needs {forms}one of {', '.join(sorted(known))}, got {name or text}"
-        f"{did_you_mean(name, found or known)}"
-    )
+    hint = f"; did you mean {' or '.join(found)}?" if found else did_you_mean(name, known)
+    raise UsageError(f"--{option} needs {forms}one of {', '.join(sorted(known))}, got {name or text}{hint}")
 
 
 def resolve(value: Any, path: str = "") -> Any:
@@ -120,6 +119,19 @@ def resolve(value: Any, path: str = "") -> Any:
         return value
     spec = resolve_pattern(str(value)) if path == "pattern" else {"class_path": resolve_class(path, str(value))}
     return {key: item for key, item in spec.items() if item}
+
+
+def with_short_paths(value: Any) -> Any:
+    """A configuration whose class paths of recon are those of its faces, so that equal classes are equal texts."""
+    if isinstance(value, dict):
+        return {key: with_short_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [with_short_paths(item) for item in value]
+    if isinstance(value, str):
+        for face, module in FACE.items():
+            if value.startswith(f"{module}."):
+                return f"recon.{face}.{value.removeprefix(f'{module}.')}"
+    return value
 
 
 def _joined(name: str) -> str:

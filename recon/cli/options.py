@@ -80,6 +80,7 @@ def options(command: str, chosen: dict[str, str]) -> dict[str, Option]:
         )
         _add_choice(found, "model", chosen)
         _add_choice(found, "data", chosen)
+        found["trainer"] = Option("trainer")
         _add_class(found, "trainer", find(TRAINER), chosen)
         found |= {name: Option(name, open=True) for name in ROOTS.values()}
     if command == "plan":
@@ -209,7 +210,8 @@ def _add_parameter(
         _add_choice(found, name, chosen)
         found[name] = Option(name, one.type, one.default, one.help, True, found[name].open, owners=owners)
         return
-    nested = [find_in(one.module, word) for word in re.findall(r"[A-Za-z_]\w*", one.type)]
+    words = [] if LIST.fullmatch(one.type) else re.findall(r"[A-Za-z_]\w*", one.type)
+    nested = [find_in(one.module, word) for word in words]
     parts = [of for of in nested if of is not None and is_dataclass(of)]
     values = literals(one.module, one.type)
     is_open = not (parts or values or SIMPLE.fullmatch(one.type))

@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 
 from recon.cli.arguments import add_pruning_arguments, choose_device, parse
-from recon.cli.names import CHOICES
+from recon.cli.names import CHOICES, with_short_paths
 from recon.cli.quiet import quiet
 from recon.data import TokenData
 from recon.experiment.baselines import measure_pruned
@@ -20,9 +20,8 @@ from recon.pruning.start_weights import MOVED
 from recon.report import Results, print_table
 
 
-def main(args: list[str]) -> int:
-    """Parse, prune, evaluate, report."""
-    quiet()
+def build_parser() -> ArgumentParser:
+    """The parser of `recon prune`."""
     parser = ArgumentParser(
         prog="recon prune", exit_on_error=False, description="Choose which weights survive and write their masks."
     )
@@ -46,6 +45,13 @@ def main(args: list[str]) -> int:
     parser.add_class_arguments(TokenData, "data")
     add_pruning_arguments(parser)
     parser.link_arguments("seed_everything", "data.seed")
+    return parser
+
+
+def main(args: list[str]) -> int:
+    """Parse, prune, evaluate, report."""
+    quiet()
+    parser = build_parser()
     config, built = parse(parser, args)
     if built.criterion is None or built.pattern is None:
         raise ValueError("recon prune needs a criterion and a pattern, got null")
@@ -56,7 +62,7 @@ def main(args: list[str]) -> int:
     }
     source = ModelSource(**config.model.as_dict())
     identity = {"model": source.identity(), "data": built.data.source.identity()}
-    fingerprint = {"options": options, "versions": versions(), **identity}
+    fingerprint = {"options": with_short_paths(options), "versions": versions(), **identity}
     run = RunDirectory(Path(config.run_dir or f"runs/prune-{digest(fingerprint)[:8]}"), fingerprint)
     console = Console(highlight=False, soft_wrap=True)
     report = measure_pruned(
@@ -98,7 +104,8 @@ def _options(name: str, value: dict[str, Any], usual: dict[str, Any]) -> list[st
         if item == usual.get(key):
             continue
         if option in CHOICES and isinstance(item, dict):
-            found += [f"--{option}", item["class_path"], *_options(option, item.get("init_args", {}), {})]
+            kind = item["class_path"].removeprefix(f"{CHOICES[option].face}.")
+            found += [f"--{option}", kind, *_options(option, item.get("init_args", {}), {})]
         elif item is not None or key in usual:
             found += [f"--{option}", item if isinstance(item, str) else json.dumps(item)]
     return found
