@@ -62,7 +62,7 @@ def plain(message: str) -> str:
     types and the value.
     """
     keys = re.findall(r'Parser key "([^"]+)"', message)
-    if not keys:
+    if not keys and "Does not validate against any" not in message:
         return "\n".join(line.strip() for line in message.splitlines() if line.strip())
     option = "--" + ".".join(keys)
     types, value, others = [], "", []
@@ -77,7 +77,8 @@ def plain(message: str) -> str:
             elif line:
                 others.append(line)
     if others:
-        return _of_option(option, list(dict.fromkeys(others)))
+        lines = list(dict.fromkeys(others))
+        return _of_option(option, lines) if keys else "\n".join(lines)
     if value.startswith("Namespace("):
         value = ""
     choices = [one for text in types for one in re.split(r", | or ", text)] if "," in "".join(types) else []

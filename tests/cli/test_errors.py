@@ -35,6 +35,7 @@ UNION = """Parser key "model":
             "Parser key \"baselines\":\n  Expected a <class 'bool'>. Got value: maybe",
             "--baselines needs true or false, got maybe",
         ),
+        (UNION.partition("\n")[2].format(inner="epochs must be at least 1"), "epochs must be at least 1"),
         ("a message of recon", "a message of recon"),
     ],
 )
