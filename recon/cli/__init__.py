@@ -3,11 +3,12 @@
 import argparse
 import importlib
 import os
-import re
 import sys
 
 from recon import __version__
 from recon.basics.children import die_with_parent
+from recon.cli.errors import ERRORS, UsageError, did_you_mean, plain
+from recon.cli.interrupt import STATUS, Interrupt, told
 
 COMMANDS = {
     "fit": "prune a model and recover it at one scope: recon fit -c scopes/submodule",
@@ -30,40 +31,65 @@ usage: recon COMMAND [options]      recon COMMAND --help tells its options
 RECON_TRACEBACK=1 shows where in the code an error arose.
 """
 
-ERRORS = (argparse.ArgumentError, ValueError, OSError, FloatingPointError, MemoryError)
-"""What a user can cure; anything else is a fault of ours and keeps its traceback."""
-
-
-NOISE = re.compile(
-    r"\s*(Does not validate against any of the Union|Subtypes: |Errors:$|- Expected a <class 'NoneType'>|Given value)"
-)
-
 
 def main(args: list[str] | None = None) -> int:
-    """Run one command; returns the exit status."""
-    args = sys.argv[1:] if args is None else args
+    """Run one command.
+
+    Returns:
+        The exit status: 0; 1 if the run failed; 2 if the command line is wrong; 130 if Ctrl-C stopped it.
+    """
+    interrupt = Interrupt()
+    if args is None:  # not where Python code calls this: signals are its own
+        interrupt.install()
+        args = sys.argv[1:]
     if not args or args[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if args else 2
     if args[0] == "--version":
         print(__version__)
         return 0
-    if args[0] not in COMMANDS:
-        print(f"recon: there is no command {args[0]!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+    command, *rest = args
+    if command not in COMMANDS:
+        hint = did_you_mean(command, COMMANDS) or f"; there are {', '.join(COMMANDS)}"
+        print(f"recon: there is no command {command!r}{hint}", file=sys.stderr)
         return 2
     try:
         die_with_parent()
-        return importlib.import_module(f"recon.cli.{args[0]}").main(args[1:])
-    except ERRORS as error:
+        return _run(command, rest)
+    except (UsageError, argparse.ArgumentError, *ERRORS) as error:
         if os.environ.get("RECON_TRACEBACK"):
             raise
         if (who := _speaker()) is not None:
-            print(f"recon {args[0]}: error{who}: {plain(str(error))}", file=sys.stderr)
-        return 1
+            print(f"recon {command}: error{who}: {plain(str(error))}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError | argparse.ArgumentError) else 1
+    except KeyboardInterrupt:
+        return told(command)
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning answers it by exit status 1
+            return told(command)
+        if interrupt.pressed:  # the fit has said so
+            return STATUS
+        raise
+
+
+def _run(command: str, args: list[str]) -> int:
+    """Answer a mistake or `--help` at once, else import the command and run it."""
+    from recon.cli.arrange import arrange
+
+    if {"-h", "--help", "--help.trainer"} & set(args):
+        from recon.cli.help import text
+
+        print(text(command, f"{COMMANDS[command][0].upper()}{COMMANDS[command][1:]}", args), end="")
+        return 0
+    arrange(command, args)  # for what it refuses; the command does this again, also if it is called from Python
+    return importlib.import_module(f"recon.cli.{command}").main(args)
 
 
 def _speaker() -> str | None:
     """Who reports an error of this process: before the processes of a run are connected, all have the same one."""
+    if "lightning" not in sys.modules:  # as it reads them, without the seconds that its import takes
+        ranks_known = [os.environ[name] for name in RANKS if name in os.environ]
+        return "" if not ranks_known or ranks_known[0] == "0" else None
     from recon.distributed import ranks
 
     if ranks.size() > 1:
@@ -71,10 +97,5 @@ def _speaker() -> str | None:
     return "" if ranks.rank() == 0 else None
 
 
-def plain(message: str) -> str:
-    """`message` without what jsonargparse says of the alternatives to a class that could not be made.
-
-    It tries each type of a union in turn and reports all of them, the trivial ones too; the reason that a
-    user can cure is one of many lines.
-    """
-    return "\n".join(line for line in message.splitlines() if line.strip() and not NOISE.match(line))
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+"""Variables that tell a process its rank, in Lightning's order."""

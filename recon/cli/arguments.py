@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentParser
 
-from recon.cli.configs import resolve_config_names
+from recon.cli.arrange import arrange
+from recon.cli.errors import usage
 from recon.pruning.criteria import Criterion
 from recon.pruning.patterns import Pattern
 from recon.pruning.prune import Pruning
@@ -24,9 +25,22 @@ def add_pruning_arguments(parser: ArgumentParser) -> None:
 
 
 def parse(parser: ArgumentParser, args: list[str]) -> tuple[Any, Any]:
-    """Parse `args`, with names of shipped configurations resolved; the configuration, and what it builds."""
-    config = parser.parse_args(resolve_config_names(args))
-    return config, parser.instantiate_classes(config)
+    """Parse the arguments of a command; the configuration, and what it builds.
+
+    Raises:
+        UsageError: If they cannot be understood, or an object cannot be built from them.
+    """
+    with usage():
+        config = parser.parse_args(arrange(parser.prog.removeprefix("recon "), args))
+        return config, parser.instantiate_classes(config)
+
+
+def describe(kind: type, spec: dict[str, Any]) -> str:
+    """The name of the criterion or pattern that `spec` makes, e.g. `60% per row`."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(kind, "one")
+    built: Any = parser.instantiate_classes(parser.parse_object({"one": spec}))
+    return str(built.one)
 
 
 def choose_device(name: str) -> torch.device:

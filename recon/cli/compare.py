@@ -1,11 +1,9 @@
 """`recon compare`: compare scopes, criteria, patterns and seeds, and draw what each buys and costs."""
 
-from typing import Any
-
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from recon.cli.arguments import parse
+from recon.cli.arguments import describe, parse
 from recon.experiment.comparison.compare import compare
 from recon.experiment.comparison.spec import Comparison
 from recon.report import draw_drift, draw_pareto, print_table
@@ -37,11 +35,3 @@ def main(args: list[str]) -> int:
     if failed:
         console.print(f"{len(failed)} of {len(results.cells)} cells failed; the same command tries them again")
     return 1 if failed else 0
-
-
-def describe(kind: type, spec: dict[str, Any]) -> str:
-    """The name of the criterion or pattern that `spec` makes, e.g. `60% per row`."""
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(kind, "one")
-    built: Any = parser.instantiate_classes(parser.parse_object({"one": spec}))
-    return str(built.one)

@@ -1,6 +1,12 @@
 """Where the shipped configurations are, in a clone and in a wheel, and how `-c scopes/block` finds one."""
 
+import re
 from pathlib import Path
+from typing import Any
+
+import yaml
+
+from recon.cli.errors import UsageError, did_you_mean
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -15,15 +21,18 @@ def find_config(name: str) -> str:
     """The path of the configuration `name`: a real path always wins, then a shipped one.
 
     Raises:
-        ValueError: If there is neither, with the shipped names.
+        UsageError: If there is neither, with the closest shipped names.
     """
     if Path(name).is_file():
         return name
     shipped = config_directory() / (name if name.endswith((".yaml", ".yml")) else f"{name}.yaml")
     if shipped.is_file():
         return str(shipped)
-    names = sorted(path.relative_to(config_directory()).with_suffix("").as_posix() for path in shipped_configs())
-    raise ValueError(f"-c needs a file or one of the shipped configurations, got {name!r}; shipped: {', '.join(names)}")
+    names = [path.relative_to(config_directory()).with_suffix("").as_posix() for path in shipped_configs()]
+    folder = name.partition("/")[0]
+    similar = [one for one in names if one.startswith(f"{folder}/")] or sorted({one.partition("/")[0] for one in names})
+    hint = did_you_mean(name, names) or f"; there are {', '.join(similar)}"
+    raise UsageError(f"-c needs a YAML file or the name of a shipped configuration, got {name!r}{hint}")
 
 
 def shipped_configs() -> list[Path]:
@@ -31,17 +40,39 @@ def shipped_configs() -> list[Path]:
     return sorted(path for path in config_directory().rglob("*.yaml") if path.name != "base.yaml")
 
 
-def resolve_config_names(args: list[str]) -> list[str]:
-    """Command-line arguments with the value of each `-c` and `--config` replaced by a path.
+class Loader(yaml.SafeLoader):
+    """YAML without its base-60 numbers, and with 1e-3 as one: `2:4` is a text here, and 124 in YAML 1.1."""
 
-    Scopes go first, for they name the class whose options the others, such as models, set.
+
+Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":int", ":float"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789"))
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(([0-9][0-9_]*\.[0-9_]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.inf)$|^\.nan$"),
+    list("-+.0123456789"),
+)
+
+
+def load(text: str) -> Any:
+    """What a YAML text says, `2:4` being a text and 1e-3 a number."""
+    return yaml.load(text, Loader)
+
+
+def load_config(path: str) -> dict[str, Any]:
+    """The content of a configuration file.
+
+    Raises:
+        UsageError: If it cannot be read, is no YAML, or is no mapping.
     """
-    resolved = list(args)
-    places = [index + 1 for index, arg in enumerate(args[:-1]) if arg in ("-c", "--config")]
-    names = sorted((args[place] for place in places), key=lambda name: not name.startswith("scopes/"))
-    for place, name in zip(places, names, strict=True):
-        resolved[place] = find_config(name)
-    for index, arg in enumerate(args):
-        if arg.startswith("--config="):
-            resolved[index] = f"--config={find_config(arg.removeprefix('--config='))}"
-    return resolved
+    try:
+        content = load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"-c needs a YAML file, got {path}: {' '.join(str(error).split())}") from error
+    if content is not None and not isinstance(content, dict):
+        raise UsageError(
+            f"-c needs a YAML file of options and values, got {path}, which holds a {type(content).__name__}"
+        )
+    return content or {}

@@ -11,7 +11,10 @@ from rich.console import Console
 
 from recon.basics.files import atomic_write
 from recon.cli.arguments import add_pruning_arguments
-from recon.cli.configs import config_directory, resolve_config_names
+from recon.cli.arrange import arrange
+from recon.cli.configs import config_directory
+from recon.cli.errors import usage
+from recon.cli.names import with_short_paths
 from recon.cli.quiet import quiet
 from recon.data import TokenData
 from recon.distributed import ranks
@@ -55,6 +58,8 @@ DECISIVE = (
 
 class FitCLI(LightningCLI):
     """LightningCLI with the options of pruning and of the run directory."""
+
+    command = "fit"
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what a scope and a trainer do not have."""
@@ -110,7 +115,7 @@ class FitCLI(LightningCLI):
         options["trainer"] = {name: self.config.trainer[name] for name in DECISIVE}
         for name in NOT_FINGERPRINTED_OF_MODEL:
             options["model"]["init_args"].pop(name, None)
-        self.fingerprint: dict[str, Any] = {"options": options, "versions": versions()}
+        self.fingerprint: dict[str, Any] = {"options": with_short_paths(options), "versions": versions()}
         if masks is not None and Path(masks).is_file():
             self.fingerprint["masks"] = digest(Path(masks).read_bytes().hex())
         scope = self.config.model.class_path.rpartition(".")[2]
@@ -133,24 +138,25 @@ class ParsingCLI(FitCLI):
 
 
 def _cli(args: list[str], kind: type[FitCLI] = FitCLI) -> FitCLI:
-    return kind(
-        Scope,
-        TokenData,
-        subclass_mode_model=True,
-        run=False,
-        save_config_callback=None,
-        seed_everything_default=0,
-        auto_configure_optimizers=False,
-        load_from_checkpoint_support=False,
-        parser_kwargs={
-            "prog": "recon fit",
-            "exit_on_error": False,
-            "description": "Prune a model and recover it at one scope.",
-            "default_config_files": [str(config_directory() / "base.yaml")],
-        },
-        trainer_defaults={"logger": False},
-        args=resolve_config_names(args),
-    )
+    with usage():
+        return kind(
+            Scope,
+            TokenData,
+            subclass_mode_model=True,
+            run=False,
+            save_config_callback=None,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_kwargs={
+                "prog": f"recon {kind.command}",
+                "exit_on_error": False,
+                "description": "Prune a model and recover it at one scope.",
+                "default_config_files": [str(config_directory() / "base.yaml")],
+            },
+            trainer_defaults={"logger": False},
+            args=arrange(kind.command, args),
+        )
 
 
 def main(args: list[str]) -> int:
@@ -199,7 +205,7 @@ def run(args: list[str], merge: bool = False) -> int:
     except SIGTERMException:
         if first:
             where = directory.path
-            console.print(f"stopped by SIGTERM; what was done is in {where}, the same command goes on from there")
+            console.print(f"stopped; what was done is in {where}, the same command goes on from there")
         raise SIGTERMException(STOPPED) from None  # Lightning's own exit status would be 0, as if it had ended
     ranks.finish(trainer)
     if isinstance(scope, LocalScope) and cli.share is not None:

@@ -52,6 +52,8 @@ OWN = ("device_memory", "flop_rate", "scopes", "json")
 class PlanCLI(ParsingCLI):
     """Parses what `recon fit` takes, and what is asked of a plan."""
 
+    command = "plan"
+
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser that calls itself by its name."""
         described = {"prog": "recon plan", "description": "Predict memory, disk and FLOPs before anything is loaded."}

@@ -1,11 +1,15 @@
 """`recon prune`: choose which weights survive, write their masks, measure what that costs."""
 
+import json
+import shlex
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
 from recon.cli.arguments import add_pruning_arguments, choose_device, parse
+from recon.cli.names import CHOICES, with_short_paths
 from recon.cli.quiet import quiet
 from recon.data import TokenData
 from recon.experiment.baselines import measure_pruned
@@ -16,9 +20,8 @@ from recon.pruning.start_weights import MOVED
 from recon.report import Results, print_table
 
 
-def main(args: list[str]) -> int:
-    """Parse, prune, evaluate, report."""
-    quiet()
+def build_parser() -> ArgumentParser:
+    """The parser of `recon prune`."""
     parser = ArgumentParser(
         prog="recon prune", exit_on_error=False, description="Choose which weights survive and write their masks."
     )
@@ -42,6 +45,13 @@ def main(args: list[str]) -> int:
     parser.add_class_arguments(TokenData, "data")
     add_pruning_arguments(parser)
     parser.link_arguments("seed_everything", "data.seed")
+    return parser
+
+
+def main(args: list[str]) -> int:
+    """Parse, prune, evaluate, report."""
+    quiet()
+    parser = build_parser()
     config, built = parse(parser, args)
     if built.criterion is None or built.pattern is None:
         raise ValueError("recon prune needs a criterion and a pattern, got null")
@@ -52,7 +62,7 @@ def main(args: list[str]) -> int:
     }
     source = ModelSource(**config.model.as_dict())
     identity = {"model": source.identity(), "data": built.data.source.identity()}
-    fingerprint = {"options": options, "versions": versions(), **identity}
+    fingerprint = {"options": with_short_paths(options), "versions": versions(), **identity}
     run = RunDirectory(Path(config.run_dir or f"runs/prune-{digest(fingerprint)[:8]}"), fingerprint)
     console = Console(highlight=False, soft_wrap=True)
     report = measure_pruned(
@@ -69,6 +79,33 @@ def main(args: list[str]) -> int:
     )
     if config.summary:
         print_table(Results([report]), console)
-    moved = f", moved weights in {run.path / MOVED}" if built.criterion.moves_weights else ""
-    console.print(f"masks in {run.masks}{moved}; recover with: recon fit -c scopes/submodule --masks {run.masks}")
+    moved = (run.path / MOVED).is_file()
+    console.print(f"masks in {run.masks}" + (f", moved weights in {run.path / MOVED}" if moved else ""))
+    given = [*differing(config, parser.get_defaults()), "--masks", str(run.masks)]
+    given += ["--model.start", "moved"] if moved else []
+    console.print(f"recover with: recon fit -c scopes/submodule {shlex.join(given)}")
     return 0
+
+
+def differing(config: Any, defaults: Any) -> list[str]:
+    """The options of model, data and seed that differ from their defaults, as `recon fit` takes them."""
+    found = [] if config.seed_everything == 0 else ["--seed_everything", str(config.seed_everything)]
+    for group, without in (("model", "seed"), ("data", "seed")):
+        usual = defaults[group].as_dict()
+        found += _options(group, {key: item for key, item in config[group].as_dict().items() if key != without}, usual)
+    return found
+
+
+def _options(name: str, value: dict[str, Any], usual: dict[str, Any]) -> list[str]:
+    """The options below `name` whose values are not the usual ones."""
+    found: list[str] = []
+    for key, item in value.items():
+        option = f"{name}.{key}"
+        if item == usual.get(key):
+            continue
+        if option in CHOICES and isinstance(item, dict):
+            kind = item["class_path"].removeprefix(f"{CHOICES[option].face}.")
+            found += [f"--{option}", kind, *_options(option, item.get("init_args", {}), {})]
+        elif item is not None or key in usual:
+            found += [f"--{option}", item if isinstance(item, str) else json.dumps(item)]
+    return found

@@ -9,6 +9,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from recon.cli.arrange import arrange
+from recon.cli.errors import usage
 from recon.profiling.phases import memory_file
 from recon.report import Results, markdown_table, print_table
 from recon.report.memory_phases import phases_section, sides_of
@@ -23,17 +25,24 @@ def main(args: list[str]) -> int:
     parser = ArgumentParser(
         prog="recon report", exit_on_error=False, description="Print the results of a run or comparison again."
     )
-    parser.add_argument("path", type=str, help="A run or comparison directory, or a results.json or report.json.")
+    parser.add_argument(
+        "path", type=str, nargs="+", help="Run or comparison directories, or their results.json or report.json."
+    )
     parser.add_argument("--markdown", type=bool, default=False, help="Print a table for a markdown page instead.")
     parser.add_argument(
         "--memory",
-        action="store_true",
+        type=bool,
+        default=False,
         help="Print what the bytes of a run were, phase by phase, instead, and draw memory.png beside its memory.json.",
     )
-    config = parser.parse_args(args)
+    with usage():
+        config = parser.parse_args(arrange("report", args))
     if config.memory:
-        return _memory(Path(config.path))
-    results = Results.load(config.path)
+        for path in config.path:
+            _memory(Path(path))
+        return 0
+    loaded = [Results.load(path) for path in config.path]
+    results = loaded[0] if len(loaded) == 1 else Results([cell for one in loaded for cell in one.cells])
     if config.markdown:
         print(markdown_table(results))
     else:
@@ -41,7 +50,7 @@ def main(args: list[str]) -> int:
     return 0
 
 
-def _memory(path: Path) -> int:
+def _memory(path: Path) -> None:
     """Print and draw the `memory.json` of a run."""
     from recon.report.plots.memory import draw_memory  # matplotlib costs a second that only this should pay
 
@@ -65,7 +74,6 @@ def _memory(path: Path) -> int:
         console.print()
     for file in draw_memory(phases, device, str(path), path):
         console.print(str(file), soft_wrap=True)
-    return 0
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 
 from recon.cli.arguments import choose_device, parse
-from recon.cli.configs import resolve_config_names
+from recon.cli.arrange import arrange
+from recon.cli.errors import usage
 from recon.cli.quiet import quiet
 from recon.data import TokenData
 from recon.experiment.baselines import measure
@@ -35,7 +36,8 @@ def main(args: list[str]) -> int:
     parser.add_class_arguments(ModelSource, "model", skip={"name"}, instantiate=False)
     parser.add_argument("--summary", type=bool, default=True, help="Print the report as a table.")
     parser.add_class_arguments(TokenData, "data", skip={"seed"})
-    parser.set_defaults(_data_of_run(Path(parser.parse_args(resolve_config_names(args)).path)))
+    with usage():
+        parser.set_defaults(_data_of_run(Path(parser.parse_args(arrange("test", args)).path)))
     config, built = parse(parser, args)
     path = Path(config.path)
     name = str(path / "model") if (path / "model").is_dir() else config.path

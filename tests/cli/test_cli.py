@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -10,12 +11,14 @@ import time
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from recon.cli import main
 from recon.models.loading import ModelSource
 from recon.pruning.masks import Masks
+from recon.report import Report
 
 LLAMA = {
     "model_type": "llama",
@@ -117,6 +120,9 @@ def test_prune_then_fit_with_its_masks_then_test(tmp_path, capsys):
     assert broken["mask_violations"] == int((~masks[next(iter(masks))]).sum())
 
 
+USAGE = {"sparsity", "epochs", "unknown option", "unknown scope"}
+"""Mistakes of the command line itself."""
+
 WRONG = {
     "sparsity": (["--pattern.sparsity=1.5"], r"needs 0 <= sparsity < 1, got 1.5"),
     "model path": (
@@ -130,8 +136,8 @@ WRONG = {
     "epochs": (["--model.epochs=0"], r"model.epochs must be at least 1, got 0"),
     "criterion alone": (["--criterion=null"], r"needs both criterion and pattern"),
     "tokenizer": (["--model.shape.vocab_size=100"], r"need 2048 embeddings, the model has 100"),
-    "unknown option": (["--model.num_block=2"], r"Option 'num_block' is not accepted"),
-    "unknown scope": (["--model=Nope"], r"Nope"),
+    "unknown option": (["--model.num_block=2"], r"SubmoduleDistillation has no option --model.num_block"),
+    "unknown scope": (["--model=Nope"], r"--model needs one of BlockDistillation, .*got Nope"),
     "empty file": (["--data.source=TextFiles", '--data.source.paths=["/dev/null"]'], r"/dev/null"),
 }
 
@@ -140,12 +146,13 @@ WRONG = {
 def test_bad_input_gets_one_clear_message(wrong, tmp_path, capsys):
     options, message = WRONG[wrong]
     run_dir = tmp_path / "run"
-    assert main(["fit", "-c", "scopes/submodule", "--run_dir", str(run_dir), *RANDOM, *DATA, *options]) == 1
+    status = main(["fit", "-c", "scopes/submodule", "--run_dir", str(run_dir), *RANDOM, *DATA, *options])
+    assert status == (2 if wrong in USAGE else 1)
     error = capsys.readouterr().err
     assert error.startswith("recon fit: error: ")
     assert re.search(message, error)
     assert "Traceback" not in error
-    assert len(error.splitlines()) <= 5
+    assert len(error.splitlines()) <= 2
     assert not (run_dir / "report.json").exists()
     assert not (run_dir / "model").exists()
 
@@ -223,13 +230,55 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_importing_and_help_stay_light():
-    heavy = "{'torch', 'lightning', 'transformers', 'datasets', 'matplotlib', 'deepspeed'}"
+    heavy = "{'torch', 'lightning', 'transformers', 'datasets', 'matplotlib', 'deepspeed', 'yaml', 'jsonargparse'}"
     script = f"import sys, recon, recon.cli; code = recon.cli.main(['--help']); print(code, {heavy} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.endswith("0 set()\n")
     assert "compare" in result.stdout
 
 
-def test_unknown_command(capsys):
-    assert main(["prunee"]) == 2
-    assert "there is no command 'prunee'" in capsys.readouterr().err
+def test_the_hint_of_prune_can_be_pasted(tmp_path, capsys):
+    text = tmp_path / "my text.txt"
+    text.write_text("".join(f"line {i} of {i * i}\n\n" for i in range(4000)))
+    options = ["--criterion=sparsegpt", "--pattern=2:4", "--data.source=textfiles", "--data.source.paths", str(text)]
+    directory = tmp_path / "pruned models"
+    assert main(["prune", "--run_dir", str(directory), *RANDOM, *DATA, *options, "--seed_everything=3"]) == 0
+    out = capsys.readouterr().out
+    assert f"masks in {directory / 'masks.safetensors'}, moved weights in {directory / 'moved.safetensors'}" in out
+    assert (directory / "moved.safetensors").is_file()
+    command = shlex.split(out.partition("recover with: ")[2])
+    assert command[:4] == ["recon", "fit", "-c", "scopes/submodule"]
+    assert main([*command[1:], "--model.epochs=1", "--run_dir", str(tmp_path / "run")]) == 0
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert config["model"]["init_args"]["start"] == "moved"
+    assert config["model"]["init_args"]["shape"] == LLAMA
+    assert config["data"]["source"]["init_args"]["paths"] == [str(text)]
+    assert (config["seed_everything"], config["data"]["num_sequences"]) == (3, 8)
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert (report["criterion"], report["pattern"]) == ("sparsegpt", "2:4")
+    assert main(["prune", "--run_dir", str(tmp_path / "wanda"), *RANDOM, *DATA]) == 0
+    out = capsys.readouterr().out
+    assert "moved" not in out.partition("masks in")[2]
+
+
+def test_one_class_under_two_names_is_one_run(tmp_path, capsys):
+    assert fit("matrix", tmp_path / "run", *RANDOM) == 0
+    assert fit("matrix", tmp_path / "run", *RANDOM, "--criterion", "wanda") == 0
+    assert "finished: nothing to do" in capsys.readouterr().out
+
+
+def test_report_takes_several_runs_and_flags(tmp_path, capsys):
+    for name, scope in (("a", "block"), ("b", "full")):
+        report = Report(scope=scope, model="m", criterion="wanda", pattern="2:4", seed=0, perplexity=3.0)
+        (tmp_path / name).mkdir()
+        report.save(tmp_path / name / "report.json")
+    assert main(["report", str(tmp_path / "a"), str(tmp_path / "b"), "--markdown"]) == 0
+    both = capsys.readouterr().out
+    assert "| block |" in both
+    assert "| full |" in both
+    assert main(["report", "--markdown", "true", str(tmp_path / "a")]) == 0
+    assert "| full |" not in capsys.readouterr().out
+    assert main(["report", str(tmp_path / "a"), "--memory"]) == 1
+    assert "memory.json" in capsys.readouterr().err
+    assert main(["report", str(tmp_path / "nowhere")]) == 1
+    assert str(tmp_path / "nowhere") in capsys.readouterr().err

@@ -2,8 +2,10 @@
 
 import pytest
 
+from recon.cli.arrange import arrange
 from recon.cli.compare import build_parser
-from recon.cli.configs import config_directory, find_config, resolve_config_names, shipped_configs
+from recon.cli.configs import config_directory, find_config, load_config, shipped_configs
+from recon.cli.errors import UsageError
 from recon.cli.fit import parse_only
 
 NAMES = [path.relative_to(config_directory()).with_suffix("").as_posix() for path in shipped_configs()]
@@ -28,7 +30,7 @@ def test_overlay_of_a_scope(name):
 
 @pytest.mark.parametrize("name", COMPARISONS)
 def test_comparison(name):
-    config = build_parser().parse_args(resolve_config_names(["-c", name]))
+    config = build_parser().parse_args(arrange("compare", ["-c", name]))
     assert config.name == name.removeprefix("comparisons/")
     assert {entry.scope for entry in config.recoveries} <= {"matrix", "submodule", "block", "full"}
 
@@ -50,6 +52,23 @@ def test_a_real_path_wins(tmp_path, monkeypatch):
     assert find_config("scopes/block") == "scopes/block"
 
 
-def test_unknown_name_lists_what_is_shipped():
-    with pytest.raises(ValueError, match=r"got 'scopes/nope'; shipped: .*scopes/block"):
-        resolve_config_names(["-c", "scopes/nope"])
+def test_an_unknown_name_is_answered_with_the_closest():
+    with pytest.raises(UsageError, match=r"got 'scopes/blok'; did you mean scopes/block\?$"):
+        find_config("scopes/blok")
+    with pytest.raises(UsageError, match=r"got 'submodul'; did you mean scopes/submodule"):
+        find_config("submodul")
+    with pytest.raises(UsageError, match=r"there are .*scopes/matrix, scopes/submodule"):
+        find_config("scopes/xyzzy")
+
+
+@pytest.mark.parametrize("text", ["- 1\n", "a: [\n", "just words\n"])
+def test_a_file_that_holds_no_options_is_refused(text, tmp_path):
+    (tmp_path / "my.yaml").write_text(text)
+    with pytest.raises(UsageError, match=r"-c needs a YAML file.*my\.yaml"):
+        load_config(str(tmp_path / "my.yaml"))
+
+
+def test_numbers_and_times_are_read_as_a_user_means_them(tmp_path):
+    (tmp_path / "my.yaml").write_text("a: 2:4\nb: 1e-3\nc: 12\nd: -1.5\ne: 060\nf: 1_000\n")
+    content = load_config(str(tmp_path / "my.yaml"))
+    assert content == {"a": "2:4", "b": 1e-3, "c": 12, "d": -1.5, "e": "060", "f": 1000}

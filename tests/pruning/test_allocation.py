@@ -352,5 +352,5 @@ def test_the_command_line_refuses_what_does_not_fit(tmp_path, capsys) -> None:
     options = ["-c", "allocations/owl", "--run_dir", str(tmp_path / "run"), *RANDOM, *DATA]
     assert main(["prune", *options, "--pattern=NM"]) == 1
     assert "or `pruning.allocation` to null" in capsys.readouterr().err
-    assert main(["prune", *options, "--pruning.allocation.lambda_=0.7"]) == 1
+    assert main(["prune", *options, "--pruning.allocation.lambda_=0.7"]) == 2
     assert "0 < lambda_ < 0.5" in capsys.readouterr().err
