@@ -6,6 +6,7 @@ The meta device would not do: attention falls back to a kernel that keeps the sc
 Blocks are run by `Replay`, whose check by numbers is left out. Equal blocks are rehearsed once.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -317,7 +318,9 @@ class Rehearsal:
         masked = self.masked(names, setting)
         if setting.parameters != "lora":
             return take_step(self.learning(names, setting), masked, loss_of, setting.accumulate > 1, known)
-        masks = Masks({name: torch.ones(self.parameters[name].shape, dtype=torch.bool) for name in masked})
+        shapes = {name: tuple(self.parameters[name].shape) for name in masked}
+        bits = {name: torch.empty(-(-math.prod(shape) // 8), dtype=torch.uint8) for name, shape in shapes.items()}
+        masks = Masks.of_packed(bits, shapes)
         adapters = attach(self.model, masks, masked, Lora(setting.lora_rank), seed=0)
         try:
             learning = {name: self.model.get_parameter(name) for name in adapters}

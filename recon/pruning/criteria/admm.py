@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -100,13 +99,11 @@ class ADMM(Criterion):
 def grown_mask(
     scores: Float[Tensor, "out in_"], pattern: Pattern, progress: float, name: str
 ) -> Bool[Tensor, "out in_"]:
-    """The pattern's mask at `progress` times its sparsity if it is unstructured, at all of it otherwise.
+    """Choose a mask at `progress` times the sparsity of an unstructured pattern, at the whole sparsity of another one.
 
     The count of zeros per row or matrix is rounded down, unless progress is 1: then it is the pattern's.
     """
     if progress >= 1 or not isinstance(pattern, Unstructured):
         return pattern.select(scores, name)
-    ranked = scores if pattern.per == "row" else scores.reshape(1, -1)
-    num_kept = ranked.shape[1] - math.floor(ranked.shape[1] * pattern.sparsity * progress)
-    order = ranked.argsort(dim=1, descending=True, stable=True)
-    return torch.zeros_like(ranked, dtype=torch.bool).scatter_(1, order[:, :num_kept], True).view_as(scores)
+    num_competing = pattern.num_competing(*scores.shape)
+    return pattern.select_count(scores, num_competing - math.floor(num_competing * pattern.sparsity * progress))

@@ -35,14 +35,10 @@ class RIA(Criterion):
         self, weight: Float[Tensor, "out in_"], statistics: InputStatistics | None, name: str
     ) -> Float[Tensor, "out in_"]:
         """Rate each weight by its share of its input's and its output's weights, times a power of its input's norm."""
-        if statistics is None:
-            raise ValueError(
-                f"{self} needs the norms of the inputs of `{name}`, got no statistics; "
-                'run the model inside `collect(..., need="norms")`'
-            )
+        norms = self.require_norms(statistics, name)
         magnitude = weight.float().abs()
         relative = _share(magnitude, magnitude.sum(0, keepdim=True)) + _share(magnitude, magnitude.sum(1, keepdim=True))
-        return relative * statistics.norms**self.exponent
+        return relative * norms**self.exponent
 
 
 def _share(part: Tensor, whole: Tensor) -> Tensor:

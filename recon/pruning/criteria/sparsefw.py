@@ -16,6 +16,7 @@ from recon.pruning.criteria.reconstruction import require_finite_result, require
 from recon.pruning.criteria.ria import RIA
 from recon.pruning.criteria.wanda import Wanda
 from recon.pruning.patterns import NM, Pattern, Unstructured
+from recon.pruning.ranking import descending, mark_first
 
 Start = Literal["wanda", "ria"]
 
@@ -155,8 +156,8 @@ def relax(
     """
     k = int(keep.view(-1, num_competing)[0].sum())
     num_fixed = math.floor(Fraction(str(fixed)) * k)
-    order = saliency.reshape(-1, num_competing).argsort(dim=1, descending=True, stable=True)
-    fixed_one = torch.zeros_like(keep).view_as(order).scatter_(1, order[:, :num_fixed], True).view_as(keep)
+    order = descending(saliency.reshape(-1, num_competing))
+    fixed_one = mark_first(order, num_fixed).view_as(keep)
     separate_rows = num_competing <= W.shape[1]
 
     M = keep.float()
@@ -172,9 +173,7 @@ def relax(
         objectives.append((E * R).sum())
 
     # Of those with the same M the most salient first; M of the fixed ones is 1 to the last bit.
-    ranked = M.view_as(order).gather(1, order)
-    highest = order.gather(1, ranked.argsort(dim=1, descending=True, stable=True)[:, :k])
-    rounded = torch.zeros_like(keep).view_as(order).scatter_(1, highest, True).view_as(keep)
+    rounded = mark_first(descending(M.view_as(order), ties=order), k).view_as(keep)
     return Relaxed(mask=M, keep=rounded, objectives=torch.stack(objectives).tolist())
 
 
@@ -207,11 +206,11 @@ def _best_step(E_D: Tensor, R: Tensor, R_D: Tensor, separate_rows: bool) -> Tens
 
 
 def _num_competing(pattern: Pattern, W: Tensor, name: str) -> int:
-    """How many weights share a budget: those of a group, a row or the matrix."""
+    """Count the weights that share a budget: those of a group, a row or the matrix."""
     if isinstance(pattern, NM):
         return pattern.of
     if isinstance(pattern, Unstructured):
-        return W.shape[1] if pattern.per == "row" else W.numel()
+        return pattern.num_competing(*W.shape)
     raise ValueError(
         f"SparseFW shares out a budget of ones and needs an unstructured or n:m pattern, got {pattern} for `{name}`"
     )

@@ -94,25 +94,17 @@ class SparseGPT(Criterion):
 
     def _start(self, weight: Tensor, statistics: InputStatistics | None, name: str) -> tuple[Tensor, Tensor]:
         """A copy of W in fp32 without its dead columns, and U."""
-        if statistics is None or statistics.gram is None:
-            raise ValueError(
-                f"{self} needs the Gram matrix of the inputs of `{name}`, got none; "
-                'run the model inside `collect(..., need="gram")`'
-            )
-        dead = dead_columns(statistics.gram)
+        gram = self.require_gram(statistics, name)
+        dead = dead_columns(gram)
         W = weight.to(torch.float32, copy=True)
         require_finite(W, name)  # a NaN in a dead column is an error too
         W[:, dead] = 0
-        return W, inverse_factor(_revived(statistics.gram, dead), self.damping, name)
+        return W, inverse_factor(_revived(gram, dead), self.damping, name)
 
     def _choice(self, pattern: Pattern, out: int, in_features: int, name: str) -> tuple[Choose, int, int]:
         """How to choose, columns per block, columns per choice."""
         if isinstance(pattern, NM):
-            if in_features % pattern.of:
-                raise ValueError(
-                    f"{pattern} needs in_features divisible by {pattern.of}, got {in_features} for `{name}`; "
-                    "exclude it with `pruning.exclude` or choose an unstructured pattern"
-                )
+            pattern.require_whole_groups(in_features, name)
             groups = max(1, self.block // pattern.of)
             return lambda scores, first: pattern.select(scores, name), groups * pattern.of, pattern.of
         if not isinstance(pattern, Unstructured) or pattern.across_model:
@@ -193,12 +185,9 @@ def _revived(gram: Tensor, dead: Tensor) -> Tensor:
 def _keep_exactly(scores: Tensor, first: int, pattern: Unstructured, name: str) -> Tensor:
     """Keep as many as the pattern keeps of all columns up to these, less those it keeps of the columns before."""
     require_finite(scores, name)
-    ranked = scores if pattern.per == "row" else scores.reshape(1, -1)
-    per_column = 1 if pattern.per == "row" else len(scores)
     last = first + scores.shape[1]
-    num_kept = pattern.num_kept(per_column * last) - pattern.num_kept(per_column * first)
-    order = ranked.argsort(dim=1, descending=True, stable=True)
-    return torch.zeros_like(ranked, dtype=torch.bool).scatter_(1, order[:, :num_kept], True).view_as(scores)
+    before, after = (pattern.num_kept(pattern.num_competing(len(scores), columns)) for columns in (first, last))
+    return pattern.select_count(scores, after - before)
 
 
 def _above_published_threshold(scores: Tensor, sparsity: float) -> Tensor:

@@ -17,10 +17,5 @@ class Wanda(Criterion):
     def scores(
         self, weight: Float[Tensor, "out in_"], statistics: InputStatistics | None, name: str
     ) -> Float[Tensor, "out in_"]:
-        """Rate each weight by its size times the norm of its input."""
-        if statistics is None:
-            raise ValueError(
-                f"{self} needs the norms of the inputs of `{name}`, got no statistics; "
-                'run the model inside `collect(..., need="norms")`'
-            )
-        return weight.float().abs() * statistics.norms
+        """Rate each weight by its magnitude times the norm of its input."""
+        return weight.float().abs() * self.require_norms(statistics, name)
