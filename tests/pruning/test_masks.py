@@ -195,7 +195,7 @@ def test_a_failed_save_leaves_what_was_there(
     masks.subset(["up.weight"]).save(path)
     before = path.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(recon.masks if step == "save_file" else os, step.removeprefix("os."), full_disk)
+        patch.setattr(recon.pruning.masks if step == "save_file" else os, step.removeprefix("os."), full_disk)
         with pytest.raises(OSError, match=r"could not write `.*m.safetensors` .*No space left .* free space") as raised:
             masks.save(path)
         assert raised.value.errno == errno.ENOSPC
@@ -209,7 +209,7 @@ def test_a_failed_save_leaves_what_was_there(
 def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path) -> None:
     """A real failing write, by a limit on the size of files, in a process of its own."""
     code = (
-        "import resource, sys, torch; from recon.masks import Masks\n"
+        "import resource, sys, torch; from recon.pruning.masks import Masks\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "try: Masks({'w': torch.ones(1024, 1024, dtype=torch.bool)}).save(sys.argv[1])\n"
         "except OSError as error: print(error)"

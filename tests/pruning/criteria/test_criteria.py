@@ -71,7 +71,8 @@ def test_random_leaves_the_global_generator_alone(weight: torch.Tensor) -> None:
 
 def test_random_is_the_same_in_another_process(weight: torch.Tensor) -> None:
     code = (
-        "import torch; from recon.criteria import Random\nprint(Random(3).scores(torch.ones(1, 2), None, 'x').tolist())"
+        "import torch; from recon.pruning.criteria import Random\n"
+        "print(Random(3).scores(torch.ones(1, 2), None, 'x').tolist())"
     )
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert process.stdout.strip() == str(Random(3).scores(torch.ones(1, 2), None, "x").tolist())
