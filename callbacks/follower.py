@@ -9,9 +9,9 @@ from recon.distributed.strategies import WindowParallelStrategy
 from recon.profiling.entries import Peak, Side
 from recon.profiling.footprint import has_state
 from recon.profiling.ledger import Ledger
-from recon.report.memory_phases import is_window
+from recon.profiling.phases import PhaseName, is_window
 
-NOT_FOLLOWED = ("load", "save")
+NOT_FOLLOWED = (PhaseName.LOAD, PhaseName.SAVE)
 """Phases in which libraries move weights about in ways of their own; what is held when they end is counted."""
 
 END = "at its end"
