@@ -29,7 +29,7 @@ DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", to
 """As safetensors calls them."""
 
 Sink = Callable[[str, Tensor], None]
-"""Takes the name of a parameter and its weight in the parameter's layout."""
+"""Receives the name of a parameter and its weight in the parameter's layout."""
 
 
 class Start(Mapping[str, Tensor]):

@@ -25,7 +25,7 @@ class ADMM(Criterion):
     .01125 against .01079 and .01004 against .00964), and a group with fewer zeros is no n:m mask yet.
 
     Args:
-        iterations: Of ADMM.
+        iterations: Number of iterations.
         rho: The penalty on the distance of the two copies, relative to inputs of norm 1.
         damping: Added to the diagonal of G, relative to its mean.
         mask_steps: The first iterations choose the mask anew, the others keep it. 1 takes the mask of Wanda.
@@ -52,7 +52,7 @@ class ADMM(Criterion):
     ) -> Float[Tensor, "out in_"]:
         """Rate each weight by |W_ij| * ||X_j||_2, as the first iteration does.
 
-        `prune` chooses by those of the moved weights, which differ.
+        `prune` chooses by the scores of the moved weights, which differ.
         """
         return Wanda().scores(weight, statistics, name)
 
@@ -74,7 +74,7 @@ class ADMM(Criterion):
             weight: W0, out x in, in any floating-point type; left as it is.
             statistics: With the Gram matrix.
             pattern: Unstructured per row or per matrix, or n:m.
-            name: What error messages call the matrix.
+            name: Name of the matrix, for error messages.
 
         Returns:
             The moved weight, out x in, fp32 and exactly zero where pruned, and the mask, True = kept.

@@ -1,4 +1,4 @@
-"""Wanda: a weight matters if it is large and its input is (arXiv 2306.11695)."""
+"""Wanda: a weight is important if it and its input are large (arXiv 2306.11695)."""
 
 from typing import ClassVar
 
