@@ -13,8 +13,8 @@ The convention is that of PaLM (arXiv 2204.02311, appendix B), one multiply-add 
 - a pruned weight counts like any other: dense products compute with the zeros.
 
 PaLM's factor of 3 from forward to forward and backward holds if every weight learns. A frozen weight needs no
-gradient of its own and counts 4N here, unless it has adapters (`recon.scopes.lora`), whose gradients are made from it. Their
-own products take operations per step, not per token, and are left out.
+gradient of its own and counts 4N here, unless it has adapters (`recon.scopes.lora`), whose gradients are made from it.
+The adapters' own products take operations per step, not per token, and are left out.
 """
 
 from torch import nn

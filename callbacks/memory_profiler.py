@@ -47,8 +47,8 @@ class MemoryProfiler(Callback, PhaseListener):
     `categories` are the bytes of live tensors at their peak, on the device and on the host, and `moment` is its time.
     Without a CUDA device, `device` counts tensors that would be on one, `host` tensors that would stay: offloaded
     blocks, activations kept on the host, packed masks, tokens. `recon.profiling.ledger` counts them, at the times that
-    `callbacks.follower` chooses. If memory runs out, `out_of_memory` lists the live tensors, and the error names options
-    that help.
+    `callbacks.follower` chooses. If memory runs out, `out_of_memory` lists the live tensors, and the error names
+    options that help.
 
     A phase with optimizer steps has a `split` too: the bytes of weights, gradients and optimizer state between backward
     pass and step, at the first step with optimizer state. It reads each tensor once a phase.
