@@ -1,4 +1,4 @@
-"""Floating-point operations of a training step, counted from the module tree: what an MFU is a share of.
+"""Floating-point operations of a training step, counted from the module tree, for the model FLOP utilisation (MFU).
 
 The convention is that of PaLM (arXiv 2204.02311, appendix B), one multiply-add being two operations:
 
@@ -8,13 +8,13 @@ The convention is that of PaLM (arXiv 2204.02311, appendix B), one multiply-add 
   L layers, H heads of size Q and sequences of T tokens, and twice that backward. Causality does not halve it,
   nor does a sliding window reduce it;
 - norms, activations, softmax, positions, biases, loss and optimizer are left out;
-- work that is done twice counts once: gradient checkpointing does not raise the number (this is model, not
-  hardware, FLOP utilisation);
+- repeated computation counts once: gradient checkpointing does not raise the number (this is model, not hardware,
+  FLOP utilisation);
 - a pruned weight counts like any other: dense products compute with the zeros.
 
 PaLM's factor of 3 from forward to forward and backward holds if every weight learns. A frozen weight needs no
-gradient of its own and counts 4N here, unless it has adapters (`recon.lora`), whose gradients are made from it. Their
-own products take operations per step, not per token, and are left out.
+gradient of its own and counts 4N here, unless it has adapters (`recon.scopes.lora`), whose gradients are made from it.
+The adapters' own products take operations per step, not per token, and are left out.
 """
 
 from torch import nn
@@ -26,20 +26,20 @@ from recon.scopes.lora import is_adapted
 
 
 def flops_per_token(model: PreTrainedModel, seq_len: int, backward: bool = True) -> int:
-    """FLOPs per token of one forward and backward pass, or of the forward pass alone.
+    """Count the FLOPs per token of one forward and backward pass, or of the forward pass alone.
 
     Architectures are not told apart: every linear map of the decoder is taken to run once per token, and every
     layer to attend with as many dimensions for values as for keys. Parameters that ZeRO-3 has partitioned or FSDP2
     has sharded count whole; a strategy that splits modules or flattens parameters must come after.
 
     Args:
-        model: A decoder-only model; which weights learn is read from `requires_grad`.
+        model: A decoder-only model; weights with `requires_grad` learn.
         seq_len: Tokens per sequence.
         backward: Count the backward pass too.
 
     Raises:
-        ValueError: If the decoder holds fused experts, of which only some run for a token, or its config does
-            not say how large attention is.
+        ValueError: If the decoder holds fused experts, of which only some run for a token, or its config lacks the
+            sizes of attention.
     """
     attention = 4 * _attention_width(model) * seq_len
     flops = attention * (3 if backward else 1)
@@ -51,7 +51,7 @@ def flops_per_token(model: PreTrainedModel, seq_len: int, backward: bool = True)
 
 
 def _matrices(model: PreTrainedModel) -> list[nn.Module]:
-    """The linear maps that a token passes: those of the decoder and the head, not those of a vision tower."""
+    """List the linear maps that a token passes: those of the decoder and the head, not those of a vision tower."""
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     shapes = {name: list(whole_shape(parameter)) for name, parameter in decoder.named_parameters()}
     fused = [f"{name} {shape}" for name, shape in shapes.items() if len(shape) > 2]
@@ -66,7 +66,7 @@ def _matrices(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def _attention_width(model: PreTrainedModel) -> int:
-    """Heads times head size, summed over the layers: L H Q."""
+    """Compute heads times head size, summed over the layers: L H Q."""
     config = model.config.get_text_config()
     layers, heads = (getattr(config, name, None) for name in ("num_hidden_layers", "num_attention_heads"))
     if not (isinstance(layers, int) and isinstance(heads, int)):

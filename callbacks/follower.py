@@ -1,4 +1,4 @@
-"""Which stretches of a run an account of live tensors follows."""
+"""The parts of a run that the account of live tensors follows."""
 
 import lightning as L
 import torch
@@ -9,10 +9,10 @@ from recon.distributed.strategies import WindowParallelStrategy
 from recon.profiling.entries import Peak, Side
 from recon.profiling.footprint import has_state
 from recon.profiling.ledger import Ledger
-from recon.report.memory_phases import is_window
+from recon.profiling.phases import PhaseName, is_window
 
-NOT_FOLLOWED = ("load", "save")
-"""Phases in which libraries move weights about in ways of their own; what is held when they end is counted."""
+NOT_FOLLOWED = (PhaseName.LOAD, PhaseName.SAVE)
+"""Phases in which libraries move weights in their own ways; live tensors at their end are counted."""
 
 END = "at its end"
 
@@ -20,13 +20,13 @@ END = "at its end"
 class Follower:
     """Opens, feeds and closes a ledger, phase by phase.
 
-    A phase that is the first of its kind (attention, MLP; all that are no windows) is followed from its beginning, in
-    samples that `recon.ledger` takes, and in its optimizer steps up to the first that finds optimizer state: later
-    ones are like it. Of other windows that one step is followed, or, where there is no optimizer, what is held
-    before the first is counted. Under a strategy that shards, what is held is counted.
+    The first phase of each kind (attention, MLP, every other phase) is followed from its beginning, in the samples of
+    `recon.profiling.ledger`, and in its optimizer steps up to the first with optimizer state: later steps are like it.
+    Of other windows that one step is followed; without an optimizer, live tensors before the first step are counted.
+    Under a strategy that shards, live tensors are counted.
 
     Attributes:
-        ledger: What is followed.
+        ledger: The account.
     """
 
     def __init__(self) -> None:
@@ -36,13 +36,13 @@ class Follower:
         self._forget()
 
     def begin_run(self, device: torch.device) -> None:
-        """A run begins that computes on `device`; `gc.freeze` may follow."""
+        """Begin a run that computes on `device`; `gc.freeze` may follow."""
         self.ledger.device = device
         self.ledger.remember()
         self._kinds, self._is_sharded = set(), False
 
     def begin_phase(self, name: str) -> None:
-        """A phase begins, the last one has ended."""
+        """Begin a phase after the last one has ended."""
         self._forget()
         self.ledger.close()
         self.ledger.reset()
@@ -53,18 +53,18 @@ class Follower:
             self.ledger.open("at its start")
 
     def end_phase(self) -> dict[Side, Peak]:
-        """The phase ends, well or not; its peaks."""
+        """End the phase, failed or not, and return its peaks."""
         return self.ledger.close() or self.ledger.look(END)
 
     def begin_fit(self, trainer: L.Trainer) -> None:
-        """Training begins, by a strategy that is known now."""
+        """Begin training, by a strategy that is known now."""
         self._is_sharded = not isinstance(trainer.strategy, SingleDeviceStrategy | WindowParallelStrategy)
         if self._is_sharded:
             self.ledger.close()
             self.ledger.reset()
 
     def begin_batch(self, trainer: L.Trainer, batch_index: int) -> None:
-        """A training step is about to begin, or one of its micro-batches."""
+        """Begin a training step, or one of its micro-batches."""
         if self._is_done or self._is_sharded:
             return
         is_first, self._has_begun = not self._has_begun, True
@@ -85,23 +85,23 @@ class Follower:
             self.ledger.forward(f"{self.step(trainer)}, forward")
 
     def begin_backward(self, trainer: L.Trainer) -> None:
-        """The loss is there."""
+        """Begin the backward pass."""
         if self.ledger.listens:
             self.ledger.backward(f"{self.step(trainer)}, backward")
 
     def begin_update(self, trainer: L.Trainer) -> None:
-        """Gradients are there."""
+        """Begin the optimizer's update."""
         if self.ledger.listens:
             self.ledger.step(f"{self.step(trainer)}, optimizer")
             self.ledger.label("gradients", [parameter.grad for parameter in _learning(trainer)])
 
     def count(self, trainer: L.Trainer) -> None:
-        """Under a strategy that shards: count what is held now, with gradients and optimizer state."""
+        """Count live tensors now, with gradients and optimizer state, under a strategy that shards."""
         if self._is_sharded:
             self.ledger.look(f"{self.step(trainer)}, optimizer")
 
     def end_batch(self) -> dict[Side, Peak] | None:
-        """A training step ended, or one of its micro-batches; the peaks of this phase if no other is followed."""
+        """End a training step, or one of its micro-batches; return this phase's peaks after its last followed step."""
         if not self.ledger.listens:
             return None
         self.ledger.step("between steps")
@@ -112,7 +112,7 @@ class Follower:
         return self.ledger.close()
 
     def step(self, trainer: L.Trainer) -> str:
-        """The optimizer step under way, counted from this phase's first."""
+        """Name the current optimizer step, counted from this phase's first."""
         first = trainer.global_step if self._first_step is None else self._first_step
         return f"step {trainer.global_step - first + 1}"
 
@@ -122,6 +122,6 @@ class Follower:
 
 
 def _learning(trainer: L.Trainer) -> list[torch.nn.Parameter]:
-    """What learns; an offloaded model is no part of its module."""
+    """List the parameters that learn; an offloaded model is no part of its module."""
     groups = [group for one in trainer.optimizers for group in one.param_groups]
     return [parameter for group in groups for parameter in group["params"]]

@@ -113,7 +113,7 @@ def _attach(parameter: Tensor, masks: Masks, name: str, unpacked: dict[torch.dev
 
         return parameter.register_post_accumulate_grad_hook(mask_shard)
     if hasattr(parameter, "ds_id"):  # partitioned weights: whole masks of eight times the size would outweigh them
-        shape = tuple(masks[name].shape)
+        shape = masks.shapes[name]
         return parameter.register_hook(_masking(lambda: masks.packed(name), lambda bits: unpack(bits, shape), unpacked))
     return parameter.register_hook(_masking(lambda: masks[name], lambda keep: keep, unpacked))
 

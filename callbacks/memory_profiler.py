@@ -1,4 +1,4 @@
-"""Peak memory, phase by phase, and what the bytes were."""
+"""Peak memory by phase and by category."""
 
 import gc
 import sys
@@ -41,17 +41,17 @@ NOTHING = Peak(dict.fromkeys(CATEGORIES, 0))
 class MemoryProfiler(Callback, PhaseListener):
     """Measures the peak of every phase of a run and writes `memory.json` as phases end, one file per rank.
 
-    On the host that is the resident memory of the process, on a CUDA device what its allocator had
+    On the host the peak is the resident memory of the process, on a CUDA device the memory that its allocator had
     allocated and reserved. `baseline_host_bytes` is the process with its libraries loaded, before the model.
 
-    `categories` are the bytes of live tensors when they were most, on the device and on the host, and `moment` is when
-    that was. Without a CUDA device, `device` is what would be on one, `host` what would stay: offloaded blocks,
-    activations kept on the host, packed masks, tokens. See `recon.ledger` for how they are counted, and
-    `callbacks.follower` for when. If memory runs out, `out_of_memory` is what was live, and the error says what would
-    help.
+    `categories` are the bytes of live tensors at their peak, on the device and on the host, and `moment` is its time.
+    Without a CUDA device, `device` counts tensors that would be on one, `host` tensors that would stay: offloaded
+    blocks, activations kept on the host, packed masks, tokens. `recon.profiling.ledger` counts them, at the times that
+    `callbacks.follower` chooses. If memory runs out, `out_of_memory` lists the live tensors, and the error names
+    options that help.
 
-    A phase that takes optimizer steps has a `split` too: what weights, gradients and optimizer state held between
-    backward pass and step, at the first step that found optimizer state. It looks at each tensor once a phase.
+    A phase with optimizer steps has a `split` too: the bytes of weights, gradients and optimizer state between backward
+    pass and step, at the first step with optimizer state. It reads each tensor once a phase.
 
     Args:
         print_table: Print the phases when the run ends.
@@ -81,7 +81,7 @@ class MemoryProfiler(Callback, PhaseListener):
     def on_run_start(self, directory: Path, device: torch.device) -> None:
         self._directory, self._device, self.phases, self._num_logged = directory, device, [], 0
         self._trainer = self._module = self._shortage = None
-        gc.collect()  # or what an earlier run in this process left in cycles would be frozen, and counted
+        gc.collect()  # or the cycles of an earlier run in this process would be frozen, and counted
         self._baseline = resident_bytes()
         if self._follower:
             self._follower.begin_run(device)
@@ -164,7 +164,7 @@ class MemoryProfiler(Callback, PhaseListener):
     @override
     def on_phase_end(self, name: str) -> None:
         self._note_shortage(sys.exception())
-        found = self._follower.end_phase() if self._follower else {}  # whatever fails below, nothing listens any more
+        found = self._follower.end_phase() if self._follower else {}  # stops the ledger, even if a line below fails
         peaks = self._meter.stop()
         seconds = round(time.monotonic() - self._started, 3)
         split = self._footprint and {f"{part}_bytes": size for part, size in asdict(self._footprint).items()}
@@ -197,7 +197,7 @@ class MemoryProfiler(Callback, PhaseListener):
             console.print(self._table())
 
     def _log(self, trainer: L.Trainer, found: Mapping[Side, Peak]) -> None:
-        """Give the loggers the peaks of a phase that trains, once."""
+        """Log the peaks of a phase that trains, once."""
         if self._is_logged or not found:
             return
         self._is_logged = True
@@ -210,7 +210,7 @@ class MemoryProfiler(Callback, PhaseListener):
         self._num_logged += 1
 
     def _note_shortage(self, error: BaseException | None) -> None:
-        """If memory ran out, note what is live; the traceback still holds what the failed step had."""
+        """Note the live tensors if memory ran out; the traceback still holds those of the failed step."""
         if self._follower is None:
             return
         ledger = self._follower.ledger
@@ -225,7 +225,7 @@ class MemoryProfiler(Callback, PhaseListener):
         full: Side | None = None
         if self._device.type != "cpu":
             full = "device" if isinstance(error, torch.OutOfMemoryError) else "host"
-            if full == "device" and not was_followed:  # what autograd keeps is then known to the allocator alone
+            if full == "device" and not was_followed:  # the tensors of autograd are then known to the allocator alone
                 unseen = torch.cuda.memory_allocated(self._device) - sum(categories["device"].values())
                 categories["device"]["activations"] += max(0, unseen)
         model = getattr(self._module, "model", None)  # by itself, for an offloaded one is no part of the module

@@ -1,6 +1,6 @@
-"""Who holds which tensors of a run, for an account of memory.
+"""Owners of the tensors of a run, for the account of memory.
 
-Objects are asked whenever they are found, even while their `__init__` is under way: so through `vars`.
+Objects are read whenever a scan finds them, even during their `__init__`: hence `vars`.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Tokens per second and model FLOP utilisation of full retraining, rank by rank."""
+"""Tokens per second and model FLOP utilisation of full retraining, by rank."""
 
 import time
 from typing import Any
@@ -17,12 +17,12 @@ from recon.scopes import FullRetraining
 
 
 class Throughput(Callback):
-    """Measures how fast full retraining is. In the local scopes, whose steps see parts of the model, it does nothing.
+    """Measures the speed of full retraining. In the local scopes, whose steps see parts of the model, it does nothing.
 
-    Every `window` optimizer steps, and when training ends, it logs what the steps since then did:
-    `throughput/tokens_per_second` of all ranks together, `throughput/mfu`, the model FLOPs per second as a share
-    of what the devices could do, and with several ranks `throughput/rank0/tokens_per_second` and so on.
-    Waiting for batches counts; the first step, validation and what happens between epochs do not.
+    Every `window` optimizer steps, and when training ends, it logs the speed of the steps since the last time:
+    `throughput/tokens_per_second` of all ranks together, `throughput/mfu`, the model FLOPs per second as a fraction of
+    the devices' peak, and with several ranks `throughput/rank0/tokens_per_second` and so on. Waiting for batches
+    counts; the first step, validation and the time between epochs do not.
 
     Lightning's ThroughputMonitor takes rank 0 for all ranks and waits for the device after every batch; this one
     asks every rank, and waits once per window.
@@ -46,10 +46,10 @@ class Throughput(Callback):
         self._reset(step=0)
 
     def summary(self) -> dict[str, float | None]:
-        """What was measured from the second step to the end, over all ranks.
+        """Summarise the steps from the second to the last, over all ranks.
 
         Returns:
-            `tokens` in `seconds`, `tokens_per_second`, and `mfu`; None for what is not known.
+            `tokens` in `seconds`, `tokens_per_second`, and `mfu`; None for unknown values.
         """
         rate = self._total_tokens / self._total_seconds if self._total_seconds else None
         return {
@@ -125,7 +125,7 @@ class Throughput(Callback):
             self._started = None
 
     def _measure(self, trainer: L.Trainer) -> None:
-        """Collective: all ranks take as many optimizer steps, so all of them come here together."""
+        """Measure on all ranks: each takes the same number of optimizer steps, so all of them call this together."""
         self._stop(trainer)
         ranks = [(float(self._tokens), self._seconds)]
         if self._num_ranks > 1:
@@ -155,14 +155,14 @@ class Throughput(Callback):
 
 
 def _dtype(trainer: L.Trainer, module: FullRetraining) -> torch.dtype:
-    """What matrices are multiplied in."""
+    """Return the precision of matrix products."""
     plugin = trainer.precision_plugin
     # Lightning takes the plain plugin for float32, but it leaves the model as it is, which may be bfloat16.
     return module.model.dtype if type(plugin) is Precision else _plugin_to_compute_dtype(plugin)
 
 
 def _now(trainer: L.Trainer) -> float:
-    """The time when the device has done what was asked of it."""
+    """Return the time after all work of the device is done."""
     if trainer.strategy.root_device.type != "cpu":
         torch.accelerator.synchronize(trainer.strategy.root_device)
     return time.perf_counter()

@@ -3,10 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-NOT_RECOVERY = ("prune", "evaluate dense and pruned", "evaluate", "drift")
+from recon.profiling.phases import PhaseName
+
+NOT_RECOVERY = (PhaseName.PRUNE, PhaseName.BASELINES, PhaseName.EVALUATE, PhaseName.DRIFT)
 """Phases that cost the same whatever the scope; a report's peaks leave them out."""
 
-NOT_FORESEEN = (*NOT_RECOVERY, "load", "save")
+NOT_FORESEEN = (*NOT_RECOVERY, PhaseName.LOAD, PhaseName.SAVE)
 """Phases that a prediction does not speak of."""
 
 

@@ -29,7 +29,7 @@ from recon.experiment.peaks import largest, peaks_of
 from recon.models.loading import ModelSource
 from recon.models.offload.opening import DENSE, open_offloaded
 from recon.models.replay import Replay
-from recon.profiling.phases import Phases
+from recon.profiling.phases import PhaseName, Phases
 from recon.pruning.criteria import Criterion
 from recon.pruning.interleaved import MASKS, Interleaved
 from recon.pruning.masks import Masks
@@ -123,13 +123,13 @@ def recover(
     dense, pruned = None, None
     predicted = predict()
     with phases.run(run.path if share is None else run.part(share), device):
-        phases.enter("load")
+        phases.enter(PhaseName.LOAD)
         say(f"load {scope.source.name}")
         with ranks.rank_zero_first():
             scope.load(data)
             masks, moved, interleaved = Masks({}), None, None
             if criterion is not None and pattern is not None:
-                phases.enter("prune")
+                phases.enter(PhaseName.PRUNE)
                 if pruning is not None and pruning.inputs == "recovered":
                     interleaved = _interleaved(scope, data, run, criterion, pattern, pruning, masks_file, device, say)
                 else:
@@ -138,9 +138,9 @@ def recover(
                 if masks and (baselines or scope.start == "moved"):
                     moved = moved_with(run.masks, masks)
             if baselines and masks and ranks.rank() == 0:
-                phases.enter("evaluate dense and pruned")
+                phases.enter(PhaseName.BASELINES)
                 dense, pruned = _baselines(scope, data, masks, moved, run, device, say)
-            phases.enter("prepare")
+            phases.enter(PhaseName.PREPARE)
             if scope.offload != "none" or (scope.start == "exact" and ranks.rank() == 0):
                 scope.to(device)
             scope.prepare(data, masks, run.path, moved, say, interleaved)
@@ -153,7 +153,7 @@ def recover(
         if checkpoint is not None:
             checkpoints.require_same(checkpoint, checkpoints.identity(trainer, masks))
             say(f"go on from {checkpoint}")
-        phases.enter("train")
+        phases.enter(PhaseName.TRAIN)
         ranks.meet()  # or the first would count how long the others load
         started = time.monotonic()
         trainer.fit(scope, ckpt_path=checkpoint, weights_only=True)
@@ -172,7 +172,7 @@ def recover(
             seconds, resumed = max(part["seconds"] for part in parts), any(part["resumed"] for part in parts)
             peaks = [part["peaks"] for part in parts]
             layout |= {"processes": len(parts), "strategy": "jobs"}
-        phases.enter("save")
+        phases.enter(PhaseName.SAVE)
         if interleaved is not None:
             assert pattern is not None
             assert pruning is not None
@@ -184,13 +184,13 @@ def recover(
         save_model(model, data.tokenizer, run.model, state)
         del model, state, scope.model
         if baselines and interleaved is not None:
-            phases.enter("evaluate dense and pruned")
+            phases.enter(PhaseName.BASELINES)
             dense, pruned = _baselines(scope, data, masks, None, run, device, say)
-        phases.enter("evaluate")
+        phases.enter(PhaseName.EVALUATE)
         recovered, violations = _measure_written(scope, data, masks, run, device)
         drifted = None
         if drift and masks and scope.evaluation is None:
-            phases.enter("drift")
+            phases.enter(PhaseName.DRIFT)
             drifted = _drift(scope, data, run, device)
     report = Report(
         scope=scope.scope,

@@ -1,16 +1,15 @@
-"""The options of a run that decide what it needs, apart from the model."""
+"""The options of a run that decide its memory, disk and FLOPs, apart from the model."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-import lightning as L
 import torch
 
 from recon.calibration.activations import Propagation
 from recon.calibration.storage import Place, Storage
 from recon.data import TokenData
-from recon.distributed.ranks import layout
 from recon.models.offload.opening import Offload
 from recon.scopes import (
     BlockDistillation,
@@ -37,15 +36,15 @@ PRECISIONS: dict[str, torch.dtype | None] = {
     "bf16-true": torch.bfloat16,
     "16-true": torch.float16,
 }
-"""Lightning's name -> the 16-bit type in it."""
+"""Lightning's name -> its 16-bit type."""
 
 
 @dataclass(frozen=True)
-class Setting:
+class PlanOptions:
     """Options under the names that `recon fit` has for them.
 
     Args:
-        scope: Which scope.
+        scope: The scope.
         batch_size: Sequences per step: `model.batch_size`, in full retraining `data.batch_size` (of each process).
         seq_len: Tokens per sequence.
         num_sequences: Calibration sequences.
@@ -54,30 +53,30 @@ class Setting:
         num_blocks: Blocks a window, in the block scope.
         stride: Blocks from one window's start to the next one's; num_blocks if None.
         groups: Patterns of the matrices recovered together, in place of submodules.
-        start: Where recovery starts from; `exact` collects Gram matrices and solves.
-        propagation: What enters a window.
+        start: Weights that recovery starts from; `exact` collects Gram matrices and solves.
+        propagation: Source of the inputs of a window.
         descent_steps: Steps of AdamW in place of the exact solver, in the matrix scope; 0 for the exact one.
-        loss: As the scope has it.
-        parameters: What learns.
+        loss: The loss of the scope.
+        parameters: The parameters that learn.
         lora_rank: Rank of the adapters, with `parameters: lora`.
         train: `blocks` or `all`, in full retraining.
-        gradient_checkpointing: Keep only what enters each block, in full retraining.
+        gradient_checkpointing: Keep only the inputs of each block, in full retraining.
         accumulate: Batches an optimizer step.
-        precision: Lightning's name.
-        sharding: How processes share the model.
+        precision: Lightning's name of the precision.
+        sharding: Division of the model among processes.
         offload_optimizer: ZeRO: gradients and optimizer state on the host.
         offload_parameters: ZeRO-3: the weights too.
         world_size: Processes; in the local scopes each recovers its share of the windows.
-        num_nodes: Machines that they run on.
-        offload: Local scopes: where the model is while a window of it is recovered.
-        dtype: In which precision the model is loaded, if not in that which it is planned in.
-        activations: Local scopes: where the hidden states of all sequences are between two passes.
-        activations_budget: For `auto`: bytes that they may take on the device.
-        activations_host_budget: For `auto`: bytes that they may take of the host's memory; no limit if None.
-        activations_dtype: In which precision they are kept; that of the model if None.
+        num_nodes: Machines on which the processes run.
+        offload: Local scopes: place of the model while a window of it is recovered.
+        dtype: Precision in which the model is loaded; that of the planned model if None.
+        activations: Local scopes: place of the hidden states of all sequences between two passes.
+        activations_budget: For `auto`: bytes of hidden states on the device.
+        activations_host_budget: For `auto`: bytes of hidden states in the host's memory; no limit if None.
+        activations_dtype: Precision of the kept hidden states; that of the model if None.
         exclude: Patterns of modules that stay dense.
         masked: Whether anything is pruned.
-        device: What kind of device computes: AdamW steps differently on them.
+        device: Kind of the device that computes: AdamW steps differently on them.
     """
 
     scope: ScopeName
@@ -137,12 +136,12 @@ class Setting:
 
     @property
     def half(self) -> torch.dtype | None:
-        """The 16-bit type that products are computed in, if there is one."""
+        """The 16-bit type of products; None in fp32."""
         return PRECISIONS[self.precision]
 
     @property
     def autocasts(self) -> bool:
-        """Whether weights are cast as they are used; DeepSpeed has cast them before."""
+        """Whether weights are cast at each use; DeepSpeed has cast them before."""
         return self.precision.endswith("-mixed") and not self.is_zero
 
     @property
@@ -166,7 +165,7 @@ class Setting:
         return self.scope == "matrix" and self.propagation == "recovered"
 
     def weights_dtype(self, stored: torch.dtype) -> torch.dtype:
-        """The precision of the working weights of a model that is planned in `stored`."""
+        """The precision of the working weights of a model whose planned precision is `stored`."""
         stored = self.dtype or stored
         if self.offload != "none":
             return stored  # Lightning, which casts, does not have the model
@@ -182,18 +181,18 @@ class Setting:
         cls,
         scope: Scope,
         data: TokenData,
-        trainer: L.Trainer | None = None,
+        trainer: Mapping[str, Any] | None = None,
         exclude: tuple[str, ...] = (),
         masked: bool = True,
-    ) -> "Setting":
-        """The setting of a run that is built, before or after its model is loaded.
+    ) -> "PlanOptions":
+        """Collect the options of a run, before or after its model is loaded.
 
         Args:
-            scope: Its scope.
-            data: Its data; nothing is read.
-            trainer: Its trainer; one process in fp32 if None.
-            exclude: See `Setting`.
-            masked: See `Setting`.
+            scope: The scope.
+            data: The data; nothing is read.
+            trainer: As `trainer_options` translates them; one process in fp32 if None.
+            exclude: See `PlanOptions`.
+            masked: See `PlanOptions`.
 
         Raises:
             ValueError: If the scope cannot be planned, or the number of sequences is open.
@@ -202,70 +201,46 @@ class Setting:
             raise ValueError(
                 f"planning knows the scopes {', '.join(SCOPES)}, got {type(scope).__name__}; choose one of them"
             )
-        amounts = {f"num_{'sequences' if split == 'train' else split}": data.num[split] for split in data.num}
-        for name in ("num_sequences", "num_validation"):
-            if amounts[name] is None:
+        for name, split in (("num_sequences", "train"), ("num_validation", "validation")):
+            if data.num[split] is None:
                 raise ValueError(f"planning reads no data and needs a number for data.{name}, got null; give one")
-        options: dict[str, Any] = {
-            "batch_size": scope.batch_size if isinstance(scope, LocalScope) else data.batch_size,
-            "num_sequences": amounts["num_sequences"],
-            "num_validation": amounts["num_validation"],
-        }
-        if isinstance(scope, LocalScope):
-            options |= {"propagation": scope.propagation, "offload": scope.offload}
-            options |= _of_storage(scope.storage)
-        if isinstance(scope, BlockDistillation):
-            options |= {"num_blocks": scope.num_blocks, "stride": scope.stride}
-        if isinstance(scope, SubmoduleDistillation) and scope.groups is not None:
-            options["groups"] = tuple(tuple(group) for group in scope.groups)
-        if isinstance(scope, MatrixReconstruction) and isinstance(scope.solver, GradientDescent):
-            options["descent_steps"] = scope.solver.steps
-        if isinstance(scope, Distillation | FullRetraining):
-            options |= {"loss": scope.loss, "parameters": scope.which_parameters, "lora_rank": scope.lora.rank}
-        if isinstance(scope, FullRetraining):
-            options |= {"train": scope.train_what, "gradient_checkpointing": scope.gradient_checkpointing}
-        if trainer is not None:
-            options |= _of_trainer(trainer)
         return cls(
             scope=scope.scope,  # pyright: ignore[reportArgumentType]
             seq_len=data.seq_len,
+            num_sequences=data.num["train"],  # pyright: ignore[reportArgumentType]
+            num_validation=data.num["validation"],  # pyright: ignore[reportArgumentType]
             epochs=scope.epochs,
             start=scope.start,  # pyright: ignore[reportArgumentType]
             exclude=exclude,
             masked=masked,
-            **options,
+            **_of_scope(scope, data),
+            **trainer or {},
         )
 
 
+def _of_scope(scope: Scope, data: TokenData) -> dict[str, Any]:
+    """The options of one kind of scope that others do not have."""
+    found: dict[str, Any] = {"batch_size": scope.batch_size if isinstance(scope, LocalScope) else data.batch_size}
+    if isinstance(scope, LocalScope):
+        found |= {"propagation": scope.propagation, "offload": scope.offload}
+        found |= _of_storage(scope.storage)
+    if isinstance(scope, BlockDistillation):
+        found |= {"num_blocks": scope.num_blocks, "stride": scope.stride}
+    if isinstance(scope, SubmoduleDistillation) and scope.groups is not None:
+        found["groups"] = tuple(tuple(group) for group in scope.groups)
+    if isinstance(scope, MatrixReconstruction) and isinstance(scope.solver, GradientDescent):
+        found["descent_steps"] = scope.solver.steps
+    if isinstance(scope, Distillation | FullRetraining):
+        found |= {"loss": scope.loss, "parameters": scope.which_parameters, "lora_rank": scope.lora.rank}
+    if isinstance(scope, FullRetraining):
+        found |= {"train": scope.train_what, "gradient_checkpointing": scope.gradient_checkpointing}
+    return found
+
+
 def _of_storage(storage: Storage) -> dict[str, Any]:
-    options: dict[str, Any] = {"activations": storage.place, "activations_dtype": storage.dtype}
+    found: dict[str, Any] = {"activations": storage.place, "activations_dtype": storage.dtype}
     if storage.budget is not None:
         host = storage.budget.left["host"]
-        options["activations_budget"] = int(storage.budget.left["device"])
-        options["activations_host_budget"] = None if math.isinf(host) else int(host)
-    return options
-
-
-def _of_trainer(trainer: L.Trainer) -> dict[str, Any]:
-    name = str(layout(trainer)["strategy"])
-    return {
-        "precision": str(trainer.precision),
-        "accumulate": trainer.accumulate_grad_batches,
-        "world_size": trainer.num_devices * trainer.num_nodes,
-        "num_nodes": trainer.num_nodes,
-        "device": "cuda" if trainer.strategy.root_device.type == "cuda" else "cpu",
-        **sharding_of(name, getattr(trainer.strategy, "config", None)),
-    }
-
-
-def sharding_of(name: str, config: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The part of a setting that a strategy's name tells, such as `zero3_offload`; and DeepSpeed's config, if any."""
-    sharding = name.removesuffix("_offload")
-    if sharding not in get_args(Sharding):
-        return {"sharding": "none"}
-    zero = (config or {}).get("zero_optimization", {})
-    return {
-        "sharding": sharding,
-        "offload_optimizer": "offload_optimizer" in zero or (config is None and name.endswith("_offload")),
-        "offload_parameters": "offload_param" in zero or (config is None and name == "zero3_offload"),
-    }
+        found["activations_budget"] = int(storage.budget.left["device"])
+        found["activations_host_budget"] = None if math.isinf(host) else int(host)
+    return found

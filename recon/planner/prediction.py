@@ -1,5 +1,6 @@
-"""Predicted memory, disk, operations and time of a run, from the model's shape alone."""
+"""Predicted memory, disk, FLOPs and time of a run, from the model's configuration alone."""
 
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,25 +11,32 @@ import torch
 
 from recon.data import TokenData
 from recon.models.loading import ModelSource
-from recon.planner.fake.model import Rehearsal
-from recon.planner.flops import Kind, full_work, local_work, seconds_of, stated
-from recon.planner.full import full_moments, held_on_host, optimizer_bytes
-from recon.planner.local import Cast, calibration_bytes, local_moments, windows_to_recover
-from recon.planner.options import Setting
-from recon.planner.snapshot import CATEGORIES, Moment, numel
+from recon.planner.fake.model import FakeModel
+from recon.planner.flops import Kind, full_flops, local_flops, seconds_of, uniform
+from recon.planner.full import full_snapshots, held_on_host, optimizer_bytes
+from recon.planner.local import FakeModels, calibration_bytes, local_snapshots, windows_to_recover
+from recon.planner.options import PlanOptions
+from recon.planner.snapshot import Snapshot, numel
+from recon.planner.trainer_options import trainer_options
+from recon.profiling.entries import CATEGORIES
 from recon.scopes import Scope
+
+Speed = float | Mapping[Kind, float]
+"""FLOP/s of one process: one number for all kinds, or one for each."""
+
+_log = logging.getLogger(__name__)
 
 
 class Shape:
-    """A model of which nothing but the configuration is known, with what was rehearsed on it.
+    """A model of which only the configuration is known, with its fake models in several precisions.
 
     Args:
-        source: Which model; only its configuration is read, from the hub if it is there.
+        source: The model; only its configuration is read, from the hub if it is there.
 
     Attributes:
-        name: The model's name; the type of a random one.
-        num_parameters: Tied ones once.
-        stored: In which precision it is loaded.
+        name: Name of the model; the type of a random one.
+        num_parameters: Number of parameters, tied ones once.
+        stored: Precision in which the model is loaded.
     """
 
     def __init__(self, source: ModelSource) -> None:
@@ -37,183 +45,189 @@ class Shape:
         self.num_parameters = numel(skeleton.parameters())
         self.stored: torch.dtype = skeleton.dtype
         self._config, self._trust = skeleton.config, source.trust_remote_code
-        self._rehearsals: dict[torch.dtype, Rehearsal] = {}
+        self._fakes: dict[torch.dtype, FakeModel] = {}
 
-    def rehearsal(self, setting: Setting) -> Rehearsal:
-        """The model in the precision that its weights have on the device."""
-        return self._in(setting.weights_dtype(self.stored))
+    def fake(self, options: PlanOptions) -> FakeModel:
+        """The fake model in the precision of the weights on the device."""
+        return self._in(options.weights_dtype(self.stored))
 
-    def cast(self, setting: Setting) -> Cast:
-        """The model as it is passed, and as its windows are trained: in fp32, whatever it is stored in."""
-        stored = self.rehearsal(setting)
-        return Cast(stored, self._in(torch.promote_types(stored.dtype, torch.float32)))
+    def fakes(self, options: PlanOptions) -> FakeModels:
+        """The fake models of a local scope: in the stored precision, and in fp32 for the training of windows."""
+        stored = self.fake(options)
+        return FakeModels(stored, self._in(torch.promote_types(stored.dtype, torch.float32)))
 
-    def _in(self, dtype: torch.dtype) -> Rehearsal:
-        if dtype not in self._rehearsals:
-            self._rehearsals[dtype] = Rehearsal(self._config, dtype, self._trust)
-        return self._rehearsals[dtype]
+    def _in(self, dtype: torch.dtype) -> FakeModel:
+        if dtype not in self._fakes:
+            self._fakes[dtype] = FakeModel(self._config, dtype, self._trust)
+        return self._fakes[dtype]
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What each process of a run needs for recovery; libraries, pruning before it and evaluation are left out.
+    """The needs of each process of a run in recovery; libraries, pruning before it and evaluation are left out.
 
     Args:
-        setting: Of the run.
-        moments: The worst of every kind, what the device that computes holds then.
-        host: Category -> bytes in the memory of one machine beside what devices hold, of all processes on it. Where
-            the host is the device too, the two add up.
-        disk: What -> bytes in the run directory at its fullest.
-        work: FLOPs of all processes together, by kind.
-        seconds: At the FLOP rate given; None without one.
+        options: Options of the run.
+        snapshots: The largest snapshot of every kind.
+        host: Category -> bytes in the memory of one machine beside those on devices, of all its processes together.
+            Where the host is the device too, the two add up.
+        disk: Content -> bytes in the run directory at its fullest.
+        flops_by_kind: FLOPs of all processes together.
+        seconds: Time at the given speed; None without one.
     """
 
-    setting: Setting
-    moments: list[Moment]
+    options: PlanOptions
+    snapshots: list[Snapshot]
     host: Mapping[str, int]
     disk: Mapping[str, int]
-    work: Mapping[Kind, int]
+    flops_by_kind: Mapping[Kind, int]
     seconds: float | None = None
 
     @property
     def flops(self) -> int:
-        """Of all processes together."""
-        return sum(self.work.values())
+        """FLOPs of all processes together."""
+        return sum(self.flops_by_kind.values())
 
     @property
-    def peak(self) -> Moment:
-        """The moment when the device holds most."""
-        return max(self.moments, key=lambda moment: moment.total)
+    def peak(self) -> Snapshot:
+        """The largest snapshot."""
+        return max(self.snapshots, key=lambda snapshot: snapshot.total)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON, all amounts in bytes."""
         peak = self.peak
         return {
-            "scope": self.setting.scope,
-            "setting": self.setting.as_dict(),
+            "scope": self.options.scope,
+            "setting": self.options.as_dict(),
             "peak_bytes": peak.total,
             "moment": peak.name,
-            "categories": {name: peak.held[name] for name in CATEGORIES},
-            "moments": {moment.name: moment.total for moment in self.moments},
+            "categories": {category: peak.held[category] for category in CATEGORIES},
+            "moments": {snapshot.name: snapshot.total for snapshot in self.snapshots},
             "host_bytes": sum(self.host.values()),
             "host": dict(self.host),
             "disk_bytes": sum(self.disk.values()),
             "disk": dict(self.disk),
             "flops": self.flops,
-            "work": dict(self.work),
+            "work": dict(self.flops_by_kind),
             "seconds": self.seconds,
         }
 
 
-def predict(shape: Shape, setting: Setting, flop_rate: float | Mapping[Kind, float] | None = None) -> Prediction:
-    """Predict what a run needs.
+def predict(shape: Shape, options: PlanOptions, speed: Speed | None = None) -> Prediction:
+    """Predict the needs of a run.
 
     Args:
         shape: The model.
-        setting: The options.
-        flop_rate: FLOP/s of one process, one for all kinds of work or one for each.
+        options: The options of the run; the number of processes is theirs too.
+        speed: FLOP/s of one process; no time is predicted without it.
 
     Raises:
         ValueError: If the model cannot be read or recovered in this way.
     """
     try:
-        return _predict(shape, setting, flop_rate)
-    except RuntimeError as error:
+        return _predict(shape, options, speed)
+    except (RuntimeError, AssertionError) as error:  # an operator, or a FLOP formula of torch, that refuses its inputs
         raise ValueError(
             f"planning runs a model's own code on tensors without numbers, {shape.name} cannot be run so: {error}"
         ) from error
 
 
-def _predict(shape: Shape, setting: Setting, flop_rate: float | Mapping[Kind, float] | None) -> Prediction:
-    worst = _moments(shape, setting)
-    local = setting.is_local
-    work = local_work(shape.cast(setting), setting) if local else full_work(shape.rehearsal(setting), setting)
-    rates = stated(flop_rate) if isinstance(flop_rate, float | int) else flop_rate
-    seconds = None if rates is None else seconds_of(work, rates, setting)
-    return Prediction(setting, worst, _host(shape, setting), _disk(shape, setting), work, seconds)
+def _predict(shape: Shape, options: PlanOptions, speed: Speed | None) -> Prediction:
+    snapshots = _largest_snapshots(shape, options)
+    is_local = options.is_local
+    flops = local_flops(shape.fakes(options), options) if is_local else full_flops(shape.fake(options), options)
+    speeds = uniform(speed) if isinstance(speed, float | int) else speed
+    seconds = None if speeds is None else seconds_of(flops, speeds, options)
+    return Prediction(options, snapshots, _host(shape, options), _disk(shape, options), flops, seconds)
 
 
-def peak_of(shape: Shape, setting: Setting) -> Moment:
-    """The peak alone: quicker than the whole prediction."""
-    return max(_moments(shape, setting), key=lambda moment: moment.total)
+def peak_of(shape: Shape, options: PlanOptions) -> Snapshot:
+    """Predict the largest snapshot alone, which is quicker than the whole prediction."""
+    return max(_largest_snapshots(shape, options), key=lambda snapshot: snapshot.total)
 
 
-def _moments(shape: Shape, setting: Setting) -> list[Moment]:
-    """The worst moment of every kind."""
-    worst: dict[str, Moment] = {}
-    if setting.is_local:
-        moments = local_moments(shape.cast(setting), setting)
+def _largest_snapshots(shape: Shape, options: PlanOptions) -> list[Snapshot]:
+    """The largest snapshot of every kind."""
+    largest: dict[str, Snapshot] = {}
+    if options.is_local:
+        snapshots = local_snapshots(shape.fakes(options), options)
     else:
-        moments = full_moments(shape.rehearsal(setting), setting)
-    for moment in moments:
-        if moment.name not in worst or moment.total > worst[moment.name].total:
-            worst[moment.name] = moment
-    return list(worst.values())
+        snapshots = full_snapshots(shape.fake(options), options)
+    for snapshot in snapshots:
+        if snapshot.name not in largest or snapshot.total > largest[snapshot.name].total:
+            largest[snapshot.name] = snapshot
+    return list(largest.values())
 
 
-def _masks(rehearsal: Rehearsal, setting: Setting) -> int:
-    """Bytes of all masks, bit-packed, as they are held on the host and written."""
-    if not setting.masked:
+def _masks(fake: FakeModel, options: PlanOptions) -> int:
+    """Bytes of all bit-packed masks, on the host and on disk."""
+    if not options.masked:
         return 0
-    prunable = rehearsal.prunable(setting.exclude)
+    prunable = fake.prunable(options.exclude)
     return sum(-(-module.get_parameter("weight").numel() // 8) for module in prunable.values())
 
 
-def _host(shape: Shape, setting: Setting) -> dict[str, int]:
-    rehearsal = shape.rehearsal(setting)
-    item = (setting.dtype or shape.stored).itemsize
-    whole = shape.num_parameters * item  # every process loads it, and one gathers it to write it
-    held: Counter[str] = Counter(masks=_masks(rehearsal, setting))
-    held["other"] = (setting.num_sequences + setting.num_validation) * setting.seq_len * torch.int64.itemsize
-    if setting.is_local:
-        blocks = [rehearsal.block_numel(block) for block in rehearsal.anatomy.blocks]
+def _host(shape: Shape, options: PlanOptions) -> dict[str, int]:
+    fake = shape.fake(options)
+    item = (options.dtype or shape.stored).itemsize
+    whole = shape.num_parameters * item  # loaded by every process, and gathered by one to be written
+    held: Counter[str] = Counter(masks=_masks(fake, options))
+    held["other"] = (options.num_sequences + options.num_validation) * options.seq_len * torch.int64.itemsize
+    if options.is_local:
+        blocks = [fake.block_numel(block) for block in fake.anatomy.blocks]
         outside = shape.num_parameters - sum(blocks)
         # Blocks that are read from disk are on the device alone.
-        held["weights"] = outside * item if setting.offload == "disk" else whole
-        held["calibration"] = calibration_bytes(rehearsal, setting)["host"]
+        held["weights"] = outside * item if options.offload == "disk" else whole
+        held["calibration"] = calibration_bytes(fake, options)["host"]
     else:
-        offloaded = held_on_host(rehearsal, setting)
+        offloaded = held_on_host(fake, options)
         held["weights"] = max(whole, offloaded["weights"])
         held["gradients"], held["optimizer"] = offloaded["gradients"], offloaded["optimizer"]
-    if setting.device == "cpu" and setting.offload == "none" and not setting.offload_parameters:
+    if options.device == "cpu" and options.offload == "none" and not options.offload_parameters:
         held["weights"] = 0  # the host's are the device's
-    processes = -(-setting.world_size // setting.num_nodes)
+    processes = -(-options.world_size // options.num_nodes)
     return {name: processes * held[name] for name in CATEGORIES}
 
 
-def _disk(shape: Shape, setting: Setting) -> dict[str, int]:
-    item, rehearsal = (setting.dtype or shape.stored).itemsize, shape.rehearsal(setting)
-    disk = {"model": shape.num_parameters * item, "masks": _masks(rehearsal, setting)}
-    if setting.is_local:
-        windows = windows_to_recover(rehearsal, setting)
-        processes = setting.world_size
-        disk["activations"] = processes * calibration_bytes(rehearsal, setting)["disk"]
-        disk["windows"] = item * numel(rehearsal.parameters[name] for window in windows for name in window.owned)
+def _disk(shape: Shape, options: PlanOptions) -> dict[str, int]:
+    item, fake = (options.dtype or shape.stored).itemsize, shape.fake(options)
+    disk = {"model": shape.num_parameters * item, "masks": _masks(fake, options)}
+    if options.is_local:
+        windows = windows_to_recover(fake, options)
+        processes = options.world_size
+        disk["activations"] = processes * calibration_bytes(fake, options)["disk"]
+        disk["windows"] = item * numel(fake.parameters[name] for window in windows for name in window.owned)
     else:
-        weights = rehearsal.num_parameters * rehearsal.item
+        weights = fake.num_parameters * fake.item
         # The last one is deleted when the next is complete.
-        disk["checkpoints"] = 2 * (weights + optimizer_bytes(rehearsal, setting))
-        if setting.solves:
-            disk["start"] = item * 8 * _masks(rehearsal, setting)
+        disk["checkpoints"] = 2 * (weights + optimizer_bytes(fake, options))
+        if options.solves:
+            disk["start"] = item * 8 * _masks(fake, options)
     return disk
 
 
 def forecast(
     scope: Scope, data: TokenData, trainer: L.Trainer, exclude: tuple[str, ...], masked: bool
 ) -> dict[str, Any]:
-    """What the run is predicted to need, as plain data; `reason` alone if that cannot be said.
+    """Predict the needs of a run that is about to begin, as plain data. It never stops the run.
 
-    Takes a second or less, loads nothing, and leaves the run as it was.
+    Takes a second or less, loads nothing, connects nothing and leaves the run as it was. The number of processes is
+    that of the trainer.
 
     Args:
-        scope: Of the run, before or after it is loaded.
-        data: Of the run.
-        trainer: Of the run.
+        scope: The scope, before or after its model is loaded.
+        data: The data.
+        trainer: The trainer, before or after its processes are connected.
         exclude: Patterns of modules that stay dense.
         masked: Whether the model is pruned.
+
+    Returns:
+        `Prediction.as_dict`, or the `reason` alone why there is none; a warning in the log then says it too.
     """
     try:
-        setting = Setting.of(scope, data, trainer, exclude=exclude, masked=masked)
-        return predict(Shape(scope.source), setting).as_dict()
-    except ValueError as error:
-        return {"reason": str(error)}
+        options = PlanOptions.of(scope, data, trainer_options(trainer), exclude, masked)
+        return predict(Shape(scope.source), options).as_dict()
+    except Exception as error:  # whatever fails here, the run itself may succeed
+        reason = " ".join(str(error).split()) or type(error).__name__
+        _log.warning("no prediction of memory and FLOPs: %s", reason)
+        return {"reason": reason}

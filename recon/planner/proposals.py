@@ -1,4 +1,4 @@
-"""Settings that fit in a given memory: the cheapest of each kind of change, least time first, then least change."""
+"""Options that fit in a given memory: the cheapest of each kind of change, least time first, then least change."""
 
 import math
 from collections.abc import Iterator
@@ -8,11 +8,11 @@ from typing import Any, get_args
 
 import torch
 
-from recon.planner.options import Setting, Sharding
+from recon.planner.options import PlanOptions, Sharding
 from recon.planner.prediction import Prediction, Shape, peak_of, predict
 
 PRECISIONS = ("bf16-mixed", "bf16-true")
-"""Tried in place of fp32, the less exact one later and in full retraining alone."""
+"""Precisions tried in place of fp32; the less exact one is later, and for full retraining alone."""
 
 STRATEGIES: tuple[dict[str, Any], ...] = (
     {"sharding": "zero1"},
@@ -24,27 +24,44 @@ STRATEGIES: tuple[dict[str, Any], ...] = (
 )
 
 PLACES = (("host", "device"), ("host", "host"), ("disk", "disk"))
-"""Where the model and the activations of a local scope may be instead, the slower ones later."""
+"""Other places of the model and the activations of a local scope; the slower ones are later."""
 
 SHARDINGS = get_args(Sharding)
 
 MAX_PROCESSES = 64
 
+LOGARITHMIC = {"batch_size", "num_blocks", "world_size"}
+"""Options whose change counts by its logarithm."""
+
+ARGUMENTS = {
+    "world_size": "trainer.devices",
+    "batch_size": "{part}.batch_size",
+    "accumulate": "trainer.accumulate_grad_batches",
+    "num_blocks": "model.num_blocks",
+    "precision": "trainer.precision",
+    "dtype": "model.dtype",
+    "start": "model.start",
+    "gradient_checkpointing": "model.gradient_checkpointing",
+    "offload": "model.offload",
+    "activations": "model.activations",
+}
+"""Option of a plan -> that of `recon fit`; `part` is model in local scopes, else data."""
+
 
 @dataclass(frozen=True)
 class Proposal:
-    """A setting that fits.
+    """Options that fit.
 
     Args:
-        kind: What it takes: `the same device`, `offload` or `more devices`.
-        options: As `recon fit` takes them.
-        prediction: Of that setting.
-        cost: FLOPs of all processes, then how many options differ, and by how much: less is cheaper. That a start from
-            the pruned weights saves FLOPs does not count, for it is made up for by epochs.
+        kind: Kind of the change: `the same device`, `offload` or `more devices`.
+        arguments: The change, as arguments of `recon fit`.
+        prediction: Prediction with these options.
+        cost: FLOPs of all processes, then number and size of the changes: less is cheaper. FLOPs saved by a start from
+            the pruned weights do not count, for further epochs make up for them.
     """
 
     kind: str
-    options: list[str]
+    arguments: list[str]
     prediction: Prediction
     cost: tuple[int, int, float]
 
@@ -54,111 +71,101 @@ def fits(prediction: Prediction, device_memory: int) -> bool:
     return prediction.peak.total <= device_memory
 
 
-def propose(shape: Shape, setting: Setting, device_memory: int) -> list[Proposal]:
-    """The cheapest setting of each kind that fits, least time first; none if `setting` itself does or nothing can.
+def propose(shape: Shape, asked: PlanOptions, device_memory: int) -> list[Proposal]:
+    """Find the cheapest options of each kind that fit, least time first.
 
     The number of sequences in an optimizer step stays in full retraining; local scopes take smaller steps with smaller
     batches. Time is that of all processes together.
 
     Args:
         shape: The model.
-        setting: What was asked for.
+        asked: The options to change.
         device_memory: Bytes of one device.
+
+    Returns:
+        Proposals; none if `asked` fits itself or nothing does.
     """
-    asked = predict(shape, setting)
-    if fits(asked, device_memory):
+    prediction = predict(shape, asked)
+    if fits(prediction, device_memory):
         return []
+    flops = prediction.flops
     found: dict[str, Proposal] = {}
-    for kind, smaller in _of_local(setting, shape) if setting.is_local else _of_full(setting):
-        for one in _with_batches(setting, smaller):
-            if peak_of(shape, one).total > device_memory:
+    for kind, smaller in _of_local(asked, shape) if asked.is_local else _of_full(asked):
+        for options in _with_batches(asked, smaller):
+            if peak_of(shape, options).total > device_memory:
                 break  # smallest batch first: larger ones need more
-            prediction = predict(shape, one)
-            cost = (max(prediction.flops, asked.flops), *_changes(setting, one))
+            prediction = predict(shape, options)
+            cost = (max(prediction.flops, flops), *_changes(asked, options))
             if kind not in found or cost < found[kind].cost:
-                found[kind] = Proposal(kind, _options(setting, one), prediction, cost)
+                found[kind] = Proposal(kind, _arguments(asked, options), prediction, cost)
     return sorted(found.values(), key=lambda proposal: proposal.cost)
 
 
-def _of_local(setting: Setting, shape: Shape) -> Iterator[tuple[str, Setting]]:
-    """All combinations of what makes a local scope smaller."""
-    given = setting.offload, setting.activations
+def _of_local(asked: PlanOptions, shape: Shape) -> Iterator[tuple[str, PlanOptions]]:
+    """Combine all changes that make a local scope smaller."""
+    given = asked.offload, asked.activations
     places = [given, *(place for place in PLACES if given in (("none", "device"), *PLACES[: PLACES.index(place)]))]
-    starts = dict.fromkeys([setting.start, "pruned" if setting.start == "exact" else setting.start])
-    blocks = _halved(setting.num_blocks) if setting.stride is None else [setting.num_blocks]
-    precisions = dict.fromkeys([setting.precision, "bf16-mixed" if setting.half is None else setting.precision])
-    narrow = setting.dtype is None and setting.half is None and shape.stored == torch.float32
-    dtypes = [setting.dtype, *[torch.bfloat16] * narrow]
+    starts = dict.fromkeys([asked.start, "pruned" if asked.start == "exact" else asked.start])
+    blocks = _halved(asked.num_blocks) if asked.stride is None else [asked.num_blocks]
+    precisions = dict.fromkeys([asked.precision, "bf16-mixed" if asked.half is None else asked.precision])
+    narrow = asked.dtype is None and asked.half is None and shape.stored == torch.float32
+    dtypes = [asked.dtype, *[torch.bfloat16] * narrow]
     for place, start, num_blocks, precision, dtype in product(places, starts, blocks, precisions, dtypes):
-        changed = replace(setting, start=start, num_blocks=num_blocks, precision=precision, dtype=dtype)
+        changed = replace(asked, start=start, num_blocks=num_blocks, precision=precision, dtype=dtype)
         kind = "the same device" if place == given else "offload"
         yield kind, replace(changed, offload=place[0], activations=place[1])
 
 
-def _of_full(setting: Setting) -> Iterator[tuple[str, Setting]]:
-    for precision in (setting.precision, *(PRECISIONS if setting.precision == "32-true" else ())):
-        for checkpointing in sorted({setting.gradient_checkpointing, True}):
-            again = replace(setting, precision=precision, gradient_checkpointing=checkpointing)
+def _of_full(asked: PlanOptions) -> Iterator[tuple[str, PlanOptions]]:
+    """Combine all changes that make full retraining smaller."""
+    worlds = [2**power for power in range(1 + int(math.log2(MAX_PROCESSES)))]
+    worlds = [world for world in worlds if world >= asked.world_size]
+    for precision in (asked.precision, *(PRECISIONS if asked.precision == "32-true" else ())):
+        for checkpointing in sorted({asked.gradient_checkpointing, True}):
+            again = replace(asked, precision=precision, gradient_checkpointing=checkpointing)
             yield "the same device", again
-            for strategy in STRATEGIES:
-                if precision == "bf16-true":  # DeepSpeed has its own copies, and FSDP2 is not run so
-                    continue
-                worlds = [2**power for power in range(1 + int(math.log2(MAX_PROCESSES)))]
-                for world in (world for world in worlds if world >= setting.world_size):
-                    offloads = "offload_optimizer" in strategy
-                    if offloads and world == setting.world_size:
-                        yield "offload", replace(again, world_size=world, **strategy)
-                    elif world > 1:
-                        kind = "more devices" if world > setting.world_size else "the same device"
-                        yield kind, replace(again, world_size=world, **strategy)
+            if precision == "bf16-true":  # DeepSpeed has its own copies, and FSDP2 is not run so
+                continue
+            for strategy, world in product(STRATEGIES, worlds):
+                if "offload_optimizer" in strategy and world == asked.world_size:
+                    yield "offload", replace(again, world_size=world, **strategy)
+                elif world > 1:
+                    kind = "more devices" if world > asked.world_size else "the same device"
+                    yield kind, replace(again, world_size=world, **strategy)
 
 
-def _with_batches(asked: Setting, setting: Setting) -> Iterator[Setting]:
-    """`setting` with every batch size that goes into what was asked for, the smallest first."""
+def _with_batches(asked: PlanOptions, options: PlanOptions) -> Iterator[PlanOptions]:
+    """Give `options` every batch size that divides the one of `asked`, the smallest first."""
     together = asked.batch_size * asked.accumulate * asked.world_size
     for batch_size in reversed(_halved(asked.batch_size)):
         if asked.is_local:
-            yield replace(setting, batch_size=batch_size)
-        elif together % (batch_size * setting.world_size) == 0:
-            accumulate = together // (batch_size * setting.world_size)
-            yield replace(setting, batch_size=batch_size, accumulate=accumulate)
+            yield replace(options, batch_size=batch_size)
+        elif together % (batch_size * options.world_size) == 0:
+            accumulate = together // (batch_size * options.world_size)
+            yield replace(options, batch_size=batch_size, accumulate=accumulate)
 
 
 def _halved(number: int) -> list[int]:
-    """`number`, half of it, and so on down to 1."""
+    """Halve `number` until 1 is reached."""
     return [number] if number == 1 else [number, *_halved(number // 2)]
 
 
-def _changes(asked: Setting, setting: Setting) -> tuple[int, float]:
-    """How many options differ, and how far."""
-    changed = {name for name, value in vars(setting).items() if getattr(asked, name) != value} - {"accumulate"}
-    amount = sum(abs(math.log2(getattr(setting, name) / getattr(asked, name))) for name in changed & _NUMBERS)
-    amount += (setting.precision != asked.precision) * (1 + (setting.precision == "bf16-true"))
-    return len(changed), amount + (setting.offload == "disk") + 0.1 * SHARDINGS.index(setting.sharding)
+def _changes(asked: PlanOptions, options: PlanOptions) -> tuple[int, float]:
+    """Number and size of the changes."""
+    changed = {name for name, value in vars(options).items() if getattr(asked, name) != value} - {"accumulate"}
+    size = sum(abs(math.log2(getattr(options, name) / getattr(asked, name))) for name in changed & LOGARITHMIC)
+    size += (options.precision != asked.precision) * (1 + (options.precision == "bf16-true"))
+    return len(changed), size + (options.offload == "disk") + 0.1 * SHARDINGS.index(options.sharding)
 
 
-_NUMBERS = {"batch_size", "num_blocks", "world_size"}
-
-
-def _options(asked: Setting, setting: Setting) -> list[str]:
-    """What to add to the command."""
-    names = {
-        "world_size": "trainer.devices",
-        "batch_size": f"{'model' if setting.is_local else 'data'}.batch_size",
-        "accumulate": "trainer.accumulate_grad_batches",
-        "num_blocks": "model.num_blocks",
-        "precision": "trainer.precision",
-        "dtype": "model.dtype",
-        "start": "model.start",
-        "gradient_checkpointing": "model.gradient_checkpointing",
-        "offload": "model.offload",
-        "activations": "model.activations",
-    }
-    options: list[str] = []
-    if (setting.sharding, setting.offload_optimizer) != (asked.sharding, asked.offload_optimizer):
-        options.append(f"-c strategies/{setting.sharding}{'_offload' if setting.offload_optimizer else ''}")
-    for name, option in names.items():
-        value = getattr(setting, name)
+def _arguments(asked: PlanOptions, options: PlanOptions) -> list[str]:
+    """The changes as arguments of `recon fit`."""
+    arguments: list[str] = []
+    if (options.sharding, options.offload_optimizer) != (asked.sharding, asked.offload_optimizer):
+        arguments.append(f"-c strategies/{options.sharding}{'_offload' if options.offload_optimizer else ''}")
+    part = "model" if options.is_local else "data"
+    for name, argument in ARGUMENTS.items():
+        value = getattr(options, name)
         if value != getattr(asked, name):
-            options.append(f"--{option} {str(value).lower().removeprefix('torch.')}")
-    return options
+            arguments.append(f"--{argument.format(part=part)} {str(value).lower().removeprefix('torch.')}")
+    return arguments

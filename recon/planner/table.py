@@ -11,7 +11,7 @@ from rich.text import Text
 from recon.basics.units import UNITS, readable
 from recon.planner.prediction import Prediction, Shape
 from recon.planner.proposals import Proposal, fits
-from recon.planner.snapshot import CATEGORIES
+from recon.profiling.entries import CATEGORIES
 from recon.report.sections import MISSING, format_number
 from recon.report.table import WIDEST
 
@@ -23,7 +23,7 @@ LEGEND = {
     "calibration": "calibration: hidden states of all sequences",
 }
 
-MOMENTS = {
+SNAPSHOTS = {
     "collect": "collect: sequences pass a block, and Gram matrices are summed up",
     "solve": "solve: one matrix is solved exactly (not with --model.start pruned)",
     "step": "step: the optimizer's update",
@@ -37,14 +37,14 @@ def print_plan(
     device_memory: int | None = None,
     proposals: Mapping[str, Sequence[Proposal]] | None = None,
 ) -> None:
-    """Print what each scope needs, whether it fits, and what would.
+    """Print the needs of each scope, whether they fit, and options that would.
 
     Args:
         shape: The model.
-        predictions: A row each.
-        console: Where to.
-        device_memory: Bytes; adds the column that says what fits.
-        proposals: Scope -> settings that fit, for those that do not.
+        predictions: The rows.
+        console: The console.
+        device_memory: Bytes of one device; adds the column `fits`.
+        proposals: Scope -> proposals, for scopes that do not fit.
     """
     unit = "GiB" if max(one.peak.total for one in predictions) >= UNITS["GiB"] else "MiB"
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
@@ -61,13 +61,13 @@ def print_plan(
         cells += [] if device_memory is None else ["yes" if fits(one, device_memory) else "no"]
         cells += [peak.name, *(_amount(sum(kind.values()), unit) for kind in (one.host, one.disk)), f"{one.flops:.1e}"]
         cells += [_time(one.seconds)] if "time" in names else []
-        table.add_row(one.setting.scope, *cells)
+        table.add_row(one.options.scope, *cells)
     console.print(Text(_title(shape, predictions), style="bold"))
     console.print(Text(f"{unit} on the device of each process when it holds most; beside it host memory and disk"))
     table.width = Measurement.get(console, console.options.update_width(WIDEST), table).maximum
     console.print(table, crop=False)
     notes = [LEGEND[name] for name in shown if name in LEGEND]
-    notes += [MOMENTS[name] for name in dict.fromkeys(one.peak.name for one in predictions) if name in MOMENTS]
+    notes += [SNAPSHOTS[name] for name in dict.fromkeys(one.peak.name for one in predictions) if name in SNAPSHOTS]
     console.print(Text("; ".join(notes)))
     console.print(Text("What CUDA and its allocator take for themselves, pruning and evaluation are not in it."))
     if device_memory is not None:
@@ -75,12 +75,12 @@ def print_plan(
 
 
 def _title(shape: Shape, predictions: Sequence[Prediction]) -> str:
-    first = predictions[0].setting
+    first = predictions[0].options
     model = (
         f"{shape.name}, {shape.num_parameters:,} weights in {str(first.dtype or shape.stored).removeprefix('torch.')}"
     )
-    sizes = " or ".join(dict.fromkeys(str(one.setting.batch_size) for one in predictions))
-    worlds = " or ".join(dict.fromkeys(str(one.setting.world_size) for one in predictions))
+    sizes = " or ".join(dict.fromkeys(str(one.options.batch_size) for one in predictions))
+    worlds = " or ".join(dict.fromkeys(str(one.options.world_size) for one in predictions))
     processes = "" if worlds == "1" else f", {worlds} processes"
     data = f"{first.num_sequences} sequences of {first.seq_len} tokens, {sizes} at a time"
     return f"{model}: {data}, {first.precision}{processes}"
@@ -93,7 +93,7 @@ def _print_proposals(proposals: Mapping[str, Sequence[Proposal]], console: Conso
         for proposal in found:
             one = proposal.prediction
             sizes = f"{readable(one.peak.total)} on the device, {readable(sum(one.host.values()))} on the host"
-            console.print(Text(f"{scope} fits with {' '.join(proposal.options)}  ({sizes})"))
+            console.print(Text(f"{scope} fits with {' '.join(proposal.arguments)}  ({sizes})"))
 
 
 def _amount(size: int, unit: str) -> str:

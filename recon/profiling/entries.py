@@ -1,4 +1,4 @@
-"""What an account of memory is made of: storages with a category and a side, what holds them, and peaks."""
+"""Parts of an account of memory: storages with a category and a side, their holders, and peaks."""
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -8,15 +8,15 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 
 Category = Literal["weights", "gradients", "optimizer", "activations", "calibration", "gram", "masks", "other"]
-"""`activations` are kept for the backward pass, `calibration` are what enters and leaves windows, of all sequences."""
+"""`activations` are kept for the backward pass; `calibration` are hidden states of all sequences."""
 
 CATEGORIES: tuple[Category, ...] = get_args(Category)
 
 Side = Literal["device", "host"]
-"""Where bytes are:
+"""Place of bytes:
 
-- `device`: on the accelerator that computes. Without one, what would be on it if there were one;
-- `host`: in the host's memory. Without an accelerator, what would stay there if there were one: it is *at home*.
+- `device`: the accelerator that computes. Without one, tensors count that would be on it;
+- `host`: the host's memory. Without an accelerator, tensors count that would stay there: they are *at home*.
 """
 
 SIDES: tuple[Side, ...] = get_args(Side)
@@ -24,12 +24,12 @@ SIDES: tuple[Side, ...] = get_args(Side)
 
 @dataclass(frozen=True)
 class Held:
-    """What an object holds.
+    """Tensors of one object.
 
     Args:
-        category: What it is.
-        tensors: Nested in containers, or None.
-        at_home: Whether it stays in the host's memory whatever computes.
+        category: Their category.
+        tensors: The tensors, nested in containers, or None.
+        at_home: Whether they stay in the host's memory, with an accelerator too.
     """
 
     category: Category
@@ -38,7 +38,7 @@ class Held:
 
 
 Holders = Mapping[type, Callable[[Any], Iterable[Held]]]
-"""A class -> what one of its objects holds; objects whose `__init__` has not ended yet are asked, too."""
+"""Class -> the tensors of one of its objects, also of an object whose `__init__` has not ended yet."""
 
 
 @dataclass(eq=False, slots=True)
@@ -56,7 +56,7 @@ class Entry:
 
     @property
     def side(self) -> Side:
-        """Where it is."""
+        """The place of the storage."""
         return "host" if self.at_home else "device"
 
 
@@ -66,9 +66,9 @@ class Peak:
 
     Args:
         categories: Bytes of each category; together the tracked total.
-        stage: What was going on, as whoever followed it called it.
-        seconds: When, since the account was opened.
-        operation: What allocated the last bytes; None if they were found.
+        stage: Name of the current step of work.
+        seconds: Time since the account was opened.
+        operation: The operation that allocated the last bytes; None if a scan found them.
     """
 
     categories: dict[Category, int]
@@ -78,12 +78,12 @@ class Peak:
 
     @property
     def total(self) -> int:
-        """Of all categories."""
+        """Bytes of all categories."""
         return sum(self.categories.values())
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested containers."""
+    """Yield the tensors in nested containers."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):

@@ -1,7 +1,7 @@
-"""What of a process's memory training itself needs: weights, gradients and optimizer state, in bytes on this rank.
+"""The footprint of training: bytes of weights, gradients and optimizer state on this rank.
 
-The rest of a peak (activations, buffers of the communication, data) comes and goes within a step; these three stay,
-and they are what ZeRO partitions: by DeepSpeed's stage 1, 2 and 3 (Rajbhandari et al., arXiv 1910.02054, section 5).
+The rest of a peak (activations, communication buffers, data) comes and goes within a step; these three stay, and ZeRO
+partitions them: DeepSpeed's stage 1, 2 and 3 (Rajbhandari et al., arXiv 1910.02054, section 5).
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,17 +13,17 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 PARTITION = "ds_tensor"
-"""Where a parameter under ZeRO-3 keeps this rank's part of it."""
+"""Attribute of a parameter under ZeRO-3 that holds this rank's part."""
 
 GRADIENTS = {
     "stage 1 and 2": ("averaged_gradients", "all_grad_tensors"),  # of one step; accumulated so far
     "stage 1 and 2, offloaded": ("accumulated_grads_in_cpu",),
     "stage 3": ("averaged_gradients", "grad_partitions_flat_buffer"),
 }
-"""Where DeepSpeed's optimizers keep reduced gradients, which are then no longer in `grad` (0.19.8)."""
+"""Attributes of DeepSpeed's optimizers that hold reduced gradients, which are then no longer in `grad` (0.19.8)."""
 
 MASTERS = "fp32_partitioned_groups_flat"
-"""Where stage 3 keeps what is trained; the optimizer that steps has it only while it steps."""
+"""Attribute of ZeRO-3's optimizer with the trained weights; the optimizer that steps has them only while it steps."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,10 @@ class Footprint:
     """Live bytes on this rank, host and device together.
 
     Args:
-        weights: Of the parameters, frozen ones too, as far as they lie here.
-        gradients: As they are kept between the backward pass and the step.
-        optimizer: State, and fp32 master copies of the weights.
-        on_host: How much of all three lies in the host's memory; everything without a device, with one what is
-            offloaded.
+        weights: Bytes of this rank's parameters, frozen ones too.
+        gradients: Bytes of gradients between the backward pass and the step.
+        optimizer: Bytes of the state, and of fp32 master copies of the weights.
+        on_host: Part of all three in the host's memory: everything without a device, with one the offloaded part.
     """
 
     weights: int
@@ -45,12 +44,12 @@ class Footprint:
 
     @property
     def total(self) -> int:
-        """All three."""
+        """Bytes of all three."""
         return self.weights + self.gradients + self.optimizer
 
 
 def footprint(model: nn.Module, optimizers: Iterable[Any]) -> Footprint:
-    """What `model` and its `optimizers` hold now; each storage is counted once and whole, padding included.
+    """Count the bytes of `model` and its `optimizers` now; each storage counts once and whole, with its padding.
 
     Args:
         model: As the strategy keeps it.

@@ -1,4 +1,4 @@
-"""The account: which storages are live, what they are, and how many bytes that was at most."""
+"""The ledger: live storages, their categories and their peak bytes."""
 
 import time
 import weakref
@@ -20,14 +20,14 @@ _open: "list[Ledger]" = []
 
 
 def claim(category: Category, *tensors: Tensor, at_home: bool = False) -> None:
-    """Say what `tensors` are, where they are made; nothing happens unless a ledger is open."""
+    """Label `tensors` where they are made; nothing happens unless a ledger is open."""
     for ledger in _open:
         ledger.label(category, tensors, at_home)
 
 
 @contextmanager
 def followed(stage: str) -> Iterator[None]:
-    """Within, an open ledger sees what is made, if it has not seen this stage before."""
+    """Have an open ledger follow new tensors inside, unless it has followed this stage before."""
     with ExitStack() as stack:
         for ledger in _open:
             stack.enter_context(ledger.following(stage))
@@ -35,7 +35,7 @@ def followed(stage: str) -> Iterator[None]:
 
 
 def sampled(items: Iterable[Item], stage: str) -> Iterator[Item]:
-    """`items`; making and using the first is `followed`, for the others are like it."""
+    """Yield `items`; production and use of the first are `followed`, for the others are like it."""
     remaining = iter(items)
     with followed(stage):
         for first in remaining:
@@ -51,12 +51,12 @@ class Ledger:
     are still seen, births are not. It is to be closed whatever happens.
 
     Args:
-        holders: Which objects hold what. Parameters hold weights and gradients anyway, and are asked first.
+        holders: Class -> tensors of its objects. Parameters, with weights and gradients, come first in any case.
 
     Attributes:
-        device: Where the process computes. If that is an accelerator, all that is on a CPU is on the host's side.
-        stage: What is going on.
-        peaks: Of each side, since the last `reset`.
+        device: The device that computes. With an accelerator, all CPU tensors are on the host's side.
+        stage: Name of the current step of work.
+        peaks: Side -> peak since the last `reset`.
     """
 
     def __init__(self, holders: Holders) -> None:
@@ -70,20 +70,20 @@ class Ledger:
 
     @property
     def is_open(self) -> bool:
-        """Whether there is an account."""
+        """Whether an account is open."""
         return self._started is not None
 
     @property
     def listens(self) -> bool:
-        """Whether births are seen."""
+        """Whether births are followed."""
         return self._listener is not None
 
     def open(self, stage: str, listen: bool = False) -> None:
-        """Begin an account with all that lives now; the peaks of earlier ones stay until `reset`.
+        """Open an account with all tensors that live now; earlier peaks stay until `reset`.
 
         Args:
-            stage: What is going on.
-            listen: Whether to see births from now on.
+            stage: Name of the current step of work.
+            listen: Whether to follow births from now on.
         """
         assert not self.is_open
         self._started, self.stage = time.monotonic(), stage
@@ -97,7 +97,7 @@ class Ledger:
             self._listen()
 
     def remember(self) -> None:
-        """Note which holders are there, before `gc.freeze` hides them from later looks."""
+        """Note the holders that exist, before `gc.freeze` hides them from later scans."""
         self._scanner.remember()
 
     def reset(self) -> None:
@@ -106,20 +106,20 @@ class Ledger:
         self.peaks = {}
 
     def listen(self) -> None:
-        """See births, until `pause`, which is to be called within the same contexts."""
+        """Follow births until `pause`, which must be called within the same contexts."""
         if self._listener is None:
             self._scan()  # for what was born meanwhile
             self._listen()
 
     def pause(self) -> None:
-        """See no births for a while."""
+        """Stop following births for a while."""
         if self._listener is not None:
             listener, self._listener = self._listener, None
             listener.__exit__(None, None, None)
 
     @contextmanager
     def following(self, stage: str) -> Iterator[None]:
-        """See births within; nothing happens if this stage of the account was followed before."""
+        """Follow births inside; nothing happens if this stage of the account was followed before."""
         if stage in self._followed:
             yield
             return
@@ -137,7 +137,7 @@ class Ledger:
                     self.pause()
 
     def close(self) -> dict[Side, Peak]:
-        """End the account, if there is one; the peak of each side."""
+        """Close the account, if one is open, and return the peak of each side."""
         self.pause()
         if self in _open:
             _open.remove(self)
@@ -149,31 +149,31 @@ class Ledger:
         return self.peaks
 
     def look(self, stage: str) -> dict[Side, Peak]:
-        """Count once, as far as Python sees them, the tensors that live now; a peak if they are more."""
+        """Count the tensors that live now, as far as Python sees them; a peak if they are more."""
         assert not self.is_open
         self._started, self.stage = time.monotonic(), stage
         return self.close()
 
     def forward(self, stage: str) -> None:
-        """A training step begins: what it makes may be kept for its backward pass."""
+        """Begin a training step: its new tensors may be kept for the backward pass."""
         self.stage, self._is_backward, self._candidates = stage, False, set()
 
     def backward(self, stage: str) -> None:
-        """The backward pass begins: what the step has made and is still alive is kept for it."""
+        """Begin the backward pass: live tensors of the step are kept for it."""
         self.stage, self._is_backward = stage, True
         self._keep()
 
     def step(self, stage: str) -> None:
-        """The backward pass is over."""
+        """End the backward pass."""
         self.stage, self._is_backward, self._candidates = stage, False, None
 
     def label(self, category: Category, tensors: Any, at_home: bool = False) -> None:
-        """Say what the tensors in nested containers are; what was said before stands, and so does that it is at home.
+        """Label the tensors in nested containers; earlier labels stay.
 
         Args:
-            category: What they are.
-            tensors: Those that were not known are live from now on.
-            at_home: Whether they stay on the host whatever computes.
+            category: Their category.
+            tensors: The tensors; unknown ones are live from now on.
+            at_home: Whether they stay on the host, with an accelerator too.
         """
         for tensor in tensors_in(tensors):
             entry = self._entry(tensor, None)
@@ -183,13 +183,13 @@ class Ledger:
                     entry.category = category
 
     def settle(self) -> None:
-        """Look who holds what now, and add up the log."""
+        """Scan the holders, and add up the events."""
         self._scan()
         events, self._events = self._events, []  # a storage may die while they are added up
         self._opening = add_up(self._opening, events, self.peaks)
 
     def live(self) -> dict[int, Entry]:
-        """Identity of each storage that is alive -> its entry."""
+        """Identity of each live storage -> its entry."""
         self._scan()
         return {key: ref.entry for key, ref in list(self._live.items())}
 
@@ -247,7 +247,7 @@ class Ledger:
                 self._candidates.discard(ref.entry)
 
     def _scan(self) -> None:
-        """Find all tensors that Python knows, and ask those that hold some what they are."""
+        """Find all tensors that Python knows, and label those of holders."""
         found = self._scanner.scan()
         self._shapes.update(one.shape for one in found.parameters if one.ndim == 2)
         for held in found.held:

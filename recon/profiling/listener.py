@@ -1,6 +1,6 @@
-"""Seeing each tensor that an operation makes, and the module that was running.
+"""Observation of each tensor that an operation makes, and of the running module.
 
-All of torch's interface that is not public is used in this file: `torch.utils._python_dispatch` alone.
+This file alone uses an interface of torch that is not public: `torch.utils._python_dispatch`.
 """
 
 import weakref
@@ -13,13 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Listener(TorchDispatchMode):
-    """While it is entered, tells what operations return.
+    """Reports the results of operations inside.
 
-    It has to be entered and left within the same contexts. `torch.inference_mode`, switched on or off, gives the
-    dispatcher back the keys of when it was entered: a mode that was left inside would then be half on.
+    It must be entered and left within the same contexts. `torch.inference_mode`, switched on or off, restores the
+    dispatcher's keys when it ends: a mode that was left inside would then be half on.
 
     Args:
-        tell: Is given what an operation returned, and the operation.
+        tell: Receives each result with its operation.
     """
 
     supports_higher_order_operators = True
@@ -31,7 +31,7 @@ class Listener(TorchDispatchMode):
 
     @property
     def module(self) -> weakref.ref[nn.Module] | None:
-        """The innermost one that runs."""
+        """The innermost running module."""
         return weakref.ref(self._modules[-1]) if self._modules else None
 
     def __enter__(self) -> "Listener":
@@ -47,7 +47,7 @@ class Listener(TorchDispatchMode):
             self._handles.pop().remove()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation and tell what it returns."""
+        """Run an operation and report its result."""
         out = func(*args, **(kwargs or {}))
         self._tell(out, func)
         return out

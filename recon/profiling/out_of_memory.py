@@ -1,4 +1,4 @@
-"""What to say when memory runs out: what was live, and which options would make the largest part smaller."""
+"""The message when memory runs out: the live bytes, and options that would shrink the largest part."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -12,7 +12,7 @@ from recon.profiling.entries import CATEGORIES, SIDES, Category, Entry, Side, te
 NUM_OWNERS = 10
 
 CPU_ALLOCATOR = "can't allocate memory"
-"""In what torch raises, as a RuntimeError, when the host's memory runs out."""
+"""Part of torch's RuntimeError when the host's memory runs out."""
 
 NAMES: dict[Category, str] = {
     "weights": "weights",
@@ -71,7 +71,7 @@ FULL_CURES["host"] = {
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an allocation failed, on a device or on the host."""
+    """Whether `error` is a failed allocation, on a device or on the host."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and CPU_ALLOCATOR in str(error)
@@ -86,12 +86,12 @@ def live_by_category(entries: Iterable[Entry]) -> dict[Side, dict[Category, int]
 
 
 def largest_owners(live: dict[int, Entry], model: nn.Module | None, optimizers: Iterable[Any]) -> list[dict[str, Any]]:
-    """The parameters and modules with most live bytes, largest first.
+    """List the parameters and modules with most live bytes, largest first.
 
     Args:
-        live: As `Ledger.live` gives it.
-        model: Names its parameters, whose gradients and optimizer state count for them, and its modules.
-        optimizers: Hold that state.
+        live: Entries of `Ledger.live`.
+        model: The model, for names of its modules and parameters; gradients and optimizer state count for these.
+        optimizers: Optimizers with that state.
     """
     names: dict[int, str] = {}
     modules: dict[nn.Module, str] = {}
@@ -117,12 +117,12 @@ def largest_owners(live: dict[int, Entry], model: nn.Module | None, optimizers: 
 def advice(
     live: Mapping[Side, Mapping[Category, int]], full: Side | None, phase: str, cures: Mapping[Side, Cures]
 ) -> str:
-    """The error's text: what was largest of what was live, and the options that would shrink it.
+    """Write the error's text: the largest live category, and options that would shrink it.
 
     Args:
         live: Side -> category -> bytes.
-        full: The side that ran out; None if both are in one memory, the host's.
-        phase: In which memory ran out.
+        full: The full side; None if both are in one memory, the host's.
+        phase: The phase of the failure.
         cures: `LOCAL_CURES` or `FULL_CURES`.
     """
     sides = SIDES if full is None else (full,)

@@ -1,7 +1,8 @@
-"""The phases of a run (load, prune, each window, save, evaluate), announced to whoever measures them."""
+"""The phases of a run and their names, announced to listeners that measure them."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -9,32 +10,61 @@ import torch
 
 CPU = torch.device("cpu")
 
+WINDOW = "window "
+"""Prefix of the phases in which a window is recovered; the window's name follows."""
+
+
+class PhaseName(StrEnum):
+    """Names of the phases but those of windows, as in `memory.json`, in the order of a run."""
+
+    LOAD = "load"
+    PRUNE = "prune"
+    BASELINES = "evaluate dense and pruned"
+    PREPARE = "prepare"
+    START = "start"
+    TRAIN = "train"
+    EMBED = "embed"
+    WAIT = "wait"
+    SAVE = "save"
+    EVALUATE = "evaluate"
+    DRIFT = "drift"
+
+
+def window_phase(window: str) -> str:
+    """Name the phase in which the window of this name is recovered."""
+    return WINDOW + window
+
+
+def is_window(phase: str) -> bool:
+    """Whether a window is recovered in the phase of this name."""
+    return phase.startswith(WINDOW)
+
 
 def memory_file(rank: int) -> str:
-    """What the file is called in which MemoryProfiler writes the peaks of `rank`."""
+    """Name the file in which MemoryProfiler writes the peaks of `rank`."""
     return "memory.json" if rank == 0 else f"memory-rank{rank}.json"
 
 
 @runtime_checkable
 class PhaseListener(Protocol):
-    """What wants to know where a run is: callbacks that have these methods are told."""
+    """A callback with these methods hears of the phases of a run."""
 
     def on_run_start(self, directory: Path, device: torch.device) -> None:
-        """The libraries are loaded, the model is not; what is measured may be written to `directory`.
+        """Begin a run: the libraries are loaded, the model is not.
 
         Args:
-            directory: Of the run.
-            device: Where it computes.
+            directory: Directory of the run, also for measurements.
+            device: The device that computes.
         """
 
     def on_phase_start(self, name: str) -> None:
-        """Phase `name` begins."""
+        """Begin the phase `name`."""
 
     def on_phase_end(self, name: str) -> None:
-        """Phase `name` ended, or failed."""
+        """End the phase `name`, whether it failed or not."""
 
     def on_run_end(self, failed: bool) -> None:
-        """The last phase ended, or the run `failed`."""
+        """End the run, after its last phase."""
 
 
 class Phases:
@@ -47,12 +77,12 @@ class Phases:
     def enter(self, name: str) -> None:
         """End the current phase, if any, and begin `name`."""
         self.leave()
-        self.current = name
+        self.current = str(name)  # of a `PhaseName` too
         for listener in self.listeners:
-            listener.on_phase_start(name)
+            listener.on_phase_start(self.current)
 
     def leave(self) -> None:
-        """End the current phase, if any; every listener hears of it, whatever others raise."""
+        """End the current phase, if any; every listener hears of it, even if another one raises."""
         ended, self.current = self.current, None
         if ended is not None:
             with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Peak memory of this process: resident on the host, allocated and reserved on a CUDA device, in bytes."""
+"""Peak memory of this process in bytes: resident on the host, allocated and reserved on a CUDA device."""
 
 import ctypes
 import gc
@@ -35,11 +35,11 @@ class PeakMeter:
 
     @property
     def method(self) -> str:
-        """How the host peak is measured."""
+        """The method of the host's peak, for reports."""
         return "VmHWM, reset per phase" if self.exact else "resident size sampled every 5 ms"
 
     def start(self) -> None:
-        """Forget earlier peaks, and give memory that is free but still held back to the system."""
+        """Forget earlier peaks, and return free memory of the process to the system."""
         gc.collect()
         _trim_heap()
         if self.exact:
@@ -51,7 +51,7 @@ class PeakMeter:
             torch.cuda.reset_peak_memory_stats()
 
     def stop(self) -> Peaks:
-        """The peaks since `start`."""
+        """Return the peaks since `start`."""
         host = _status_bytes("VmHWM") if self.exact else self._sampler.stop() if self._sampler else resident_bytes()
         if not torch.cuda.is_available():
             return Peaks(host, None, None)
@@ -59,7 +59,7 @@ class PeakMeter:
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process now."""
+    """Return the resident memory of this process now."""
     if STATUS.exists():
         return _status_bytes("VmRSS")
     import resource
@@ -70,7 +70,7 @@ def resident_bytes() -> int:
 
 
 def _trim_heap() -> None:
-    """Without this, glibc keeps what an earlier phase freed, and its peak would count as the next one's."""
+    """Return freed memory to the system: glibc would keep it, and count it in the next phase's peak."""
     with suppress(AttributeError, OSError):  # another C library keeps what it keeps
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -91,7 +91,7 @@ def _status_bytes(field: str) -> int:
 
 
 class _Sampler:
-    """The largest resident size that a thread saw."""
+    """A thread that samples the largest resident size."""
 
     def __init__(self) -> None:
         self._peak = resident_bytes()

@@ -1,4 +1,4 @@
-"""Finding the tensors that are there, among the objects that the garbage collector knows."""
+"""Search for live tensors among the objects of the garbage collector."""
 
 import gc
 import weakref
@@ -8,19 +8,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from recon.profiling.entries import Held, Holders
-
-PARTITION = "ds_tensor"
-"""Where a parameter under ZeRO-3 keeps this rank's part of it."""
+from recon.profiling.footprint import PARTITION
 
 
 @dataclass
 class Found:
-    """All that a scan found.
+    """Result of a scan.
 
     Args:
-        parameters: Wherever they are.
-        held: What holders say that they hold, with weights and gradients before all others.
-        tensors: Those that are no parameters.
+        parameters: All parameters.
+        held: Tensors of the holders, weights and gradients first.
+        tensors: All other tensors.
     """
 
     parameters: list[nn.Parameter] = field(default_factory=list)
@@ -29,10 +27,10 @@ class Found:
 
 
 class Scanner:
-    """Looks through all objects; their classes are looked at once.
+    """Searches all objects; each class is examined once.
 
     Args:
-        holders: Which objects hold what. Parameters hold weights and gradients anyway.
+        holders: Class -> tensors of its objects, beside parameters with their weights and gradients.
     """
 
     def __init__(self, holders: Holders) -> None:
@@ -41,7 +39,7 @@ class Scanner:
         self._frozen: list[weakref.ref[Any]] = []
 
     def scan(self) -> Found:
-        """What is there now."""
+        """Find the tensors that are alive now."""
         found = Found()
         frozen = [(one, self._kinds[type(one)]) for ref in self._frozen if (one := ref()) is not None]
         for one, kind in (*self._interesting(), *frozen):
@@ -57,11 +55,11 @@ class Scanner:
         return found
 
     def remember(self) -> None:
-        """Note which holders are there, before `gc.freeze` hides them from later scans."""
+        """Note the holders that exist, before `gc.freeze` hides them from later scans."""
         self._frozen = [weakref.ref(one) for one, kind in self._interesting() if kind not in (Tensor, nn.Parameter)]
 
     def _interesting(self) -> list[tuple[Any, Any]]:
-        """Objects that are tensors or hold some, with their kind."""
+        """List the objects that are tensors or hold some, with their kind."""
         kinds, found = self._kinds, []
         for one in gc.get_objects():
             cls = type(one)

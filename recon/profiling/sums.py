@@ -1,4 +1,4 @@
-"""Adding up births and deaths to what was live, and the most of it."""
+"""Sums of live bytes over births and deaths of storages, and their peaks."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -7,15 +7,15 @@ from recon.profiling.entries import CATEGORIES, SIDES, Category, Entry, Peak, Si
 
 
 def add_up(opening: Iterable[Entry], events: Iterable[Entry], peaks: dict[Side, Peak]) -> list[Entry]:
-    """Go through what happened, in order; note in `peaks` where more was live than before.
+    """Add up events in order; update `peaks` where more is live than before.
 
     Args:
-        opening: What was live before.
-        events: An entry for its birth, and once more for its death.
-        peaks: Of each side, so far.
+        opening: Entries that were live before.
+        events: Each entry once for its birth, and once more for its death.
+        peaks: Side -> largest peak so far.
 
     Returns:
-        What is live afterwards.
+        Entries that are live afterwards.
     """
     opening, events = list(opening), list(events)
     running: dict[Side, Counter[Category]] = {side: Counter() for side in SIDES}

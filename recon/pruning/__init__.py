@@ -1,1 +1,1 @@
-"""Which weights survive: criteria under patterns, masks, and the walk through the model."""
+"""Choice of the surviving weights: criteria, patterns, allocations, masks, and the walk through the model."""

@@ -1,6 +1,6 @@
-"""Pruning block by block along with recovery: the masks of a block are chosen when recovery gets there.
+"""Interleaved pruning: the masks of a block are chosen when recovery gets there.
 
-Its statistics then come from what the recovered blocks before it produce. Pruning up front cannot have those.
+Its statistics come from the outputs of the recovered blocks before it, which pruning upfront cannot have.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,18 +18,18 @@ from recon.pruning.patterns import Pattern
 from recon.pruning.prune import prune_block
 
 MASKS = "masks"
-"""In a run's directory, while masks are still being chosen: those of each block."""
+"""Subdirectory of a run with the masks of each block, until all are chosen."""
 
 
 @dataclass(frozen=True)
 class Interleaved:
-    """How a local scope prunes the blocks that it comes to.
+    """Pruning of the blocks by a local scope on its way.
 
     Args:
-        criterion: How much a weight matters.
-        patterns: Which zeros are allowed, for each block.
+        criterion: The measure of importance.
+        patterns: The pattern of each block.
         prunable: Parameter name -> linear map, over all blocks.
-        directory: Where the masks of each block are kept, so that a killed run goes on with them; nowhere if None.
+        directory: Directory of the run, for the masks of each block, so that a killed run can resume; None writes none.
     """
 
     criterion: Criterion
@@ -38,12 +38,12 @@ class Interleaved:
     directory: Path | None = None
 
     def held(self, block: Block) -> Masks | None:
-        """The masks of a block that were chosen before; None if there are none."""
+        """Load the masks of a block that were chosen before; None if there are none."""
         path = self._path(block)
         return Masks.load(path) if path is not None and path.exists() else None
 
     def prune(self, block: Block, statistics: Mapping[str, InputStatistics]) -> tuple[Masks, dict[str, Tensor]]:
-        """Choose the survivors of a dense block; their moved weights too, if the criterion moves them."""
+        """Choose the survivors of a dense block, with their moved weights if the criterion moves them."""
         matrices = block.weights_among(self.prunable)
         found = {name: statistics[name] for name in matrices}
         with followed("choose masks"):

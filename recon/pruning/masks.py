@@ -1,14 +1,18 @@
 """Masks: which weights survive, as one bool tensor per pruned parameter, True = kept.
 
 A mask has its parameter's own layout and shape. In memory as on disk eight weights share a byte, so the masks of
-a model of 7 billion weights take 0.9 GB; a mask is unpacked when it is asked for.
+a model of 7 billion weights take 0.9 GB. Reading a mask unpacks it; names, shapes, counts and violations come from the
+packed bytes.
 """
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
+import numpy as np
 import torch
 from jaxtyping import Bool, UInt8
 from safetensors import SafetensorError, safe_open
@@ -33,7 +37,7 @@ class Masks(Mapping[str, Tensor]):
         for name, keep in masks.items():
             if keep.dtype != torch.bool:
                 raise ValueError(f"a mask needs dtype bool, True = kept, got {keep.dtype} for `{name}`")
-        self._packed = {name: _pack(keep) for name, keep in masks.items()}
+        self._packed = {name: pack(keep) for name, keep in masks.items()}
         self._shapes = {name: tuple(keep.shape) for name, keep in masks.items()}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -44,6 +48,9 @@ class Masks(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._packed)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._packed  # that of `Mapping` would unpack the mask
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Masks):
@@ -57,24 +64,33 @@ class Masks(Mapping[str, Tensor]):
         return f"Masks({len(self)} parameters, {self.num_pruned} weights pruned, sparsity {self.sparsity:.4f})"
 
     @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Parameter name -> shape of the mask."""
+        return MappingProxyType(self._shapes)
+
+    @property
     def num_pruned(self) -> int:
         """Number of weights pruned."""
-        return sum(keep.numel() - int(keep.sum()) for keep in self.values())
+        return sum(self._num_pruned(name) for name in self)
 
     @property
     def sparsity(self) -> float:
         """The fraction pruned among the weights of the masked parameters; 0 without any."""
-        return self.num_pruned / max(1, sum(keep.numel() for keep in self.values()))
+        return self.num_pruned / max(1, sum(math.prod(shape) for shape in self._shapes.values()))
 
     def subset(self, names: Iterable[str]) -> "Masks":
-        """The masks of `names`, in that order; every name needs to have one."""
+        """Select the masks of `names`, in that order.
+
+        Raises:
+            ValueError: If a name has no mask.
+        """
         names = list(names)
         if unknown := [name for name in names if name not in self]:
             raise ValueError(f"a subset needs names that have a mask, got {_few(unknown)} without one")
-        return Masks._of({name: self._packed[name] for name in names}, self._shapes)
+        return Masks.of_packed({name: self._packed[name] for name in names}, self._shapes)
 
     def add(self, others: "Masks") -> None:
-        """Take in the masks of further parameters, in place: who holds these masks sees them."""
+        """Add the masks of further parameters, in place, for all holders of this object."""
         self._packed |= others._packed
         self._shapes |= others._shapes
 
@@ -83,27 +99,44 @@ class Masks(Mapping[str, Tensor]):
         return self._packed[name]
 
     @staticmethod
-    def _of(packed: dict[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> "Masks":
+    def of_packed(packed: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> "Masks":
+        """Wrap masks that are packed already, without a copy.
+
+        Args:
+            packed: Parameter name -> bytes, as `packed` gives them.
+            shapes: Parameter name -> shape; further names are ignored.
+        """
         masks = Masks({})
-        masks._packed, masks._shapes = packed, {name: shapes[name] for name in packed}
+        masks._packed, masks._shapes = dict(packed), {name: shapes[name] for name in packed}
         return masks
 
     @torch.no_grad()
     def apply(self, model: nn.Module) -> None:
         """Zero the pruned weights of `model` in place, before FSDP2 shards it or DeepSpeed copies it."""
-        for _, parameter, keep in self._matched(model):
+        for name, parameter in self._matched(model):
             with whole(parameter, write=True) as weight:
-                weight.masked_fill_(~keep.to(weight.device), 0)  # not `* keep`: inf * 0 is NaN
+                weight.masked_fill_(~self[name].to(weight.device), 0)  # not `* keep`: inf * 0 is NaN
 
     def violations(self, model: nn.Module) -> int:
-        """Number of weights that are pruned but not zero in one of their copies; NaN counts."""
+        """Count the weights that are pruned but not zero in one of their copies; NaN counts."""
         return sum(
-            max(_num_violations(copy, keep) for _, copy in copies(parameter))
-            for _, parameter, keep in self._matched(model)
+            max(self.violations_of(name, copy) for _, copy in copies(parameter))
+            for name, parameter in self._matched(model)
         )
 
+    def violations_of(self, name: str, weight: Tensor) -> int:
+        """Count the weights of one parameter that are pruned but not zero; NaN counts.
+
+        The weight is packed, rather than the mask unpacked: a third of the time.
+
+        Args:
+            name: Of the parameter.
+            weight: Its values, on any device.
+        """
+        return count_bits(pack(weight != 0) & ~self._packed[name])
+
     def violations_in(self, directory: Path) -> int:
-        """As `violations`, of the weights in the safetensors files of `directory`, one parameter at a time.
+        """Count violations in the safetensors files of `directory`, one parameter at a time.
 
         Raises:
             ValueError: If a masked parameter is in none of them.
@@ -112,7 +145,7 @@ class Masks(Mapping[str, Tensor]):
         for path in sorted(directory.glob("*.safetensors")):
             with safe_open(path, framework="pt") as file:
                 for name in missing & set(file.keys()):
-                    count += _num_violations(file.get_tensor(name), self[name])
+                    count += self.violations_of(name, file.get_tensor(name))
                     missing.discard(name)
         if missing:
             raise ValueError(
@@ -122,21 +155,28 @@ class Masks(Mapping[str, Tensor]):
         return count
 
     def check(self, model: nn.Module) -> None:
-        """Raise a `ValueError` that names the first parameter with a pruned weight that is not zero.
+        """Refuse a pruned weight that is not zero, in the working or in the fp32 master copy.
 
-        Under a strategy that shards, every rank has to call it; it looks at the working and the fp32 master copy.
+        Under a strategy that shards, every rank has to call it.
+
+        Raises:
+            ValueError: If there is one, with the name of its parameter.
         """
-        for name, parameter, keep in self._matched(model):
+        for name, parameter in self._matched(model):
             for which, copy in copies(parameter):
-                if count := _num_violations(copy, keep):
+                if count := self.violations_of(name, copy):
                     where = f"`{name}`" if which == "working copy" else f"the {which} of `{name}`"
                     raise ValueError(
-                        f"pruned weights need to be zero, got {count} of {int((~keep).sum())} in {where} that "
+                        f"pruned weights need to be zero, got {count} of {self._num_pruned(name)} in {where} that "
                         f"are not; apply the masks before training and keep the MaskEnforcer callback"
                     )
 
     def validate_for(self, model: nn.Module) -> None:
-        """Raise a `ValueError` if the masks are not those of `model`: unknown names or other shapes."""
+        """Refuse masks of another model.
+
+        Raises:
+            ValueError: If names are unknown or shapes differ.
+        """
         parameters = _parameters(model)
         if unknown := [name for name in self if name not in parameters]:
             raise ValueError(
@@ -189,7 +229,7 @@ class Masks(Mapping[str, Tensor]):
         """
         shapes = json.loads(_read_header(path)["shapes"])
         with safe_open(path, framework="pt") as file:
-            return Masks._of(
+            return Masks.of_packed(
                 {name: file.get_tensor(name) for name in shapes}, {name: tuple(shape) for name, shape in shapes.items()}
             )
 
@@ -198,12 +238,15 @@ class Masks(Mapping[str, Tensor]):
         """Read what `save` received as metadata, without reading the masks."""
         return json.loads(_read_header(path)["metadata"])
 
-    def _matched(self, model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Pair each masked parameter with its mask."""
+    def _num_pruned(self, name: str) -> int:
+        return math.prod(self._shapes[name]) - count_bits(self._packed[name])
+
+    def _matched(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+        """The masked parameters with their names, after the check that there are no others."""
         self.validate_for(model)
         parameters = _parameters(model)
-        for name, keep in self.items():
-            yield name, parameters[name], keep
+        for name in self:
+            yield name, parameters[name]
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -211,26 +254,33 @@ def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return dict(model.named_parameters(remove_duplicate=False))
 
 
-def _num_violations(weight: Tensor, keep: Tensor) -> int:
-    return int(((weight != 0) & ~keep.to(weight.device)).sum())
-
-
 def _few(names: list[str]) -> str:
     shown = ", ".join(f"`{name}`" for name in names[:NUM_NAMES_SHOWN])
     return shown + (f" and {len(names) - NUM_NAMES_SHOWN} more" if len(names) > NUM_NAMES_SHOWN else "")
 
 
-def _pack(keep: Bool[Tensor, "..."]) -> UInt8[Tensor, "num_bytes"]:
-    """Eight weights a byte, row-major, the first in the lowest bit; the last byte is filled with zeros."""
-    bits = keep.flatten().cpu().to(torch.uint8)
-    bits = nn.functional.pad(bits, (0, -len(bits) % 8)).view(-1, 8)
-    return (bits << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+def pack(keep: Bool[Tensor, "..."]) -> UInt8[Tensor, "num_bytes"]:
+    """Pack eight weights into a byte, row-major, the first in the lowest bit; zeros fill the last byte.
+
+    Returns:
+        The bytes, on the CPU.
+    """
+    return torch.from_numpy(np.packbits(keep.flatten().cpu().numpy(), bitorder="little"))
 
 
 def unpack(packed: UInt8[Tensor, "num_bytes"], shape: tuple[int, ...]) -> Bool[Tensor, "..."]:
-    """The mask that `packed` holds, on its device."""
-    bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
-    return bits.bool().flatten()[: torch.Size(shape).numel()].view(shape)
+    """Unpack a mask, on the device of `packed`."""
+    num_weights = math.prod(shape)
+    if type(packed) is Tensor and packed.device.type == "cpu":
+        bits = np.unpackbits(packed.numpy(), count=num_weights, bitorder="little")
+        return torch.from_numpy(bits.view(bool)).view(shape)
+    shifted = packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return (shifted & 1).bool().flatten()[:num_weights].view(shape)
+
+
+def count_bits(packed: UInt8[Tensor, "num_bytes"]) -> int:
+    """Count the bits that are set."""
+    return int(np.bitwise_count(packed.numpy()).sum(dtype=np.int64))
 
 
 def _read_header(path: str | Path) -> dict[str, str]:

@@ -1,12 +1,9 @@
-"""Patterns: which zeros are allowed, and how many.
+"""Patterns: positions and number of the zeros.
 
-A pattern turns scores into a mask with an exact number of zeros. Thresholds are never used within a matrix:
-`score <= sorted[k]` prunes k+1 weights and every tie with them. Ranks are exact, and among equal scores the
-weight with the lower index is kept. `Unstructured` and `NM` give every matrix the same density, `Counted` each
-its own.
+A pattern turns scores into a mask with an exact number of zeros; among equal scores it keeps the weight with the lower
+index. `Unstructured` and `NM` give every matrix the same density, `Counted` gives each its own.
 """
 
-import struct
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,11 +14,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from recon.pruning.ranking import keep_highest, kth_highest
+
 Per = Literal["row", "matrix", "model"]
 
 
 class Pattern(ABC):
-    """A rule for which weights of a matrix, or of all matrices together, may survive."""
+    """A rule for the survivors of a matrix, or of all matrices together."""
 
     @property
     @abstractmethod
@@ -30,7 +29,7 @@ class Pattern(ABC):
 
     @property
     def across_model(self) -> bool:
-        """Whether matrices compete with each other, so that only `select_all` can choose."""
+        """Whether matrices compete with each other; only `select_all` can choose then."""
         return False
 
     @abstractmethod
@@ -38,8 +37,8 @@ class Pattern(ABC):
         """Choose the survivors of one matrix.
 
         Args:
-            scores: How much each weight matters, out x in; higher is kept.
-            name: What error messages call the matrix.
+            scores: Importance of each weight, out x in; higher is kept.
+            name: Name of the matrix, for error messages.
 
         Returns:
             The mask, out x in, True = kept.
@@ -49,12 +48,12 @@ class Pattern(ABC):
         """
 
     def parts(self, name: str, num_rows: int, num_columns: int) -> list[tuple[slice, "Pattern"]]:
-        """The patterns of one matrix with the rows that each of them chooses for, by default this one for all.
+        """List the patterns of one matrix with their rows; by default this pattern for all rows.
 
         Args:
-            name: Of the matrix, as a parameter of the model.
-            num_rows: Its outputs.
-            num_columns: Its inputs.
+            name: Parameter name of the matrix.
+            num_rows: Number of outputs.
+            num_columns: Number of inputs.
 
         Returns:
             Slices of rows, in order and together all rows, each with its pattern.
@@ -82,7 +81,7 @@ class Unstructured(Pattern):
 
     Args:
         sparsity: The fraction of weights to prune, 0 <= sparsity < 1.
-        per: Where weights compete: within each output "row", within each "matrix", or across the "model".
+        per: Weights that compete: those of each output "row", of each "matrix", or of the "model".
     """
 
     sparsity: float = 0.6
@@ -111,8 +110,16 @@ class Unstructured(Pattern):
         return self.per == "model"
 
     def num_kept(self, num_weights: int) -> int:
-        """How many of `num_weights` competing weights survive."""
+        """Count the survivors among `num_weights` competing weights."""
         return num_weights - round(Fraction(str(self.sparsity)) * num_weights)
+
+    def num_competing(self, num_rows: int, num_columns: int) -> int:
+        """Count the weights of a matrix that compete with each other: those of a row, or all."""
+        return num_columns if self.per == "row" else num_rows * num_columns
+
+    def select_count(self, scores: Float[Tensor, "out in_"], num_kept: int) -> Bool[Tensor, "out in_"]:
+        """Keep the `num_kept` highest scores of each row or of the matrix."""
+        return keep_highest(scores.reshape(-1, self.num_competing(*scores.shape)), num_kept).view_as(scores)
 
     def select(self, scores: Float[Tensor, "out in_"], name: str = "the matrix") -> Bool[Tensor, "out in_"]:
         """Keep the highest scores of each row or of the matrix."""
@@ -122,8 +129,7 @@ class Unstructured(Pattern):
                 'call `select_all`, or set `pattern.per` to "row" or "matrix"'
             )
         require_finite(scores, name)
-        ranked = scores if self.per == "row" else scores.reshape(1, -1)
-        return _keep_highest(ranked, self.num_kept(ranked.shape[1])).view_as(scores)
+        return self.select_count(scores, self.num_kept(self.num_competing(*scores.shape)))
 
     def select_all(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
         """Choose the survivors of several matrices; `per="model"` ranks them together, in fp32.
@@ -135,7 +141,7 @@ class Unstructured(Pattern):
         for name, matrix in scores.items():
             require_finite(matrix, name)
         num_kept = self.num_kept(sum(matrix.numel() for matrix in scores.values()))
-        threshold = _kth_highest(list(scores.values()), num_kept)
+        threshold = kth_highest(list(scores.values()), num_kept)
         masks = {name: (matrix.float() > threshold).contiguous() for name, matrix in scores.items()}
         num_ties_kept = num_kept - sum(int(keep.sum()) for keep in masks.values())
         for name, matrix in scores.items():
@@ -151,7 +157,7 @@ class NM(Pattern):
 
     Args:
         keep: Weights kept in each group, 1 <= keep <= of.
-        of: Consecutive inputs in a group; in_features must be divisible by it.
+        of: Consecutive inputs in a group; a divisor of in_features.
     """
 
     keep: int = 2
@@ -173,25 +179,33 @@ class NM(Pattern):
 
     def select(self, scores: Float[Tensor, "out in_"], name: str = "the matrix") -> Bool[Tensor, "out in_"]:
         """Keep the `keep` highest scores of every group."""
-        if scores.shape[1] % self.of:
+        self.require_whole_groups(scores.shape[1], name)
+        require_finite(scores, name)
+        return keep_highest(scores.reshape(-1, self.of), self.keep).view_as(scores)
+
+    def require_whole_groups(self, in_features: int, name: str) -> None:
+        """Refuse a matrix whose rows are no whole number of groups.
+
+        Raises:
+            ValueError: If `of` does not divide `in_features`.
+        """
+        if in_features % self.of:
             raise ValueError(
-                f"{self} needs in_features divisible by {self.of}, got {scores.shape[1]} for `{name}`; "
+                f"{self} needs in_features divisible by {self.of}, got {in_features} for `{name}`; "
                 "exclude it with `pruning.exclude` or choose an unstructured pattern"
             )
-        require_finite(scores, name)
-        return _keep_highest(scores.reshape(-1, self.of), self.keep).view_as(scores)
 
 
 @dataclass(frozen=True)
 class Counted(Pattern):
-    """Zeros anywhere, a given number of them in each matrix, as an allocation finds it for the matrices of a block.
+    """Zeros anywhere, with a given number of them in each matrix. An allocation makes one for each block.
 
     Where the number is no multiple of the rows, the first rows of a matrix have one zero more than the others.
 
     Args:
-        zeros: Parameter name -> the number of zeros; so few that every row (or the matrix) keeps a weight.
-        num_weights: How many weights these matrices have together.
-        per: Where weights compete: within each output "row" or within each "matrix".
+        zeros: Parameter name -> number of zeros; every row (or the matrix) must keep a weight.
+        num_weights: Number of weights of these matrices together.
+        per: Weights that compete: those of each output "row" or of each "matrix".
     """
 
     zeros: Mapping[str, int]
@@ -203,11 +217,11 @@ class Counted(Pattern):
 
     @property
     def density(self) -> float:
-        """The fraction of weights kept, in all these matrices together; 1 without any."""
+        """The fraction of weights kept in these matrices together; 1 without matrices."""
         return 1 - sum(self.zeros.values()) / max(1, self.num_weights)
 
     def parts(self, name: str, num_rows: int, num_columns: int) -> list[tuple[slice, Pattern]]:
-        """One unstructured pattern with the count of the matrix, or two for rows that differ by one zero."""
+        """Make one unstructured pattern with the matrix's count, or two for rows that differ by one zero."""
         assert name in self.zeros, f"{name} is not among {list(self.zeros)}"
         if self.per == "matrix":
             return [(slice(None), Unstructured(self.zeros[name] / (num_rows * num_columns), "matrix"))]
@@ -223,44 +237,14 @@ class Counted(Pattern):
 
 
 def require_finite(scores: Float[Tensor, "out in_"], name: str) -> None:
-    """Refuse scores that have no order."""
+    """Refuse scores without an order.
+
+    Raises:
+        ValueError: If a score is NaN or infinite.
+    """
     if not bool(scores.isfinite().all()):
         count = int((~scores.isfinite()).sum())
         raise ValueError(
             f"scores need to be finite, got {count} NaN or infinite of {scores.numel()} for `{name}`; "
             "check its weight and the calibration inputs for NaN"
         )
-
-
-def _keep_highest(scores: Float[Tensor, "group n"], num_kept: int) -> Bool[Tensor, "group n"]:
-    # The sort must be stable: `topk` breaks ties differently from device to device.
-    order = scores.argsort(dim=1, descending=True, stable=True)
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order[:, :num_kept], True)
-
-
-def _kth_highest(scores: list[Tensor], k: int) -> float:
-    """The k-th highest of all fp32 scores; infinity for k = 0.
-
-    Bisection over the bits of a float: 32 counts, no copy. Sorting the concatenated scores would take
-    28 + 56 GB for a model of 7 billion weights.
-    """
-    if k == 0:
-        return float("inf")
-    low, high = _ordinal(float("-inf")), _ordinal(float("inf"))
-    while high - low > 1:  # at least k scores are >= low, fewer are >= high
-        middle = (low + high) // 2
-        value = _from_ordinal(middle)
-        enough = sum(int((matrix.float() >= value).sum()) for matrix in scores) >= k
-        low, high = (middle, high) if enough else (low, middle)
-    return _from_ordinal(low)
-
-
-def _ordinal(value: float) -> int:
-    """Number the fp32 values in ascending order: 0.0 is 0, the smallest subnormal is 1, its negative -1."""
-    magnitude = struct.unpack("<I", struct.pack("<f", abs(value)))[0]
-    return magnitude if value >= 0 else -magnitude
-
-
-def _from_ordinal(ordinal: int) -> float:
-    magnitude = struct.unpack("<f", struct.pack("<I", abs(ordinal)))[0]
-    return magnitude if ordinal >= 0 else -magnitude

@@ -1,4 +1,4 @@
-"""Pruning a model: which weights survive, found by walking its blocks from the first to the last."""
+"""Pruning of a model: the survivors of its blocks, chosen one block after another."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,22 +24,22 @@ from recon.pruning.patterns import Pattern
 from recon.pruning.start_weights import MOVED, Sink, Start, apply, written
 
 CAME_WITH_MOVED = "moved"
-"""Key in the metadata of masks: where the moved weights are that were written with them, seen from their directory."""
+"""Key in the metadata of masks: path of the moved weights written with them, relative to their directory."""
 
 
 @dataclass
 class Pruning:
-    """How a model is pruned, besides criterion and pattern.
+    """Options of pruning beside criterion and pattern.
 
     Args:
         exclude: Names of modules that stay dense; shell patterns such as `*.down_proj`.
-        inputs: Whether a block's statistics come from what the dense blocks before it produce ("dense"), from what
-            the pruned ones do ("pruned"), or from what the recovered ones do ("recovered"). With the first two all
-            masks are chosen upfront; with the last they are chosen interleaved with recovery, a block's when recovery
-            gets there. That needs a local scope with model.propagation recovered or recovered_local.
+        inputs: Source of a block's statistics: the outputs of the dense blocks before it ("dense"), of the pruned
+            ones ("pruned") or of the recovered ones ("recovered"). With the first two all masks are chosen upfront;
+            with the last the masks of a block are chosen when recovery gets there, which needs a local scope with
+            model.propagation recovered or recovered_local.
         batch_size: Sequences per forward pass.
-        allocation: How densities differ from block to block; the pattern's everywhere if null. Measured on the dense
-            model whatever `inputs` says.
+        allocation: Densities of the blocks; the pattern's everywhere if null. It is measured on the dense model,
+            whatever `inputs` is.
     """
 
     exclude: list[str] = field(default_factory=list)
@@ -48,7 +48,7 @@ class Pruning:
     allocation: Allocation | None = None
 
     def describe(self, pattern: Pattern) -> str:
-        """What reports call `pattern`, with the allocation if there is one: `60% per row, owl`."""
+        """Name `pattern` for reports, with the allocation if there is one: `60% per row, owl`."""
         return str(pattern) if self.allocation is None else f"{pattern}, {self.allocation}"
 
 
@@ -63,23 +63,26 @@ def prune(
     replay: Replay | None = None,
     storage: Storage = ON_DEVICE,
 ) -> Masks:
-    """Choose the weights of `model` that survive. The model itself is left as it was.
+    """Choose the surviving weights of `model`. The model itself stays as it was.
 
     Args:
         model: In evaluation mode, on the device to compute on.
         tokens: Calibration sequences, int64[num_sequences, seq_len].
-        criterion: How much a weight matters.
-        pattern: Which zeros are allowed.
+        criterion: The measure of importance.
+        pattern: The pattern of zeros.
         options: See `Pruning`.
-        progress: Is told each block, in a line.
-        moved: Is given every weight as a criterion that moves weights leaves it: in the parameter's layout and
-            dtype, on its device, zero where pruned.
-        replay: Of the model, if its blocks are not on the device.
-        storage: Where hidden states are kept.
+        progress: Receives a line for each block.
+        moved: Receives every weight that the criterion moved: in the parameter's layout and dtype, on its device, zero
+            where pruned.
+        replay: Replay of the model, if its blocks are not on the device.
+        storage: Place of the hidden states.
+
+    Returns:
+        Parameter name -> mask, for all prunable matrices.
 
     Raises:
         ValueError: If the pattern does not fit a matrix or an option, or an exclusion matches nothing.
-        FloatingPointError: If inputs or statistics are no numbers.
+        FloatingPointError: If inputs or statistics are not finite.
     """
     options = options or Pruning()
     _require_compatible(criterion, pattern, options)
@@ -119,21 +122,20 @@ def prune_block(
     criterion: Criterion,
     pattern: Pattern,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Choose the survivors of the matrices of one block. The matrices themselves are left as they were.
+    """Choose the survivors of the matrices of one block. The matrices themselves stay as they were.
 
-    A matrix whose rows have different patterns is pruned under each of them, and of each result those rows are
-    taken: what a criterion makes of a row may depend on the others.
+    A matrix whose rows have different patterns is pruned under each of them, and each result gives its rows: the result
+    for one row may depend on the others.
 
     Args:
         matrices: Parameter name -> linear map, dense.
-        statistics: Parameter name -> what entered it.
-        criterion: How much a weight matters.
-        pattern: Of this block; one that does not rank across the model.
+        statistics: Parameter name -> statistics of its inputs.
+        criterion: The measure of importance.
+        pattern: The pattern of this block; none that ranks across the model.
 
     Returns:
-        Parameter name -> mask, True = kept, and parameter name -> weight as a criterion that moves weights leaves
-        it, zero where pruned; none for other criteria. Both in the parameter's layout and on its device, weights
-        in its dtype.
+        Parameter name -> mask, True = kept, and parameter name -> moved weight, zero where pruned; no weights if the
+        criterion moves none. Both in the parameter's layout and on its device, weights in its dtype.
 
     Raises:
         ValueError: If the pattern does not fit a matrix.
@@ -165,16 +167,16 @@ def block_patterns(
     progress: Callable[[str], None] = lambda line: None,
     storage: Storage = ON_DEVICE,
 ) -> list[Pattern]:
-    """The pattern of every block: `pattern` itself, or what the allocation makes of it.
+    """Find the pattern of every block: `pattern` itself, or one of the allocation's.
 
     Args:
         replay: The dense model; with an allocation it is walked once.
         tokens: Calibration sequences, int64[num_sequences, seq_len].
-        criterion: By which the survivors are chosen.
-        pattern: For the whole model.
+        criterion: The measure of importance.
+        pattern: The pattern of the whole model.
         options: See `Pruning`.
-        progress: Is told the densities, in a line.
-        storage: Where hidden states are kept.
+        progress: Receives a line with the densities.
+        storage: Place of the hidden states.
 
     Raises:
         ValueError: If blocks cannot differ under `pattern`, or the allocation's options do not suit it.
@@ -189,7 +191,7 @@ def block_patterns(
 
 
 def matrices_by_block(anatomy: Anatomy, exclude: Sequence[str] = ()) -> list[dict[str, nn.Module]]:
-    """For each block, parameter name -> the linear map to prune, none where all are excluded.
+    """List for each block: parameter name -> linear map to prune; none where all are excluded.
 
     Raises:
         ValueError: If an exclusion matches nothing or nothing is left to prune.
@@ -209,7 +211,7 @@ def prune_to(
     replay: Replay | None = None,
     storage: Storage = ON_DEVICE,
 ) -> Masks:
-    """As `prune`, and write the masks; before them, and beside, what a criterion that moves weights makes of these."""
+    """Prune as `prune` does, and write the masks; before them, in the same directory, the moved weights, if any."""
     options = options or Pruning()
     made_by = {"criterion": str(criterion), "pattern": options.describe(pattern)}
     if criterion.moves_weights:
@@ -225,10 +227,10 @@ def prune_to(
 
 
 def moved_with(masks_file: Path, masks: Masks) -> Start | None:
-    """The moved weights that were written with the masks in `masks_file`; None if their criterion moves none.
+    """Open the moved weights that were written with the masks in `masks_file`; None if their criterion moves none.
 
     Raises:
-        ValueError: If they are no longer there, or are those of other masks.
+        ValueError: If the file is missing, or belongs to other masks.
     """
     made_by = Masks.read_metadata(masks_file)
     if CAME_WITH_MOVED not in made_by:
@@ -264,7 +266,7 @@ def _require_compatible(criterion: Criterion, pattern: Pattern, options: Pruning
 
 
 def _pass_pruned(walk: Activations, masks: Masks, start: Mapping[str, Tensor] | None, model: nn.Module) -> None:
-    """Replace the walk's output of its current block by that of the pruned block, then restore the block's weights."""
+    """Replace the walk's output of its current block by the pruned block's, then restore the block's weights."""
     dense = {name: model.get_parameter(name).detach().clone() for name in masks}
     try:
         apply(model, masks, start)

@@ -1,7 +1,7 @@
-"""What recovery starts from, if not from the surviving weights as they were: other values for them, in one file.
+"""Start weights: other values for the surviving weights, from which recovery starts, in one file.
 
-A start has a weight for every mask: its parameter's own layout, zero where pruned. The file is written one weight at
-a time and read one weight at a time, so that a start as large as the model never lies in memory.
+The file has one weight for every mask, in its parameter's layout, zero where pruned. It is written and read one weight
+at a time, so that start weights as large as the model never lie in memory.
 """
 
 import json
@@ -29,15 +29,15 @@ DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", to
 """As safetensors calls them."""
 
 Sink = Callable[[str, Tensor], None]
-"""Takes the name of a parameter and its weight in the parameter's layout."""
+"""Receives the name of a parameter and its weight in the parameter's layout."""
 
 
 class Start(Mapping[str, Tensor]):
-    """Parameter name -> weight, on the CPU, read from the file each time it is asked for.
+    """Parameter name -> weight, on the CPU, read from the file at each access.
 
     Args:
         path: The file.
-        masks: Which weights it has to have.
+        masks: Names and shapes that the file must have.
 
     Raises:
         ValueError: If names or shapes in the file are not those of the masks.
@@ -47,7 +47,7 @@ class Start(Mapping[str, Tensor]):
         self.path = path
         with safe_open(path, framework="pt") as file:
             self._shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        expected = {name: tuple(keep.shape) for name, keep in masks.items()}
+        expected = dict(masks.shapes)
         if self._shapes != expected:
             differing = sorted(name for name in expected | self._shapes if self._shape(name) != expected.get(name))
             raise ValueError(
@@ -74,7 +74,7 @@ class Start(Mapping[str, Tensor]):
 
 @contextmanager
 def written(path: Path, like: Mapping[str, Tensor]) -> Iterator[Sink]:
-    """Write a start weight by weight, in any order; the file is whole when the context ends, or absent.
+    """Write start weights one by one, in any order; the file is whole when the context ends, or absent.
 
     `safetensors.torch.save_file` would need all weights at once.
 
@@ -83,7 +83,7 @@ def written(path: Path, like: Mapping[str, Tensor]) -> Iterator[Sink]:
         like: Parameter name -> a tensor of the shape and the dtype in which its weight is written.
 
     Yields:
-        What to give each weight to; it raises ValueError if a weight is not finite in its dtype.
+        A function that takes each weight; it raises ValueError if a weight is not finite in its dtype.
     """
     places, header, offset = {}, {}, 0
     for name, tensor in like.items():
@@ -93,7 +93,7 @@ def written(path: Path, like: Mapping[str, Tensor]) -> Iterator[Sink]:
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the format wants the data aligned
-    for stale in path.parent.glob(f".{path.name}.*.tmp"):  # of a start that was killed; as large as the model
+    for stale in path.parent.glob(f".{path.name}.*.tmp"):  # of a killed run; as large as the model
         stale.unlink()
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
@@ -115,24 +115,25 @@ def written(path: Path, like: Mapping[str, Tensor]) -> Iterator[Sink]:
 
 @torch.no_grad()
 def apply(model: nn.Module, masks: Masks, start: Mapping[str, Tensor] | None) -> None:
-    """Zero the pruned weights of `model` in place and give the others their values in `start`, if there is one.
+    """Zero the pruned weights of `model` in place and set the others to their values in `start`, if there is one.
 
     As `Masks.apply`, before FSDP2 shards the model or DeepSpeed copies it.
 
     Args:
         model: Has a parameter for every mask.
         masks: Which weights survive.
-        start: Has a weight for every mask; the survivors stay as they are if None.
+        start: Parameter name -> weight, for every mask; the survivors stay as they are if None.
 
     Raises:
         ValueError: If a weight of `start` is not zero where it is pruned.
     """
-    masks.apply(model)
     if start is None:
+        masks.apply(model)
         return
-    for name, keep in masks.items():
+    masks.validate_for(model)
+    for name in masks:
         weight = start[name]
-        if (weight != 0).logical_and_(~keep.to(weight.device)).any():
+        if masks.violations_of(name, weight):
             raise ValueError(
                 f"start weights need to be zero where they are pruned, `{name}` is not; use the {MOVED} that was "
                 f"written with these masks, or prune again"
@@ -142,7 +143,7 @@ def apply(model: nn.Module, masks: Masks, start: Mapping[str, Tensor] | None) ->
 
 
 def amend_by(masks: Masks, start: Mapping[str, Tensor] | None, residence: Residence) -> Callable[[Block], None]:
-    """For `Residence.amend`: prune each block that arrives, and give its survivors their weights in `start`."""
+    """Make the function for `Residence.amend` that prunes each block and sets its survivors to `start`."""
 
     def amend(block: Block) -> None:
         apply(residence.model, masks.subset(name for name in block.parameters() if name in masks), start)

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 from recon.profiling.entries import CATEGORIES, SIDES, Side
+from recon.profiling.phases import WINDOW, is_window
 from recon.report.sections import Section, format_number
 
 MIB = 2**20
@@ -43,16 +44,11 @@ def fold_windows(phases: Sequence[Phase], most: int = 1, size: Callable[[Phase],
     largest = max(windows, key=size)
     folded = {
         **largest,
-        "phase": f"{len(windows)} windows, largest {str(largest['phase']).removeprefix('window ')}",
+        "phase": f"{len(windows)} windows, largest {str(largest['phase']).removeprefix(WINDOW)}",
         "seconds": sum(window["seconds"] for window in windows),
     }
     first = phases.index(windows[0])
     return [*phases[:first], folded, *(phase for phase in phases[first:] if not is_window(phase["phase"]))]
-
-
-def is_window(name: str) -> bool:
-    """Whether a phase of this name is the recovery of a window."""
-    return name.startswith("window ")
 
 
 def tracked(phase: Phase, side: Side) -> int:

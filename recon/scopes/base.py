@@ -21,7 +21,7 @@ from recon.models.loading import ModelSource, empty
 from recon.models.offload.blocks import Residence
 from recon.models.offload.opening import Offload, open_offloaded
 from recon.models.replay import Replay
-from recon.profiling.phases import Phases
+from recon.profiling.phases import PhaseName, Phases
 from recon.pruning.interleaved import Interleaved
 from recon.pruning.masks import Masks
 from recon.pruning.start_weights import EXACT, Start, apply, written
@@ -233,7 +233,7 @@ class Scope(L.LightningModule, ABC):
         found: dict[str, torch.Tensor] = {}
         if path is None or not path.exists():
             tokens = self.data.tokens("train")  # to tokenise is no part of it
-            self.phases.enter("start")
+            self.phases.enter(PhaseName.START)
             started = time.monotonic()
             with ExitStack() as stack:
                 like = {name: self.model.get_parameter(name) for name in self.masks}

@@ -1,9 +1,9 @@
 """Solvers: the weights of one matrix for a fixed mask. One file each.
 
-`least_squares.py` holds the problem, `base.py` the contract.
+`least_squares.py` has the problem, `base.py` the interface.
 
-What asks for either kind is typed `Solver | GradientDescent`: a `Solver` solves by itself, `GradientDescent` is what a
-training loop needs to know.
+An option for either kind has the type `Solver | GradientDescent`: a `Solver` solves by itself, `GradientDescent` has
+the settings of a training loop.
 """
 
 from recon.solvers.admm import ADMMSolver

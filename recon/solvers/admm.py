@@ -17,15 +17,15 @@ from recon.solvers.least_squares import LeastSquares, exactly
 from recon.solvers.normalized import normalize
 
 Choose = Callable[[int, Tensor], Tensor]
-"""The iteration t and the weight W + U to be projected -> the mask."""
+"""Iteration t and the weight W + U to be projected -> mask."""
 
 
 @dataclass(frozen=True)
 class ADMMSolver(Solver):
     """A given number of iterations of ADMM (arXiv 2401.02938, Alg. 1): one factorization, and a product in each.
 
-    That is close to the optimum, not at it: damping pulls towards the dense weight. The kept weights start where they
-    are and the pruned ones at their dense values, as in the paper if nothing has moved yet.
+    The result is close to the optimum, not at it: damping pulls towards the dense weight. Kept weights begin at their
+    start and pruned ones at their dense values, as in the paper if nothing has moved yet.
 
     Args:
         iterations: The paper uses 20; 0 only zeroes what is pruned.
@@ -76,18 +76,18 @@ def alternate(
     """Run ADMM: W is dense, Z has the zeros, U sums up their differences.
 
     Args:
-        problem: Of the matrix.
-        choose: The mask, for the iterations t < mask_steps.
+        problem: The problem of the matrix.
+        choose: Chooses the mask, for the iterations t < mask_steps.
         mask_steps: The first iterations choose the mask anew, the others keep it.
-        iterations: In all.
+        iterations: Number of iterations.
         rho: The penalty, relative to inputs of norm 1.
         damping: Added to the diagonal of G, relative to its mean.
-        name: What messages call the matrix.
+        name: Name of the matrix, for messages.
         first: W to begin with, W0 by default.
 
     Returns:
         The moved weight, fp32 and exactly zero where pruned, and its mask. Numbers may have overflowed: the caller
-        looks.
+        checks.
 
     Raises:
         ValueError: If G + rho I has no Cholesky factor.
@@ -112,7 +112,7 @@ def alternate(
 
 
 def require_penalties(rho: float, damping: float) -> None:
-    """Refuse a penalty or a damping with which the iteration has no meaning.
+    """Refuse a penalty or a damping for which the iteration is undefined.
 
     Raises:
         ValueError: Unless 0 < rho < infinity and 0 <= damping < infinity.

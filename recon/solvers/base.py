@@ -1,4 +1,4 @@
-"""The contract of a solver of masked least squares."""
+"""The interface of a solver of masked least squares."""
 
 import time
 from abc import ABC, abstractmethod
@@ -14,15 +14,15 @@ from recon.solvers.least_squares import LeastSquares, exactly, require_finite
 
 @dataclass
 class Solution:
-    """What a solver found, measured on the fp32 weight that it returns.
+    """Solution of one matrix, measured on its fp32 weight.
 
     Args:
         weight: W, fp32, zero outside the mask.
-        iterations: How many were made. Of conjugate gradients, until the last row was finished or the solver stopped;
-            each is one product of the rows unfinished with G.
+        iterations: Number of iterations. Conjugate gradients iterate until the last row is finished or the solver
+            stops; each iteration is one product of the unfinished rows with G.
         projected_gradient: ||M * R||_F / ||M * (W0 C)||_F, zero at the optimum.
         relative_error: ||X_r W^T - X_d W0^T||_F^2 / ||X_d W0^T||_F^2.
-        seconds: That it took.
+        seconds: Time of the solve.
     """
 
     weight: Float[Tensor, "out in_"]
@@ -35,7 +35,7 @@ class Solution:
 class Solver(ABC):
     """Finds the weights of one matrix for a fixed mask, without a training loop.
 
-    A new solver is one class with `iterate` and `__str__`; what holds for all of them is in `solve`.
+    A new solver is one class with `iterate` and `__str__`; `solve` has the common part.
     """
 
     @abstractmethod
@@ -53,11 +53,11 @@ class Solver(ABC):
         """Find W, within `exactly`.
 
         Args:
-            problem: All of it finite.
+            problem: The problem; all its numbers are finite.
             keep: M, True = kept.
             start: First iterate, fp32 and zero outside the mask.
             residual: R of the start.
-            name: What messages call the matrix.
+            name: Name of the matrix, for messages.
 
         Returns:
             W, a new tensor in fp32 and zero outside the mask, and the number of iterations.
@@ -70,24 +70,23 @@ class Solver(ABC):
         start: Float[Tensor, "out in_"] | None = None,
         name: str = "the matrix",
     ) -> Solution:
-        """Solve one matrix in fp32, whichever autocast or TF32 setting holds; what is received is left as it is.
+        """Solve one matrix in fp32, whatever the autocast or TF32 setting; arguments stay as they are.
 
-        No row is returned worse than it started, and weights of inputs that never occurred (G_jj = 0) stay as they
-        started.
+        No row gets worse than its start, and weights of inputs that never occurred (G_jj = 0) keep their start.
 
         Args:
-            problem: Of the matrix.
+            problem: The problem of the matrix.
             keep: M, True = kept.
             start: First iterate, pruned entries ignored; the dense weight by default.
-            name: What messages call the matrix.
+            name: Name of the matrix, for messages.
 
         Raises:
             ValueError: If an argument holds NaN or Inf, or the result overflows fp32.
         """
         start = problem.dense if start is None else start
-        problem = replace(problem)  # what it computes on the way, as large as the weight, is freed with this copy
+        problem = replace(problem)  # cached tensors, as large as the weight, are freed with this copy
         problem.require_finite(name)
-        require_finite(name, start=start)  # reading the answer waits for what the device was still doing
+        require_finite(name, start=start)  # waits for the device, so that earlier work is not timed
         begin = time.perf_counter()
         with exactly(problem.dense.device):
             W1 = start.float().masked_fill(~keep, 0)

@@ -1,7 +1,7 @@
-"""Cholesky factors of Gram matrices, which rounding and correlated inputs may have left indefinite.
+"""Cholesky factors of Gram matrices, which may be indefinite through rounding and correlated inputs.
 
-A factorization that fails is tried again in fp64, then with more damping, and says so in the log. It is never
-replaced by the identity or the diagonal: the methods that read the factor would silently become other methods.
+A failed factorization is repeated in fp64, then with more damping, with a warning in the log. It is never replaced by
+the identity or the diagonal: the methods that read the factor would silently become other methods.
 """
 
 import logging
@@ -13,10 +13,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 MAX_DAMPING = 1.0
-"""With as much on the diagonal as its mean holds, little of the correlations is left to read."""
+"""With as much added to the diagonal as its mean, few correlations are left to read."""
 
 FIRST_DAMPING = 1e-6
-"""What a damping of zero is raised to when it fails: a little above the rounding of an fp32 sum."""
+"""First value of a damping of zero that fails: a little above the rounding of an fp32 sum."""
 
 _log = logging.getLogger(__name__)
 
@@ -27,24 +27,22 @@ class Factor:
 
     Args:
         lower: L, fp32, zero above its diagonal.
-        damping: The one used; larger than the one asked for if that failed.
-        in_double: Whether L was computed in fp64, because fp32 failed.
+        damping: The damping used; larger than the requested one if that failed.
     """
 
     lower: Float[Tensor, "n n"]
     damping: float
-    in_double: bool
 
 
 def cholesky(gram: Float[Tensor, "n n"], damping: float, name: str) -> Factor:
-    """Factorize a damped Gram matrix in fp32; if that fails in fp64, then with ever ten times the damping.
+    """Factorize a damped Gram matrix in fp32; if that fails in fp64, then with ten times the damping, and so on.
 
-    The first retry keeps the damping, for what fp32 calls indefinite is often its own rounding.
+    The first retry keeps the damping, for a matrix is often indefinite through the rounding of fp32 alone.
 
     Args:
         gram: G, n x n, symmetric; only its lower triangle is read.
-        damping: What to add to the diagonal, relative to its mean; may be 0.
-        name: What messages call the matrix.
+        damping: Addition to the diagonal, relative to its mean; may be 0.
+        name: Name of the matrix, for messages.
 
     Raises:
         FloatingPointError: If G holds NaN or Inf.
@@ -62,7 +60,7 @@ def cholesky(gram: Float[Tensor, "n n"], damping: float, name: str) -> Factor:
         )
     lower = _try_cholesky(gram.float(), damping)
     if lower is not None:
-        return Factor(lower, damping, in_double=False)
+        return Factor(lower, damping)
     double = gram.double()
     for larger in _dampings(damping):
         lower = _try_cholesky(double, larger)
@@ -73,7 +71,7 @@ def cholesky(gram: Float[Tensor, "n n"], damping: float, name: str) -> Factor:
                 damping,
                 larger,
             )
-            return Factor(lower, larger, in_double=True)
+            return Factor(lower, larger)
     raise ValueError(
         "a Cholesky factorization needs a positive definite matrix whose factor fits fp32, got the Gram matrix of "
         f"`{name}`, which has none even in fp64 with damping {max(damping, MAX_DAMPING):g}; use more calibration data "
@@ -82,12 +80,12 @@ def cholesky(gram: Float[Tensor, "n n"], damping: float, name: str) -> Factor:
 
 
 def dead_columns(gram: Float[Tensor, "n n"]) -> Bool[Tensor, "n"]:
-    """The inputs that were zero in every token: G_jj = 0."""
+    """Mark the inputs that were zero in every token: G_jj = 0."""
     return gram.diagonal() == 0
 
 
 def _dampings(damping: float) -> Iterator[float]:
-    """The given damping, then ever ten times as much, at last `MAX_DAMPING`."""
+    """Yield the given damping, then ten times as much each time, at last `MAX_DAMPING`."""
     yield damping
     while damping < MAX_DAMPING:
         damping = min(10 * damping, MAX_DAMPING) if damping > 0 else FIRST_DAMPING

@@ -14,7 +14,7 @@ from recon.solvers.base import Solver
 from recon.solvers.least_squares import LeastSquares
 
 PROGRESS = 0.9
-"""A row whose true residual is not below this fraction of its best is given up: fp32 is at its limit."""
+"""A row ends if its true residual is not below this fraction of its best: fp32 is at its limit."""
 
 SHRINK = 0.8
 """Finished rows leave the products once no more than this share of the rows in them is unfinished.
@@ -27,12 +27,12 @@ The rows of a 2048 x 2048 layer take 9 to 62 iterations to 1e-4, 33 on average.
 class ConjugateGradients(Solver):
     """Conjugate gradients with Jacobi preconditioning, each row with its own step sizes.
 
-    A row is finished when its own projected gradient, relative to M * (W0 C) of that row, is within the tolerance. If
-    fp32 cannot get there the solver stops early; `Solution.projected_gradient` says how far it came.
+    A row is finished when its own projected gradient, relative to M * (W0 C) of that row, is within the tolerance. The
+    solver stops early where fp32 is not precise enough; `Solution.projected_gradient` is the tolerance reached.
 
     Args:
         tolerance: Relative projected gradient at which a row is finished.
-        max_iterations: Iterations after which a matrix is taken as it is.
+        max_iterations: Limit of the iterations for a matrix.
     """
 
     tolerance: float = 1e-6

@@ -1,14 +1,14 @@
-"""Gradient descent on masked least squares: the settings of steps that somebody else runs."""
+"""Gradient descent on masked least squares: the settings of a training loop elsewhere."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class GradientDescent:
-    """AdamW on `relative_objective`, one step a full-batch gradient: how the matrix would be trained, if it had to be.
+    """AdamW on `relative_objective`, with a full-batch gradient in each step.
 
-    A training loop runs the steps - Lightning's, in the matrix scope - so this is no `Solver`: it has no `solve`.
-    Nothing decays the weights: those that no input determines have a gradient of zero and keep their start.
+    A training loop runs the steps - Lightning's, in the matrix scope - so this is no `Solver`: it has no `solve`. There
+    is no weight decay: weights that no input determines have a gradient of zero and keep their start.
 
     Args:
         steps: Gradient steps for each matrix.

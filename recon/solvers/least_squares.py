@@ -44,7 +44,7 @@ class LeastSquares:
 
     @classmethod
     def of(cls, statistics: InputStatistics, dense: Float[Tensor, "out in_"]) -> "LeastSquares":
-        """The problem whose inputs were seen by `collect(..., need="gram")` or `collect_pairs`."""
+        """Pose the problem from statistics of `collect(..., need="gram")` or `collect_pairs`."""
         assert statistics.gram is not None, 'least squares need statistics collected with need="gram"'
         return cls(statistics.gram, dense, statistics.cross, statistics.dense_gram)
 
@@ -56,7 +56,7 @@ class LeastSquares:
 
     @cached_property
     def energy(self) -> Float[Tensor, "out"]:
-        """||X_d w0||^2 of each row, what errors are relative to."""
+        """||X_d w0||^2 of each row, the reference of relative errors."""
         with exactly(self.dense.device):
             return (self.dense * (self.target if self.dense_gram is None else self.dense @ self.dense_gram)).sum(1)
 
@@ -82,7 +82,7 @@ class LeastSquares:
         return R if self.drift is None else R + self.drift
 
     def excess(self, weight: Float[Tensor, "out in_"], residual: Float[Tensor, "out in_"]) -> Float[Tensor, "out"]:
-        """How much more than that of W0 the objective of each row is: e G e^T + 2 e b^T, for R given."""
+        """Excess of each row's objective over that of W0: e G e^T + 2 e b^T, for R given."""
         E = self.dense - weight
         return (E * (residual if self.drift is None else residual + self.drift)).sum(1)
 
@@ -92,7 +92,7 @@ class LeastSquares:
         keep: Bool[Tensor, "out in_"],
         residual: Float[Tensor, "out in_"] | None = None,
     ) -> tuple[float, float]:
-        """How good a weight is.
+        """Measure the error of a weight.
 
         Args:
             weight: W, zero outside the mask.
@@ -140,7 +140,7 @@ def relative_objective(problem: LeastSquares, weight: Float[Tensor, "out in_"]) 
 
 
 def require_finite(name: str, **tensors: Tensor) -> None:
-    """Refuse NaN and Inf in what a solver gets or finds for the matrix `name`."""
+    """Refuse NaN and Inf in arguments and results of a solver for the matrix `name`."""
     for argument, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
             raise ValueError(

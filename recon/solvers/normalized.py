@@ -1,4 +1,4 @@
-"""The problem of a matrix in units in which every input has norm 1, as ADMM and ALPS see it.
+"""The problem of a matrix in the units of ADMM and ALPS, in which every input has norm 1.
 
 |W| then is the score of Wanda, and one penalty rho suits all columns.
 """

@@ -18,9 +18,9 @@ import torch
 
 from recon.cli.plan import main as recon_plan
 from recon.models.loading import ModelSource
-from recon.planner import Setting
+from recon.planner import PlanOptions
 from recon.planner.flops import seconds_of
-from recon.planner.speed import measured_rates
+from recon.planner.speed import measured_speeds
 
 from .fits import Data, Fit, arguments, fit, peak_bytes, say
 
@@ -145,10 +145,10 @@ def plan(scope: str, directory: Path, *options: str) -> dict[str, Any]:
 
 def cpu_seconds(planned: dict[str, Any], shape: dict[str, Any] | None) -> float:
     """The CPU seconds that the work of a plan takes."""
-    setting = Setting(**{**planned["setting"], "exclude": tuple(planned["setting"]["exclude"])})
+    options = PlanOptions(**{**planned["setting"], "exclude": tuple(planned["setting"]["exclude"])})
     source = ModelSource() if shape is None else ModelSource("random", shape)
-    rates = measured_rates(source, setting, torch.device("cpu"), clock=time.process_time)
-    return seconds_of(planned["work"], rates, setting)
+    rates = measured_speeds(source, options, torch.device("cpu"), clock=time.process_time)
+    return seconds_of(planned["work"], rates, options)
 
 
 def compared(planned: dict[str, Any], run: Fit) -> dict[str, Any]:

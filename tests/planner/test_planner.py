@@ -20,13 +20,13 @@ from recon.models.anatomy import Anatomy
 from recon.models.loading import ModelSource
 from recon.models.replay import Replay
 from recon.models.windows import submodule_windows
-from recon.planner import Kind, Setting, Shape, forecast, predict, propose
-from recon.planner import speed as rate
-from recon.planner.fake.model import Rehearsal
+from recon.planner import Kind, PlanOptions, Shape, predict, propose, speed
+from recon.planner.fake.model import FakeModel
 from recon.planner.fake.tracker import Tracker
 from recon.planner.flops import KINDS
 from recon.planner.local import solver_bytes
-from recon.planner.snapshot import CATEGORIES
+from recon.planner.trainer_options import trainer_options
+from recon.profiling.entries import CATEGORIES
 from recon.report import Report, Results
 from recon.report.groups import group_cells
 from recon.report.prediction import SHARDED, prediction_section
@@ -118,9 +118,9 @@ def test_a_deep_model_plans() -> None:
 
 
 def assert_plans(shape: Shape) -> None:
-    setting = Setting("block", batch_size=1, seq_len=128, num_sequences=2, num_validation=1)
-    found = predict(shape, setting)
-    buffers = shape.rehearsal(setting).buffer_bytes
+    options = PlanOptions("block", batch_size=1, seq_len=128, num_sequences=2, num_validation=1)
+    found = predict(shape, options)
+    buffers = shape.fake(options).buffer_bytes
     assert found.peak.held["weights"] == 4 * shape.num_parameters + buffers
     assert buffers in (0, 2 * 4 * 32, 2 * 4 * 64)  # inverse frequencies of half a head, as they are and as they were
 
@@ -139,14 +139,14 @@ def test_a_model_goes_with_a_scope_in_either_order(order: int) -> None:
 
 
 def test_a_block_by_hand(llama: Shape) -> None:
-    setting = Setting("block", batch_size=2, seq_len=16, num_sequences=8, num_validation=4, start="pruned")
+    options = PlanOptions("block", batch_size=2, seq_len=16, num_sequences=8, num_validation=4, start="pruned")
     assert llama.num_parameters == N
-    found = predict(llama, setting)
-    by_name = {moment.name: moment.held for moment in found.moments}
+    found = predict(llama, options)
+    by_name = {snapshot.name: snapshot.held for snapshot in found.snapshots}
     assert by_name.keys() == {"collect", "forward", "backward", "step"}
-    for moment in by_name.values():
-        assert moment["weights"] == 4 * N + BUFFERS
-        assert moment["calibration"] == 2 * (8 + 4) * 16 * D * 4
+    for snapshot in by_name.values():
+        assert snapshot["weights"] == 4 * N + BUFFERS
+        assert snapshot["calibration"] == 2 * (8 + 4) * 16 * D * 4
     forward = by_name["forward"]
     assert forward["gradients"] == 4 * BLOCK
     assert forward["optimizer"] == 8 * BLOCK + 4 * 9  # seven matrices and two norms
@@ -159,14 +159,16 @@ def test_a_block_by_hand(llama: Shape) -> None:
 
 
 def test_gram_matrices_by_hand(llama: Shape) -> None:
-    setting = Setting("matrix", batch_size=2, seq_len=16, num_sequences=8, num_validation=4, start="pruned", epochs=1)
-    held = {moment.name: moment.held for moment in predict(llama, setting).moments}
+    options = PlanOptions(
+        "matrix", batch_size=2, seq_len=16, num_sequences=8, num_validation=4, start="pruned", epochs=1
+    )
+    held = {snapshot.name: snapshot.held for snapshot in predict(llama, options).snapshots}
     gram = 4 * (3 * D * D + H * H)  # query, key and value share theirs, gate and up too
     assert held["solve"]["gram"] == held["collect"]["gram"] == gram
     assert held["solve"]["optimizer"] == held["solve"]["gradients"] == 0
-    two = predict(llama, replace(setting, scope="block", start="exact", num_blocks=2))
-    assert {moment.name: moment.held for moment in two.moments}["solve"]["gram"] == 2 * gram
-    cross = predict(llama, replace(setting, propagation="recovered"))
+    two = predict(llama, replace(options, scope="block", start="exact", num_blocks=2))
+    assert {snapshot.name: snapshot.held for snapshot in two.snapshots}["solve"]["gram"] == 2 * gram
+    cross = predict(llama, replace(options, propagation="recovered"))
     assert cross.peak.held["gram"] == 3 * gram
 
 
@@ -195,16 +197,16 @@ def test_what_a_solve_holds_is_what_a_real_one_holds(spread: int) -> None:
 def test_two_processes_by_hand(
     llama: Shape, sharding: Any, precision: str, weights: int, gradients: int, optimizer: int
 ) -> None:
-    setting = Setting("full", 2, 16, 8, 4, start="pruned", loss="cross_entropy", sharding=sharding, world_size=2)
-    found = predict(llama, replace(setting, precision=precision, accumulate=2))
-    forward = next(moment.held for moment in found.moments if moment.name == "forward")
+    options = PlanOptions("full", 2, 16, 8, 4, start="pruned", loss="cross_entropy", sharding=sharding, world_size=2)
+    found = predict(llama, replace(options, precision=precision, accumulate=2))
+    forward = next(snapshot.held for snapshot in found.snapshots if snapshot.name == "forward")
     assert (forward["weights"], forward["gradients"], forward["optimizer"]) == (weights, gradients, optimizer)
 
 
 def test_offloaded_training_is_on_the_host(llama: Shape) -> None:
-    options: dict[str, Any] = {"sharding": "zero3", "offload_optimizer": True, "offload_parameters": True}
-    setting = Setting("full", 2, 16, 8, 4, start="pruned", loss="cross_entropy", precision="bf16-mixed", **options)
-    found = predict(llama, setting)
+    zero: dict[str, Any] = {"sharding": "zero3", "offload_optimizer": True, "offload_parameters": True}
+    options = PlanOptions("full", 2, 16, 8, 4, start="pruned", loss="cross_entropy", precision="bf16-mixed", **zero)
+    found = predict(llama, options)
     assert found.peak.held["weights"] == BUFFERS
     assert found.peak.held["optimizer"] == found.peak.held["gradients"] == 0
     assert found.host["optimizer"] == 12 * L * BLOCK
@@ -218,13 +220,13 @@ def test_offloaded_training_is_on_the_host(llama: Shape) -> None:
 @pytest.mark.parametrize("half", [False, True])
 def test_what_backward_keeps_is_what_real_windows_keep(family: str, half: bool) -> None:
     model = tiny(family)
-    setting = Setting("submodule", batch_size=3, seq_len=24, precision="bf16-mixed" if half else "32-true")
-    rehearsal = Rehearsal(model.config, torch.float32)
+    options = PlanOptions("submodule", batch_size=3, seq_len=24, precision="bf16-mixed" if half else "32-true")
+    fake = FakeModel(model.config, torch.float32)
     replay = Replay(model, Anatomy.of(model))
-    for window, fake in zip(submodule_windows(replay)[:2], rehearsal.windows(setting)[:2], strict=True):
-        assert window.owned == fake.owned
+    for window, faked in zip(submodule_windows(replay)[:2], fake.windows(options)[:2], strict=True):
+        assert window.owned == faked.owned
         model.requires_grad_(False)
-        hidden = torch.randn(3, 24, rehearsal.dim)
+        hidden = torch.randn(3, 24, fake.dim)
         attention, target = torch.randn_like(hidden), torch.randn_like(hidden)
         replay._calls_for(hidden)
         left_out = {one.data_ptr() for one in model.parameters()}
@@ -244,7 +246,7 @@ def test_what_backward_keeps_is_what_real_windows_keep(family: str, half: bool) 
                 output = window.forward(replay, hidden, attention).float()
             _ = (output - target).square().sum() / target.square().sum()
             measured = sum(one.untyped_storage().nbytes() for one in kept.values())
-        assert rehearsal.window(fake, setting, torch.float32).kept == pytest.approx(measured, rel=0.02)
+        assert fake.window(faked, options, torch.float32).kept == pytest.approx(measured, rel=0.02)
 
 
 SCOPES = {
@@ -273,7 +275,7 @@ def test_the_peak_of_a_real_fit(kind: str, sizes: dict[str, Any], precision: Any
         gc.collect()
         tracker.reset()
         trainer.fit(scope)
-    found = predict(Shape(scope.source), Setting.of(scope, data, trainer))
+    found = predict(Shape(scope.source), PlanOptions.of(scope, data, trainer_options(trainer)))
     predicted = found.peak.total + found.host["masks"]
     assert predicted == pytest.approx(tracker.peak.total(), rel=0.05)
     if kind in ("full", "distilled"):
@@ -304,26 +306,26 @@ def test_the_tracker_counts_storages_once_and_until_they_are_freed() -> None:
 @pytest.mark.parametrize("scope", ["submodule", "block", "full"])
 def test_more_of_anything_needs_no_less(llama: Shape, scope: Any) -> None:
     loss = "cross_entropy" if scope == "full" else "normalised"
-    setting = Setting(scope, 2, 16, 8, 4, start="pruned", loss=loss)
-    base = predict(llama, setting).peak.total
+    options = PlanOptions(scope, 2, 16, 8, 4, start="pruned", loss=loss)
+    base = predict(llama, options).peak.total
     for option in ("batch_size", "seq_len"):
-        assert predict(llama, replace(setting, **{option: 2 * getattr(setting, option)})).peak.total > base
+        assert predict(llama, replace(options, **{option: 2 * getattr(options, option)})).peak.total > base
     deeper = shape_of({**LLAMA, "num_hidden_layers": 2 * L})
-    assert predict(deeper, setting).peak.total > base
-    more = predict(llama, replace(setting, num_sequences=16))
-    assert more.flops > predict(llama, setting).flops
-    assert (more.peak.total > base) == setting.is_local
+    assert predict(deeper, options).peak.total > base
+    more = predict(llama, replace(options, num_sequences=16))
+    assert more.flops > predict(llama, options).flops
+    assert (more.peak.total > base) == options.is_local
 
 
 def test_offload_does_not_grow_with_depth(llama: Shape) -> None:
     deeper = shape_of({**LLAMA, "num_hidden_layers": 2 * L})
     for scope in ("matrix", "submodule", "block"):
-        setting = Setting(scope, 2, 16, 8, 4, start="pruned", offload="host")
-        moments = [{one.name: one.total for one in predict(shape, setting).moments} for shape in (llama, deeper)]
-        assert moments[0].keys() == moments[1].keys()
-        for name in moments[0].keys() - {"embed"}:
-            assert moments[1][name] == pytest.approx(moments[0][name], rel=0.02)
-        on_host, on_disk = (predict(llama, replace(setting, offload=place)) for place in ("host", "disk"))
+        options = PlanOptions(scope, 2, 16, 8, 4, start="pruned", offload="host")
+        snapshots = [{one.name: one.total for one in predict(shape, options).snapshots} for shape in (llama, deeper)]
+        assert snapshots[0].keys() == snapshots[1].keys()
+        for name in snapshots[0].keys() - {"embed"}:
+            assert snapshots[1][name] == pytest.approx(snapshots[0][name], rel=0.02)
+        on_host, on_disk = (predict(llama, replace(options, offload=place)) for place in ("host", "disk"))
         assert on_host.host["weights"] == 4 * N
         assert on_disk.host["weights"] == 4 * (N - L * BLOCK)
         assert on_host.peak.held["weights"] == on_disk.peak.held["weights"] == 4 * BLOCK
@@ -331,11 +333,11 @@ def test_offload_does_not_grow_with_depth(llama: Shape) -> None:
 
 @pytest.mark.parametrize("scope", ["matrix", "submodule", "block"])
 def test_activations_are_where_they_are_put(llama: Shape, scope: Any) -> None:
-    setting = Setting(scope, 2, 16, 8, 4, start="pruned")
+    asked = PlanOptions(scope, 2, 16, 8, 4, start="pruned")
     copies = [8 * 16 * D * 4, 4 * 16 * D * 4] * (3 if scope == "submodule" else 2)  # calibration, then held out
 
     def placed(**options: Any) -> tuple[int, int, int]:
-        found = predict(llama, replace(setting, **options))
+        found = predict(llama, replace(asked, **options))
         return found.peak.held["calibration"], found.host["calibration"], found.disk["activations"]
 
     assert placed() == (sum(copies), 0, 0)
@@ -349,48 +351,50 @@ def test_activations_are_where_they_are_put(llama: Shape, scope: Any) -> None:
 
 
 def test_processes_that_recover_windows_of_their_own_share_the_time_but_not_the_memory(llama: Shape) -> None:
-    setting = Setting("submodule", 2, 16, 8, 4, activations="disk")
+    options = PlanOptions("submodule", 2, 16, 8, 4, activations="disk")
     rates: dict[Kind, float] = dict.fromkeys(KINDS, 2.0**30)
-    one = predict(llama, setting, rates)
-    two = predict(llama, replace(setting, world_size=2), rates)
-    apart = predict(llama, replace(setting, world_size=2, num_nodes=2), rates)
+    one = predict(llama, options, rates)
+    two = predict(llama, replace(options, world_size=2), rates)
+    apart = predict(llama, replace(options, world_size=2, num_nodes=2), rates)
     assert two.peak == one.peak
     assert two.host == {name: 2 * size for name, size in one.host.items()}
     assert apart.host == one.host
     assert two.disk == {**one.disk, "activations": 2 * one.disk["activations"]}
-    assert two.work == one.work
-    assert two.seconds == (one.work["walk"] + (one.flops - one.work["walk"]) / 2) / 2**30
+    assert two.flops_by_kind == one.flops_by_kind
+    assert two.seconds == (one.flops_by_kind["walk"] + (one.flops - one.flops_by_kind["walk"]) / 2) / 2**30
 
 
 def test_time_follows_the_rate(llama: Shape) -> None:
-    setting = Setting("full", 2, 16, 8, 4, start="pruned", loss="cross_entropy", sharding="ddp", world_size=2)
-    found = predict(llama, setting, flop_rate=2.0**30)
+    options = PlanOptions("full", 2, 16, 8, 4, start="pruned", loss="cross_entropy", sharding="ddp", world_size=2)
+    found = predict(llama, options, speed=2.0**30)
     assert found.seconds == found.flops / 2**31
-    assert predict(llama, setting).seconds is None
-    assert found.work.keys() == {"training", "rest", "held out"}
+    assert predict(llama, options).seconds is None
+    assert found.flops_by_kind.keys() == {"training", "rest", "held out"}
     rates: dict[Kind, float] = {"training": 2.0**30, "rest": 2.0**31, "held out": 2.0**32}
-    taken = (4 * found.work["training"] + 2 * found.work["rest"] + found.work["held out"]) / 2**32
-    assert predict(llama, setting, rates).seconds == taken / 2
+    taken = (
+        4 * found.flops_by_kind["training"] + 2 * found.flops_by_kind["rest"] + found.flops_by_kind["held out"]
+    ) / 2**32
+    assert predict(llama, options, rates).seconds == taken / 2
 
 
 @pytest.mark.parametrize("scope", ["submodule", "block", "full"])
 def test_proposals_fit_and_are_sorted(llama: Shape, scope: Any) -> None:
     loss = "cross_entropy" if scope == "full" else "normalised"
-    setting = Setting(scope, 2, 64, 16, 4, start="pruned", loss=loss)
+    options = PlanOptions(scope, 2, 64, 16, 4, start="pruned", loss=loss)
     if scope == "block":
-        setting = replace(setting, num_blocks=2, precision="bf16-mixed")
-    peak = predict(llama, setting).peak.total
-    assert propose(llama, setting, peak) == []
-    found = propose(llama, setting, int(0.9 * peak))
+        options = replace(options, num_blocks=2, precision="bf16-mixed")
+    peak = predict(llama, options).peak.total
+    assert propose(llama, options, peak) == []
+    found = propose(llama, options, int(0.9 * peak))
     assert found
     assert [one.cost for one in found] == sorted(one.cost for one in found)
     for one in found:
-        changed = one.prediction.setting
-        assert one.options
+        changed = one.prediction.options
+        assert one.arguments
         assert predict(llama, changed).peak.total == one.prediction.peak.total <= 0.9 * peak
-        together = [each.batch_size * each.accumulate * each.world_size for each in (setting, changed)]
-        assert setting.is_local or together[0] == together[1]
-    assert propose(llama, setting, 1000) == []
+        together = [each.batch_size * each.accumulate * each.world_size for each in (options, changed)]
+        assert options.is_local or together[0] == together[1]
+    assert propose(llama, options, 1000) == []
 
 
 # --- what is refused ---------------------------------------------------------------------------------
@@ -399,16 +403,16 @@ def test_proposals_fit_and_are_sorted(llama: Shape, scope: Any) -> None:
 def test_what_cannot_be_planned_is_refused(llama: Shape) -> None:
     data = data_of()
     with pytest.raises(ValueError, match="got Pretraining"):
-        Setting.of(Pretraining(LLAMA), data)
+        PlanOptions.of(Pretraining(LLAMA), data)
     data.num["train"] = None
     with pytest.raises(ValueError, match=r"data\.num_sequences, got null"):
-        Setting.of(MatrixReconstruction(), data)
+        PlanOptions.of(MatrixReconstruction(), data)
     with pytest.raises(ValueError, match="64-true"):
-        Setting("block", precision="64-true")
+        PlanOptions("block", precision="64-true")
     with pytest.raises(ValueError, match="zero2_offload"):
-        Setting("full", offload="host")
+        PlanOptions("full", offload="host")
     with pytest.raises(ValueError, match="no pattern"):
-        predict(llama, Setting("block", masked=False))
+        predict(llama, PlanOptions("block", masked=False))
 
 
 # --- the command -------------------------------------------------------------------------------------
@@ -467,13 +471,13 @@ def test_rates_are_those_of_the_work_that_is_measured(scope: Any, monkeypatch: A
             work()
         return operations.total / 2**30
 
-    monkeypatch.setattr(rate, "_seconds", ticks)
-    monkeypatch.setattr(rate, "SECONDS", 2**25 / 2**30)  # batches are made smaller, too
+    monkeypatch.setattr(speed, "_seconds", ticks)
+    monkeypatch.setattr(speed, "SECONDS", 2**25 / 2**30)  # batches are made smaller, too
     loss = "cross_entropy" if scope == "full" else "normalised"
     source = ModelSource("random", LLAMA)
-    setting = Setting(scope, 8, 32, 16, 4, loss=loss, device="cpu")
-    found = rate.measured_rates(source, setting, torch.device("cpu"))
-    work = predict(Shape(source), setting).work
+    options = PlanOptions(scope, 8, 32, 16, 4, loss=loss, device="cpu")
+    found = speed.measured_speeds(source, options, torch.device("cpu"))
+    work = predict(Shape(source), options).flops_by_kind
     assert found.keys() >= {kind for kind, flops in work.items() if flops}
     solve = found.pop("solve")
     assert 0.8 * 2**30 <= solve <= 2**30  # besides its iterations there is a start
@@ -481,11 +485,11 @@ def test_rates_are_those_of_the_work_that_is_measured(scope: Any, monkeypatch: A
 
 
 def test_rates_are_measured(llama: Shape) -> None:
-    setting = Setting("block", 2, 16, 8, 4, device="cpu")
-    rates = rate.measured_rates(ModelSource("random", LLAMA), setting, torch.device("cpu"))
-    found = predict(llama, setting, rates)
+    options = PlanOptions("block", 2, 16, 8, 4, device="cpu")
+    rates = speed.measured_speeds(ModelSource("random", LLAMA), options, torch.device("cpu"))
+    found = predict(llama, options, rates)
     assert all(one > 0 for one in rates.values())
-    assert found.seconds == pytest.approx(sum(flops / rates[kind] for kind, flops in found.work.items()))
+    assert found.seconds == pytest.approx(sum(flops / rates[kind] for kind, flops in found.flops_by_kind.items()))
 
 
 def test_the_command_measures_rates(capsys: Any) -> None:
@@ -509,7 +513,7 @@ def report_of(found: dict[str, Any], **options: Any) -> Report:
 
 
 def test_rates_are_those_of_a_run(llama: Shape, tmp_path: Any, capsys: Any) -> None:
-    found = predict(llama, Setting("submodule", 2, 16, 8, 4, world_size=2)).as_dict()
+    found = predict(llama, PlanOptions("submodule", 2, 16, 8, 4, world_size=2)).as_dict()
     report_of(found, seconds=8.0).save(tmp_path / "report.json")
     command = [*COMMAND, SMALL, *FEW, "--flop_rate", str(tmp_path)]
     row = row_of([*command, "--scopes", "[submodule]"], capsys)
@@ -522,39 +526,15 @@ def test_rates_are_those_of_a_run(llama: Shape, tmp_path: Any, capsys: Any) -> N
     assert "whose report has no FLOPs and seconds" in capsys.readouterr().err
 
 
-def test_a_forecast_is_the_prediction_of_the_run_and_leaves_no_trace() -> None:
-    data = data_of(num=8, validation=4, seq=16, batch_size=2)
-    scope = BlockDistillation(name="random", shape=LLAMA, batch_size=2, offload="host", activations="host")
-    trainer, before = trainer_of(), torch.get_rng_state()
-    found = forecast(scope, data, trainer, exclude=("*.0.*",), masked=True)
-    options: dict[str, Any] = {"exclude": ("*.0.*",), "offload": "host", "activations": "host", "device": "cpu"}
-    setting = Setting("block", 2, 16, 8, 4, **options)
-    assert found == predict(shape_of(), setting).as_dict()
-    json.dumps(found)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_a_forecast_says_why_there_is_none() -> None:
-    data = data_of()
-    options = {"exclude": (), "masked": False}
-    assert (
-        "no pattern" in forecast(BlockDistillation(name="random", shape=LLAMA), data, trainer_of(), **options)["reason"]
-    )
-    data.num["validation"] = None
-    found = forecast(FullRetraining(name="random", shape=LLAMA), data, trainer_of(), **options)
-    assert found.keys() == {"reason"}
-    assert "data.num_validation, got null" in found["reason"]
-
-
 MIB = 2**20
 
 
 def predicted(scope: str = "submodule", world_size: int = 1, **options: Any) -> dict[str, Any]:
     """What stands in a report of a run that was to hold 6 MiB on the device, 2 MiB on the host."""
-    setting = {"world_size": world_size, "num_nodes": 1, "sharding": "none", **options}
+    planned = {"world_size": world_size, "num_nodes": 1, "sharding": "none", **options}
     categories = dict.fromkeys(CATEGORIES, 0) | {"weights": 4 * MIB, "optimizer": 2 * MIB}
     host = dict.fromkeys(CATEGORIES, 0) | {"calibration": 2 * MIB}
-    return {"setting": setting, "categories": categories, "host": host, "flops": 10**9, "seconds": None}
+    return {"setting": planned, "categories": categories, "host": host, "flops": 10**9, "seconds": None}
 
 
 def ranks_of(*weights: int) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from recon.profiling.phases import PhaseListener, Phases
+from recon.profiling.phases import PhaseListener, PhaseName, Phases, is_window, window_phase
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -77,3 +77,20 @@ def test_without_listeners_phases_are_only_names() -> None:
     assert phases.current == "load"
     phases.leave()
     assert phases.current is None
+
+
+def test_names_reach_files_as_plain_text() -> None:
+    log = Log()
+    phases = Phases([log])
+    phases.enter(PhaseName.BASELINES)
+    assert type(phases.current) is str  # whose repr, in messages, is not that of an enum
+    phases.enter(window_phase("000.attention"))
+    phases.leave()
+    assert log.events == [
+        "+evaluate dense and pruned",
+        "-evaluate dense and pruned",
+        "+window 000.attention",
+        "-window 000.attention",
+    ]
+    assert is_window("window 000.attention")
+    assert not any(is_window(name) for name in PhaseName)

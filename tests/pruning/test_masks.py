@@ -11,11 +11,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.pytorch_utils import Conv1D
 
 import recon.pruning.masks
 from recon.basics.files import atomic_write, write_json
-from recon.pruning.masks import Masks
+from recon.pruning.masks import Masks, count_bits, pack, unpack
 
 
 class Model(nn.Module):
@@ -103,6 +104,46 @@ def test_mapping_and_subset(masks: Masks) -> None:
     assert torch.equal(subset["down.weight"], masks["down.weight"])
     with pytest.raises(ValueError, match=r"got `gate.weight` without one"):
         masks.subset(["up.weight", "gate.weight"])
+
+
+def test_counts_shapes_and_names_need_no_unpacking(
+    model: Model, masks: Masks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(packed: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        raise AssertionError("a mask is unpacked")
+
+    masks.apply(model)
+    save_file({name: masks[name].float() for name in masks}, tmp_path / "model.safetensors")
+    monkeypatch.setattr(recon.pruning.masks, "unpack", refuse)
+    assert "up.weight" in masks
+    assert "gate.weight" not in masks
+    assert dict(masks.shapes) == {"up.weight": (7, 5), "down.weight": (7, 3)}
+    assert masks.subset(["down.weight"]).keys() == {"down.weight"}
+    assert masks.num_pruned > 0
+    assert 0 < masks.sparsity < 1
+    masks.validate_for(model)
+    masks.check(model)
+    assert masks.violations(model) == 0
+    assert masks.violations_in(tmp_path) == 0
+    assert masks == Masks.of_packed({name: masks.packed(name) for name in masks}, masks.shapes)
+    with pytest.raises(AssertionError, match="is unpacked"):
+        masks["up.weight"]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 8), (3, 5), (64, 33), (0, 4), (5,), (2, 3, 7)])
+def test_bits_are_those_of_the_obvious_way(shape: tuple[int, ...]) -> None:
+    keep = torch.rand(shape) < 0.5
+    bits = keep.flatten().tolist()
+    expected = [sum(bit << place for place, bit in enumerate(bits[at : at + 8])) for at in range(0, len(bits), 8)]
+    packed = pack(keep)
+    assert packed.tolist() == expected
+    assert count_bits(packed) == sum(bits)
+    unpacked = unpack(packed, shape)
+    assert torch.equal(unpacked, keep)
+    unpacked.logical_not_()  # of its own memory, which may be written
+    assert torch.equal(unpack(packed, shape), keep)
+    with FakeTensorMode(allow_non_fake_inputs=True):  # as on an accelerator, which numpy does not see
+        assert unpack(torch.empty(len(packed), dtype=torch.uint8), shape).shape == shape
 
 
 def test_only_bool_tensors_are_masks() -> None:

@@ -1,11 +1,12 @@
-"""A model with shapes and without numbers, and training steps on it: what they allocate, keep and compute.
+"""A fake model, with shapes and without numbers: the memory and the FLOPs of training steps on it.
 
 The model is transformers' own, made under torch's `FakeTensorMode`: operators propagate shapes, dtypes and devices,
-take the kernels that real tensors would, autocast as those do, and allocate nothing. So no family has its own formula.
-The meta device would not do: attention falls back to a kernel that keeps the scores there, and nothing is cast.
-Blocks are run by `Replay`, whose check by numbers is left out. Equal blocks are rehearsed once.
+take the kernels of real tensors, autocast as those do, and allocate nothing. So no family has its own formula. The
+meta device would not do: attention falls back to a kernel that keeps the scores there, and nothing is cast. `Replay`
+runs the blocks, without its check by numbers. Of equal blocks one is run.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,6 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from recon.models.anatomy import Anatomy, Block
 from recon.models.linear import weight_out_in
-from recon.models.replay import Replay
 from recon.models.windows import (
     BlockWindow,
     GroupWindow,
@@ -32,31 +32,32 @@ from recon.models.windows import (
     group_windows,
     submodule_windows,
 )
+from recon.planner.fake.replay import Unverified
 from recon.planner.fake.step import Step, checkpointed, distance, model_loss, take_step
 from recon.planner.fake.tracker import Tracker
-from recon.planner.options import Setting
+from recon.planner.options import PlanOptions
 from recon.planner.snapshot import numel
 from recon.pruning.masks import Masks
 from recon.scopes.lora import A, B, Lora, attach, merge
 from recon.scopes.trainable import chosen
 
 UNPACKED = "transformers.masking_utils.find_packed_sequence_indices"
-"""Looks for packed sequences in the numbers of the positions, and builds a mask where it cannot: there are none."""
+"""Searches the positions for packed sequences, and builds a mask where it cannot: fake positions have no numbers."""
 
 
-class Rehearsal:
-    """A fake model and what steps on it take.
+class FakeModel:
+    """A fake model and the steps on it; each kind of step is taken once.
 
     Args:
-        config: Of the model.
-        dtype: Of its working weights.
+        config: Configuration of the model.
+        dtype: Precision of the working weights.
         trust_remote_code: Run code that comes with the model.
 
     Attributes:
-        model: Its parameters are fake tensors on the CPU.
-        parameters: By name, tied ones once.
-        num_parameters: Elements of all of them.
-        anatomy: Its blocks.
+        model: The model; its parameters are fake tensors on the CPU.
+        parameters: Name -> parameter, tied ones once.
+        num_parameters: Elements of all parameters.
+        anatomy: The blocks of the model.
     """
 
     def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> None:
@@ -76,47 +77,47 @@ class Rehearsal:
 
     @contextmanager
     def faked(self) -> Iterator[None]:
-        """Tensors made inside have no numbers."""
+        """Make all new tensors inside fake ones."""
         with self._mode, patch(UNPACKED, lambda position_ids: None):
             yield
 
-    def windows(self, setting: Setting) -> Sequence[Window]:
-        """The windows of a local scope, as its own code lays them out."""
+    def windows(self, options: PlanOptions) -> Sequence[Window]:
+        """Lay out the windows of a local scope, by the scope's own code."""
 
         def lay_out() -> Sequence[Window]:
-            if setting.scope == "matrix":
+            if options.scope == "matrix":
                 return block_windows(self.anatomy, 1)
-            if setting.scope == "block":
-                return block_windows(self.anatomy, setting.num_blocks, setting.stride)
-            if setting.groups is not None:
-                return group_windows(self.replay, setting.groups)
+            if options.scope == "block":
+                return block_windows(self.anatomy, options.num_blocks, options.stride)
+            if options.groups is not None:
+                return group_windows(self.replay, options.groups)
             return submodule_windows(self.replay)
 
         with self.faked():
-            key = "windows", setting.scope, setting.num_blocks, setting.stride, setting.groups
+            key = "windows", options.scope, options.num_blocks, options.stride, options.groups
             return self._once(key, lay_out)
 
-    def kind(self, window: Window, setting: Setting) -> tuple[Any, ...]:
-        """Equal for windows whose steps take the same."""
-        blocks = tuple(self.block_kind(block, setting) for block in window.blocks)
+    def kind(self, window: Window, options: PlanOptions) -> tuple[Any, ...]:
+        """Return a key that is equal for windows with equal steps."""
+        blocks = tuple(self.block_kind(block, options) for block in window.blocks)
         offset = len(window.blocks[0].name)
         own = tuple(name[offset:] for name in window.owned) if len(blocks) == 1 else ()
         return type(window).__name__, blocks, own
 
-    def block_kind(self, block: Block, setting: Setting) -> tuple[str, str]:
-        """Equal for blocks that hold and are given the same."""
+    def block_kind(self, block: Block, options: PlanOptions) -> tuple[str, str]:
+        """Return a key that is equal for blocks with equal modules and inputs."""
 
         def describe() -> tuple[str, str]:
-            call = self.replay._calls_for(self._hidden(setting))[block.index]
+            call = self.replay._calls_for(self._hidden(options))[block.index]
             return str(block.module), str([_shape(one) for one in (call.args, call.kwargs)])
 
         with self.faked():
-            return self._once(("kind", block.index, setting.batch_size, setting.seq_len), describe)
+            return self._once(("kind", block.index, options.batch_size, options.seq_len), describe)
 
-    def given(self, setting: Setting) -> int:
-        """Bytes of what the blocks are given beside hidden states, for the batch of this setting."""
+    def given(self, options: PlanOptions) -> int:
+        """Bytes of the blocks' inputs beside hidden states, for one batch."""
         with self.faked():
-            tensors = self._once(("given", setting.batch_size, setting.seq_len), lambda: self._given(setting))
+            tensors = self._once(("given", options.batch_size, options.seq_len), lambda: self._given(options))
             return sum({one.untyped_storage()._cdata: one.untyped_storage().nbytes() for one in tensors}.values())
 
     @property
@@ -126,39 +127,39 @@ class Rehearsal:
 
     @property
     def buffer_bytes(self) -> int:
-        """Of all buffers."""
+        """Bytes of all buffers."""
         return sum(one.nbytes for one in self.model.buffers())
 
     def block_numel(self, block: Block) -> int:
-        """Weights of a block."""
+        """Count the weights of a block."""
         return self._once(("numel", block.index), lambda: numel(block.parameters().values()))
 
     def block_buffers(self, block: Block) -> int:
         """Bytes of a block's buffers."""
         return self._once(("buffers", block.index), lambda: sum(one.nbytes for one in block.module.buffers()))
 
-    def learning(self, names: Sequence[str], setting: Setting) -> dict[str, Tensor]:
-        """What learns if some parameters are recovered: those of them that do, or adapters in their place."""
-        if setting.parameters == "all":
+    def learning(self, names: Sequence[str], options: PlanOptions) -> dict[str, Tensor]:
+        """Select the tensors that learn if `names` are recovered: some of these, or adapters in their place."""
+        if options.parameters == "all":
             return {name: self.parameters[name] for name in names}
-        if setting.parameters == "lora":
-            return self._adapters(self.masked(names, setting), setting.lora_rank)
-        found = chosen({name: self.parameters[name] for name in names}, self.prunable(), setting.parameters)
+        if options.parameters == "lora":
+            return self._adapters(self.masked(names, options), options.lora_rank)
+        found = chosen({name: self.parameters[name] for name in names}, self.prunable(), options.parameters)
         return {name: self.parameters[name] for name in found}
 
-    def masked(self, names: Sequence[str], setting: Setting) -> list[str]:
-        """Those of some parameters whose masks are unpacked where they learn or are adapted."""
-        if not setting.masked or setting.parameters == "vectors":
+    def masked(self, names: Sequence[str], options: PlanOptions) -> list[str]:
+        """Select the parameters whose masks are unpacked because they learn or have adapters."""
+        if not options.masked or options.parameters == "vectors":
             return []
-        pruned = self.prunable(setting.exclude)
+        pruned = self.prunable(options.exclude)
         return [name for name in names if name in pruned]
 
-    def adapter_bytes(self, names: Sequence[str], setting: Setting) -> int:
-        """Of the adapters of some parameters; 0 if there are none."""
-        return sum(one.nbytes for one in self.learning(names, setting).values()) * (setting.parameters == "lora")
+    def adapter_bytes(self, names: Sequence[str], options: PlanOptions) -> int:
+        """Bytes of the adapters of some parameters; 0 without adapters."""
+        return sum(one.nbytes for one in self.learning(names, options).values()) * (options.parameters == "lora")
 
     def _adapters(self, names: Sequence[str], rank: int) -> dict[str, Tensor]:
-        """Tensors of the shapes that adapters of these matrices have."""
+        """Make tensors with the shapes of these matrices' adapters."""
 
         def pair(name: str) -> dict[str, Tensor]:
             out, in_ = weight_out_in(self.prunable()[name]).shape
@@ -170,22 +171,22 @@ class Rehearsal:
         return {name: one for found in pairs for name, one in found.items()}
 
     def prunable(self, exclude: Sequence[str] = ()) -> dict[str, nn.Module]:
-        """Parameter name -> linear map that may be pruned."""
+        """Parameter name -> prunable linear map."""
         return self._once(("prunable", tuple(exclude)), lambda: self.anatomy.prunable(exclude))
 
     def shape_of(self, name: str) -> tuple[int, int]:
-        """Rows and columns of a matrix, whatever its layout."""
+        """Return rows (outputs) and columns (inputs) of a matrix, whatever its layout."""
         with self.faked():
             rows, width = weight_out_in(self.prunable()[name]).shape
             return rows, width
 
     def products(self, name: str) -> int:
-        """Multiplications of a matrix with the Gram matrix of its inputs: rows times width squared."""
+        """Count the multiplications of a matrix with the Gram matrix of its inputs: rows times width squared."""
         rows, width = self._once(("shape", name), lambda: self.shape_of(name))
         return rows * width**2
 
-    def inputs(self, block: Block, matrices: Sequence[str], setting: Setting) -> list[int]:
-        """Width of every distinct input of some matrices of a block: as many Gram matrices are collected."""
+    def inputs(self, block: Block, matrices: Sequence[str], options: PlanOptions) -> list[int]:
+        """List the width of every distinct input of some matrices of a block: each has its Gram matrix."""
 
         def watch() -> list[int]:
             seen: list[tuple[Tensor, int]] = []
@@ -201,7 +202,7 @@ class Rehearsal:
                 if f"{name}.weight" in matrices
             ]
             with torch.no_grad():
-                self.replay.run(block.index, self._hidden(replace(setting, batch_size=1, seq_len=4)))
+                self.replay.run(block.index, self._hidden(replace(options, batch_size=1, seq_len=4)))
             for handle in handles:
                 handle.remove()
             return [width for _, width in seen]
@@ -210,43 +211,49 @@ class Rehearsal:
         with self.faked():
             return self._once(("inputs", str(block.module), own), watch)
 
-    def passed(self, block: Block, setting: Setting) -> Step:
-        """One batch through a block, nothing trained; attention recorded if the scope does."""
+    def passed(self, block: Block, options: PlanOptions) -> Step:
+        """Pass one batch through a block without training; attention is recorded if the scope records it."""
 
         def run() -> Step:
-            hidden = self._hidden(setting)
+            hidden = self._hidden(options)
             with Tracker([*self.parameters.values(), hidden]) as tracker, torch.no_grad():
-                output = (self.replay.run_and_tap if setting.taps else self.replay.run)(block.index, hidden)
+                output = (self.replay.run_and_tap if options.taps else self.replay.run)(block.index, hidden)
                 del output
             return Step(0, tracker.peak, Counter(), tracker.flops, tracker.flops)
 
-        kind = self.block_kind(block, setting)
+        kind = self.block_kind(block, options)
         with self.faked():
-            return self._once(("passed", kind, setting.taps, *_sizes(setting)), run)
+            return self._once(("passed", kind, options.taps, *_sizes(options)), run)
 
-    def window(self, window: Window, setting: Setting, loaded: torch.dtype) -> Step:
-        """A training step of a window, its optimizer having stepped before; inputs are loaded in another precision."""
-        shape = setting.batch_size, setting.seq_len, self.dim
-        target_shape = *shape[:2], self.features(window, setting)
+    def window(self, window: Window, options: PlanOptions, loaded: torch.dtype) -> Step:
+        """Take a training step of a window whose optimizer has stepped before.
 
-        def output(batch: list[Tensor]) -> Tensor:  # a function, for what it casts goes when it returns
+        Args:
+            window: The window.
+            options: The options of the run.
+            loaded: Precision in which inputs and target are loaded.
+        """
+        shape = options.batch_size, options.seq_len, self.dim
+        target_shape = *shape[:2], self.features(window, options)
+
+        def output(batch: list[Tensor]) -> Tensor:  # a function: its casts are freed when it returns
             return window.forward(self.replay, *(one.to(self.dtype) for one in batch)).float()
 
         def loss(batch: list[Tensor]) -> Tensor:
             batch += [torch.empty(target_shape, dtype=loaded), torch.empty(shape, dtype=loaded)]
             batch += [torch.empty(shape, dtype=loaded)] if isinstance(window, MLPWindow) else []
-            with self._casting(setting):
-                return distance(output(batch[1:]), batch[0].float(), setting.loss)
+            with self._casting(options):
+                return distance(output(batch[1:]), batch[0].float(), options.loss)
 
-        key = "window", self.kind(window, setting), setting.loss, loaded, *_sizes(setting)
+        key = "window", self.kind(window, options), options.loss, loaded, *_sizes(options)
         with self.faked():
-            return self._once(key, lambda: self._step(window.owned, loss, setting, self._given(setting)))
+            return self._once(key, lambda: self._step(window.owned, loss, options, self._given(options)))
 
-    def features(self, window: Window, setting: Setting) -> int:
-        """Width of what a window returns."""
+    def features(self, window: Window, options: PlanOptions) -> int:
+        """Return the width of a window's output."""
 
         def run() -> int:
-            hidden = self._hidden(replace(setting, batch_size=1, seq_len=4))
+            hidden = self._hidden(replace(options, batch_size=1, seq_len=4))
             with torch.no_grad():
                 return window.forward(self.replay, hidden, hidden).shape[-1]
 
@@ -255,51 +262,51 @@ class Rehearsal:
         with self.faked():
             return self._once(("features", window.name), run)
 
-    def block(self, block: Block, setting: Setting) -> Step:
-        """What one more block adds to a training step of the whole model."""
+    def block(self, block: Block, options: PlanOptions) -> Step:
+        """Take the part that one more block adds to a training step of the whole model."""
         names = list(block.parameters())
         window = BlockWindow(block.name, [block], names, [])
 
         def loss(batch: list[Tensor]) -> Tensor:
-            hidden = torch.empty((setting.batch_size, setting.seq_len, self.dim), dtype=self.dtype, requires_grad=True)
+            hidden = torch.empty((options.batch_size, options.seq_len, self.dim), dtype=self.dtype, requires_grad=True)
             forward = partial(window.forward, self.replay)
-            with self._casting(setting):
-                return (checkpointed(forward) if setting.gradient_checkpointing else forward)(hidden).sum()
+            with self._casting(options):
+                return (checkpointed(forward) if options.gradient_checkpointing else forward)(hidden).sum()
 
-        kind = self.block_kind(block, setting)
+        kind = self.block_kind(block, options)
         with self.faked():
-            key = "block", kind, setting.gradient_checkpointing, *_sizes(setting)
-            return self._once(key, lambda: self._step(names, loss, setting, self._given(setting)))
+            key = "block", kind, options.gradient_checkpointing, *_sizes(options)
+            return self._once(key, lambda: self._step(names, loss, options, self._given(options)))
 
-    def head(self, setting: Setting) -> Step:
-        """A training step of the model as if it had its first block only."""
+    def head(self, options: PlanOptions) -> Step:
+        """Take a training step of the model with its first block only."""
 
         def loss(batch: list[Tensor]) -> Tensor:
-            tokens = torch.zeros((setting.batch_size, setting.seq_len), dtype=torch.long)
-            with self._casting(setting):
-                return model_loss(lambda ids: self.model(input_ids=ids, use_cache=False).logits, tokens, setting.loss)
+            tokens = torch.zeros((options.batch_size, options.seq_len), dtype=torch.long)
+            with self._casting(options):
+                return model_loss(lambda ids: self.model(input_ids=ids, use_cache=False).logits, tokens, options.loss)
 
         def run() -> Step:
             first = self.anatomy.blocks[0]
             names = list(first.parameters())
-            if setting.train == "all":
+            if options.train == "all":
                 names += [name for name in self.parameters if not self._in_blocks(name)]
             forward = first.module.forward
             try:
-                if setting.gradient_checkpointing:
+                if options.gradient_checkpointing:
                     first.module.forward = checkpointed(forward)
                 with only_first(self.model, first):
-                    return self._step(names, loss, setting)
+                    return self._step(names, loss, options)
             finally:
                 vars(first.module).pop("forward", None)
 
         with self.faked():
-            key = "head", setting.loss, setting.train, setting.gradient_checkpointing, *_sizes(setting)
+            key = "head", options.loss, options.train, options.gradient_checkpointing, *_sizes(options)
             return self._once(key, run)
 
     @property
     def dim(self) -> int:
-        """Width of the hidden states."""
+        """The width of the hidden states."""
         with self.faked():
             return self._once("dim", lambda: self.replay.embed(torch.zeros((1, 4), dtype=torch.long)).shape[-1])
 
@@ -310,31 +317,33 @@ class Rehearsal:
         self,
         names: Sequence[str],
         loss_of: Callable[[list[Tensor]], Tensor],
-        setting: Setting,
+        options: PlanOptions,
         known: Sequence[Tensor] = (),
     ) -> Step:
         known = [*self.parameters.values(), *known]
-        masked = self.masked(names, setting)
-        if setting.parameters != "lora":
-            return take_step(self.learning(names, setting), masked, loss_of, setting.accumulate > 1, known)
-        masks = Masks({name: torch.ones(self.parameters[name].shape, dtype=torch.bool) for name in masked})
-        adapters = attach(self.model, masks, masked, Lora(setting.lora_rank), seed=0)
+        masked = self.masked(names, options)
+        if options.parameters != "lora":
+            return take_step(self.learning(names, options), masked, loss_of, options.accumulate > 1, known)
+        shapes = {name: tuple(self.parameters[name].shape) for name in masked}
+        bits = {name: torch.empty(-(-math.prod(shape) // 8), dtype=torch.uint8) for name, shape in shapes.items()}
+        masks = Masks.of_packed(bits, shapes)
+        adapters = attach(self.model, masks, masked, Lora(options.lora_rank), seed=0)
         try:
             learning = {name: self.model.get_parameter(name) for name in adapters}
             modules = [self.prunable()[name] for name in masked]
             known += [vars(module)["forward"].keep(torch.device("cpu")) for module in modules]
-            return take_step(learning, (), loss_of, setting.accumulate > 1, known)
+            return take_step(learning, (), loss_of, options.accumulate > 1, known)
         finally:
             merge(self.model, adapters)
 
-    def _given(self, setting: Setting) -> list[Tensor]:
-        return _tensors([(call.args, call.kwargs) for call in self.replay._calls_for(self._hidden(setting))])
+    def _given(self, options: PlanOptions) -> list[Tensor]:
+        return _tensors([(call.args, call.kwargs) for call in self.replay._calls_for(self._hidden(options))])
 
-    def _hidden(self, setting: Setting) -> Tensor:
-        return torch.empty((setting.batch_size, setting.seq_len, self.dim), dtype=self.dtype)
+    def _hidden(self, options: PlanOptions) -> Tensor:
+        return torch.empty((options.batch_size, options.seq_len, self.dim), dtype=self.dtype)
 
-    def _casting(self, setting: Setting) -> torch.autocast:
-        return torch.autocast("cpu", dtype=setting.half, enabled=setting.autocasts)
+    def _casting(self, options: PlanOptions) -> torch.autocast:
+        return torch.autocast("cpu", dtype=options.half, enabled=options.autocasts)
 
     def _once(self, key: Any, find: Callable[[], Any]) -> Any:
         if key not in self._found:
@@ -344,7 +353,7 @@ class Rehearsal:
 
 @contextmanager
 def only_first(model: PreTrainedModel, first: Block) -> Iterator[None]:
-    """Within, the model has its first block and no others."""
+    """Remove all blocks but the first from the model inside."""
     parent, _, name = first.name.rpartition(".")[0].rpartition(".")
     owner = model.get_submodule(parent)
     blocks = getattr(owner, name)
@@ -355,27 +364,9 @@ def only_first(model: PreTrainedModel, first: Block) -> Iterator[None]:
         setattr(owner, name, blocks)
 
 
-class Unverified(Replay):
-    """Replay without its check, for there are no numbers to compare, that looks at one of several equal blocks."""
-
-    def verify(self) -> None:
-        """Nothing: `recon fit` verifies the real model."""
-        self._like: dict[str, tuple[set[str], set[str]]] = {}  # dependencies, under names within the block
-
-    def dependencies(self, index: int) -> tuple[set[str], set[str]]:
-        """As `Replay.dependencies`."""
-        block = self.anatomy.blocks[index]
-        kind, prefix = str(block.module), len(block.name)
-        if kind not in self._like:
-            attention, mlp = super().dependencies(index)
-            self._like[kind] = {name[prefix:] for name in attention}, {name[prefix:] for name in mlp}
-        attention, mlp = self._like[kind]
-        return {block.name + name for name in attention}, {block.name + name for name in mlp}
-
-
-def _sizes(setting: Setting) -> tuple[Any, ...]:
-    learns = setting.parameters, setting.lora_rank, setting.masked, setting.exclude, setting.accumulate > 1
-    return setting.batch_size, setting.seq_len, setting.precision, setting.autocasts, *learns
+def _sizes(options: PlanOptions) -> tuple[Any, ...]:
+    learns = options.parameters, options.lora_rank, options.masked, options.exclude, options.accumulate > 1
+    return options.batch_size, options.seq_len, options.precision, options.autocasts, *learns
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""One training step on fake tensors: what it keeps for the backward pass, what it allocates and what it computes."""
+"""One training step on fake tensors: kept activations, allocated bytes and FLOPs."""
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -17,11 +17,11 @@ KEPT, GRADIENTS = "activations", "gradients"
 
 @dataclass(frozen=True)
 class Step:
-    """One step, in bytes and FLOPs; weights, masks and optimizer state are not part of it.
+    """Bytes and FLOPs of one step, without weights, masks and optimizer state.
 
     Args:
-        kept: Saved for the backward pass when the loss is known.
-        forward: Category -> bytes at the worst moment of the forward pass.
+        kept: Bytes saved for the backward pass when the loss is known.
+        forward: Category -> bytes at the largest moment of the forward pass.
         backward: The same for the backward pass; nothing without one.
         forward_flops: Of the forward pass.
         flops: Of both.
@@ -41,14 +41,14 @@ def take_step(
     accumulates: bool,
     known: Iterable[Tensor],
 ) -> Step:
-    """Forward and backward pass in Lightning's order: the last step's gradients go just before the backward.
+    """Take forward and backward pass in Lightning's order: it frees the last gradients just before the backward pass.
 
     Args:
         learning: Name -> parameter that learns.
-        pruned: Names of those whose gradients are masked, as `callbacks.MaskEnforcer` does.
-        loss_of: The loss; puts what lives as long as the step into the list that it is given.
+        pruned: Names of parameters whose gradients are masked, as `callbacks.MaskEnforcer` does.
+        loss_of: Computes the loss; adds tensors that live as long as the step to the list that it gets.
         accumulates: Whether the last step's gradients stay.
-        known: What lived before and is counted elsewhere.
+        known: Tensors that lived before and are counted elsewhere.
     """
     masks = {name: torch.empty(one.shape, dtype=torch.bool) for name, one in learning.items()}
     handles: list[Any] = []
@@ -87,7 +87,7 @@ def take_step(
 
 
 def checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward` that keeps its inputs only; there are no random numbers to be kept."""
+    """Wrap `forward` so that it keeps its inputs only; there is no random state to keep."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)

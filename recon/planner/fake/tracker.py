@@ -1,7 +1,7 @@
-"""Live bytes and FLOPs of tensors that have shapes and no numbers, operator by operator.
+"""Live bytes and FLOPs of tensors, real or fake, operator by operator.
 
-Every storage that an operator returns is counted from then on until it is freed, views once; categories are labels
-that are put on storages. What lived before is not counted. Memory that a kernel takes for itself does not show.
+Every storage that an operator returns counts until it is freed, views once; categories are labels of storages. Older
+tensors do not count, nor does a kernel's own memory.
 """
 
 import weakref
@@ -23,19 +23,19 @@ FORMULAS: dict[Any, Any] = flop_registry | {
     aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
 }
-"""FLOPs of an operator. The fused attention of a CPU keeps what that of a GPU does; torch's registry lacks it."""
+"""FLOPs of an operator. The CPU's fused attention, which torch's registry lacks, keeps the same tensors as a GPU's."""
 
 
 class Tracker(TorchDispatchMode):
-    """Counts what is allocated inside.
+    """Counts live bytes and FLOPs inside.
 
     Args:
-        known: Tensors whose storages lived before and are not to be counted, such as parameters.
+        known: Older tensors that do not count, such as parameters.
 
     Attributes:
         now: Category -> live bytes.
-        peak: The same at the moment when their sum was largest, since the last `reset`.
-        flops: Of matrix products and attention, as `recon.flops` counts them, but work done twice counts twice.
+        peak: The same at the snapshot when their sum was largest, since the last `reset`.
+        flops: FLOPs of matrix products and attention; a product computed twice counts twice.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
@@ -61,7 +61,7 @@ class Tracker(TorchDispatchMode):
         return out
 
     def reset(self) -> None:
-        """Forget the peak, not what lives."""
+        """Forget the peak, but not the live tensors."""
         self.peak = self.now.copy()
 
     def label(self, tensor: Tensor, category: str) -> None:
@@ -75,7 +75,7 @@ class Tracker(TorchDispatchMode):
 
     @contextmanager
     def saving(self, category: str) -> Iterator[None]:
-        """Label what autograd saves for the backward pass."""
+        """Label the tensors that autograd saves for the backward pass."""
 
         def pack(tensor: Tensor) -> Tensor:
             self.label(tensor, category)

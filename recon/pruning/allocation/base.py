@@ -1,7 +1,7 @@
-"""The contract of an allocation: a density for every block, and exact counts of zeros made of them.
+"""The interface of an allocation: a density for every block, and the exact counts of zeros that follow.
 
-A new allocation is one class with `densities`. However these are chosen, the model as a whole loses exactly as many
-weights as the pattern says.
+A new allocation is one class with `densities`. The model as a whole loses exactly the pattern's number of weights,
+whatever the densities are.
 """
 
 from abc import ABC, abstractmethod
@@ -17,7 +17,7 @@ from recon.pruning.patterns import Counted, Pattern, Unstructured
 
 
 class Allocation(ABC):
-    """How much of its weights each block keeps."""
+    """The fraction of its weights that each block keeps."""
 
     def __str__(self) -> str:
         return type(self).__name__.lower()
@@ -35,7 +35,7 @@ class Allocation(ABC):
         Args:
             walk: The dense model and calibration sequences, before the first block; may be walked once.
             matrices: For each block, parameter name -> the linear map to prune; may be none.
-            criterion: By which the survivors are chosen later.
+            criterion: The criterion that chooses the survivors later.
             pattern: Per row or per matrix; its density is that of all blocks together.
 
         Returns:
@@ -44,7 +44,7 @@ class Allocation(ABC):
         """
 
     def require(self, pattern: Pattern) -> Unstructured:
-        """The `pattern`, if blocks can differ under it.
+        """Return `pattern` if blocks can differ under it.
 
         Raises:
             ValueError: If they cannot.
@@ -64,12 +64,12 @@ class Allocation(ABC):
         criterion: Criterion,
         pattern: Pattern,
     ) -> list[Counted]:
-        """A pattern for every block; the zeros of all together are as many as `pattern` has over all weights.
+        """Make a pattern for every block; all together have as many zeros as `pattern` over all weights.
 
         Args:
             walk: As in `densities`.
             matrices: As in `densities`.
-            criterion: By which the survivors are chosen later.
+            criterion: The criterion that chooses the survivors later.
             pattern: Unstructured, per row or per matrix.
 
         Returns:
@@ -92,16 +92,16 @@ def spread(
     num_zeros: int,
     pattern: Unstructured,
 ) -> list[Counted]:
-    """Share out exactly `num_zeros` zeros among matrices, as near to the densities of their blocks as rows allow.
+    """Distribute exactly `num_zeros` zeros among matrices, as near to the densities of their blocks as rows allow.
 
-    Matrix after matrix gets the same whole number of zeros in each row, and what rounding leaves over goes on to the
-    next one. What is left in the end goes to the last matrix, whose rows then differ by one zero, or as far forward
-    as it takes. Per matrix any number is whole and nothing to speak of is left over.
+    Each matrix gets the same whole number of zeros in each row, and the rest of the rounding passes to the next matrix.
+    The last rest goes to the last matrix, whose rows then differ by one zero, and to matrices before it if necessary.
+    Per matrix there is hardly a rest, for any number is whole.
 
     Args:
-        densities: For each block.
+        densities: Density of each block.
         shapes: For each block, parameter name -> (out, in).
-        num_zeros: In all of them.
+        num_zeros: Zeros of all matrices together.
         pattern: Per row or per matrix; nothing else of it is used.
 
     Returns:
@@ -135,7 +135,7 @@ def spread(
 
 
 def count(shapes: Mapping[str, tuple[int, int]]) -> int:
-    """How many weights matrices of these shapes have."""
+    """Count the weights of matrices with these shapes."""
     return sum(out * in_ for out, in_ in shapes.values())
 
 

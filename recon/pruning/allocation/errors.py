@@ -1,4 +1,4 @@
-"""Equal errors: every block keeps as much as it needs to be as wrong as the others, as measured."""
+"""Equal errors: densities at which all blocks have the same measured error."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ from recon.pruning.criteria import Criterion
 from recon.pruning.patterns import Unstructured
 
 SMALLEST_ERROR = 1e-30
-"""What an error of zero counts as, whose logarithm is none."""
+"""Substitute for an error of zero, which has no logarithm."""
 
 BISECTIONS = 64
 
@@ -26,26 +26,25 @@ BISECTIONS = 64
 class EqualErrors(Allocation):
     """Densities at which the outputs of all blocks have the same relative error.
 
-    The error of a block is ||Y' - Y||^2 / ||Y||^2 over calibration tokens, where Y is what the dense block makes of
-    its dense inputs and Y' what it makes of them once its matrices are pruned. It is measured at `num_densities`
-    densities, evenly spaced around the pattern's. Between them its logarithm is interpolated linearly, after the
-    lowest error so far is put in place of one that rises with the density. Bisection then finds the error at which
-    the blocks together keep what the pattern says.
+    The error of a block is ||Y' - Y||^2 / ||Y||^2 over calibration tokens, with the outputs Y of the dense block and Y'
+    of the pruned block for the same dense inputs. It is measured at `num_densities` densities, evenly spaced around the
+    pattern's. Between them its logarithm is interpolated linearly; an error that rises with the density is replaced by
+    the lowest error before it. Bisection then finds the error at which the blocks together have the pattern's density.
 
-    No density is further from the pattern's than `max_shift`, half of it, or half of the sparsity: a block that would
-    need to be stays at that bound, and its error differs from the others'.
+    No density is further from the pattern's than `max_shift`, half of it, or half of the sparsity. A block that needs
+    more stays at that bound, and its error differs from the others'.
 
-    Survivors are those of the criterion's scores. Criteria that choose weights together or move them (sparsegpt,
-    sparsefw, admm, alps) do better than these say, and where they make up for more than elsewhere is not seen: their
-    own pruning at every density would cost `num_densities` times as much.
+    The survivors follow the criterion's scores. Criteria that choose weights together or move them (sparsegpt,
+    sparsefw, admm, alps) have lower errors than those measured: their own pruning at every density would cost
+    `num_densities` times as much.
 
-    Takes one forward pass more over the calibration sequences, through the dense model, and one over `num_sequences`
+    It takes one more forward pass over the calibration sequences, through the dense model, and one over `num_sequences`
     for every density.
 
     Args:
-        num_sequences: Calibration sequences on which errors are measured, the first ones; all if there are fewer.
-        num_densities: At how many densities, 2 or more.
-        max_shift: How far a block's density may be from the pattern's.
+        num_sequences: Number of calibration sequences for the errors, the first ones; all if there are fewer.
+        num_densities: Number of measured densities, 2 or more.
+        max_shift: Largest distance of a block's density from the pattern's.
     """
 
     num_sequences: int = 8
@@ -72,7 +71,7 @@ class EqualErrors(Allocation):
         """See `Allocation.densities`.
 
         Raises:
-            FloatingPointError: If an error is no number, naming the block.
+            FloatingPointError: If an error is not finite, with the block's index.
         """
         shift = min(self.max_shift, pattern.density / 2, pattern.sparsity / 2)
         grid = np.linspace(pattern.density - shift, pattern.density + shift, self.num_densities)
@@ -97,7 +96,7 @@ class EqualErrors(Allocation):
         density: float,
         pattern: Unstructured,
     ) -> float:
-        """The relative squared error of the current block's output at a density."""
+        """Measure the relative squared error of the current block's output at a density."""
         shapes = {name: (matrix.shape[0], matrix.shape[1]) for name, matrix in scores.items()}
         (counted,) = spread([density], [shapes], round((1 - density) * count(shapes)), pattern)
         assert walk.output is not None
@@ -122,17 +121,17 @@ class EqualErrors(Allocation):
 def equalized(
     grid: np.ndarray, errors: Mapping[int, Sequence[float]], sizes: Mapping[int, int], density: float
 ) -> dict[int, float]:
-    """Densities within the `grid` at which blocks have the same error and keep `density` of all weights.
+    """Find densities within `grid` at which blocks have the same error and keep `density` of all weights.
 
     Args:
         grid: Ascending densities; `density` lies between the first and the last.
         errors: Block -> its error at each of them.
         sizes: Block -> its number of weights.
-        density: Of all blocks together.
+        density: Density of all blocks together.
 
     Returns:
-        Block -> its density. One whose errors are all higher than the common one is at the end of the grid, one whose
-        errors are all lower at its beginning.
+        Block -> its density. A block with higher errors everywhere is at the end of the grid, one with lower errors
+        everywhere at its beginning.
     """
     curves = {
         block: np.minimum.accumulate(np.log(np.maximum(of_block, SMALLEST_ERROR))) for block, of_block in errors.items()
@@ -158,7 +157,7 @@ def equalized(
 
 @contextmanager
 def _pruned(matrices: Mapping[str, nn.Module], keep: Mapping[str, Tensor]) -> Iterator[None]:
-    """The weights of `matrices` zero outside the masks, each out x in; as they were in the end."""
+    """Zero the weights of `matrices` outside the masks, each out x in, and restore them at the end."""
     parameters = {name: module.get_parameter("weight") for name, module in matrices.items()}
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     try:

@@ -18,16 +18,16 @@ from recon.pruning.patterns import Unstructured
 class OWL(Allocation):
     """Densities from the outliers among Wanda's scores (arXiv 2310.05175, Section 3.3), whatever the criterion.
 
-    D_l is the share of the scores of block l, all its matrices together, that are above M times their mean. Block l
+    D_l is the fraction of the scores of block l, all its matrices together, that are above M times their mean. Block l
     keeps 2 lambda (D_l - min D) / (max D - min D) - mean + 1 - s of its weights, where mean is that of the first term
     over the blocks, weighted with their numbers of weights. Blocks whose D are all the same keep 1 - s.
 
-    On some models it hurts, the bundled one among them: measure. Takes one forward pass more over the calibration
+    On some models it hurts, the bundled one among them: measure. It takes one more forward pass over the calibration
     sequences, through the dense model.
 
     Args:
         lambda_: Densities span 2 lambda; the paper's is 0.08.
-        M: How many times the mean an outlier exceeds; the paper's is 5.
+        M: Threshold of an outlier, as a multiple of the mean; the paper's is 5.
     """
 
     lambda_: float = 0.08
@@ -77,10 +77,10 @@ class OWL(Allocation):
 def outlier_share(
     matrices: Mapping[str, nn.Module], statistics: Mapping[str, InputStatistics], M: float
 ) -> tuple[float, int]:
-    """The share of Wanda's scores above M times their mean, over `matrices` together, and the number of scores."""
+    """Return the fraction of Wanda's scores above M times their mean, over `matrices` together, and their number."""
 
     def total(measure: str, threshold: float = 0.0) -> float:
-        """Scores are computed twice rather than held: those of a block are twice its weights in 16 bits."""
+        """Compute scores anew for each sum rather than hold them: those of a block are twice its weights in 16 bits."""
         result = 0.0
         for name, module in matrices.items():
             scores = Wanda().scores(weight_out_in(module), statistics[name], name)

@@ -1,4 +1,4 @@
-"""Criteria: how much a weight matters. One file each; `base.py` holds the contract."""
+"""Criteria: measures of the importance of weights. One file each; `base.py` has the interface."""
 
 from recon.pruning.criteria.admm import ADMM
 from recon.pruning.criteria.alps import ALPS

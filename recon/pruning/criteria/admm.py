@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -26,7 +25,7 @@ class ADMM(Criterion):
     .01125 against .01079 and .01004 against .00964), and a group with fewer zeros is no n:m mask yet.
 
     Args:
-        iterations: Of ADMM.
+        iterations: Number of iterations.
         rho: The penalty on the distance of the two copies, relative to inputs of norm 1.
         damping: Added to the diagonal of G, relative to its mean.
         mask_steps: The first iterations choose the mask anew, the others keep it. 1 takes the mask of Wanda.
@@ -53,7 +52,7 @@ class ADMM(Criterion):
     ) -> Float[Tensor, "out in_"]:
         """Rate each weight by |W_ij| * ||X_j||_2, as the first iteration does.
 
-        `prune` chooses by those of the moved weights, which differ.
+        `prune` chooses by the scores of the moved weights, which differ.
         """
         return Wanda().scores(weight, statistics, name)
 
@@ -75,7 +74,7 @@ class ADMM(Criterion):
             weight: W0, out x in, in any floating-point type; left as it is.
             statistics: With the Gram matrix.
             pattern: Unstructured per row or per matrix, or n:m.
-            name: What error messages call the matrix.
+            name: Name of the matrix, for error messages.
 
         Returns:
             The moved weight, out x in, fp32 and exactly zero where pruned, and the mask, True = kept.
@@ -100,13 +99,11 @@ class ADMM(Criterion):
 def grown_mask(
     scores: Float[Tensor, "out in_"], pattern: Pattern, progress: float, name: str
 ) -> Bool[Tensor, "out in_"]:
-    """The pattern's mask at `progress` times its sparsity if it is unstructured, at all of it otherwise.
+    """Choose a mask at `progress` times the sparsity of an unstructured pattern, at the whole sparsity of another one.
 
     The count of zeros per row or matrix is rounded down, unless progress is 1: then it is the pattern's.
     """
     if progress >= 1 or not isinstance(pattern, Unstructured):
         return pattern.select(scores, name)
-    ranked = scores if pattern.per == "row" else scores.reshape(1, -1)
-    num_kept = ranked.shape[1] - math.floor(ranked.shape[1] * pattern.sparsity * progress)
-    order = ranked.argsort(dim=1, descending=True, stable=True)
-    return torch.zeros_like(ranked, dtype=torch.bool).scatter_(1, order[:, :num_kept], True).view_as(scores)
+    num_competing = pattern.num_competing(*scores.shape)
+    return pattern.select_count(scores, num_competing - math.floor(num_competing * pattern.sparsity * progress))

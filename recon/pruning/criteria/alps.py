@@ -17,16 +17,16 @@ from recon.solvers import ConjugateGradients, LeastSquares
 from recon.solvers.normalized import normalize
 
 CHECK_EVERY = 3
-"""Iterations between two looks at the support, each of which changes rho."""
+"""Iterations between two checks of the support; each check changes rho."""
 
 RHO_FACTORS = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
-"""If the share of the support that has changed is above the first number, rho is raised by the second."""
+"""Factor of rho (second) if the changed fraction of the support is above the first number."""
 
 RHO_CUT = 1 / 5
-"""What rho is multiplied by when it turns out that it was too large to start with (published code)."""
+"""Factor of rho if its first value proves too large (published code)."""
 
 MIN_RHO = 1e-6
-"""Where cutting ends: if the first support is kept with next to no penalty, as with nothing to prune, it is final."""
+"""Lower limit of rho: a first support that is kept with next to no penalty, as with nothing to prune, is final."""
 
 _log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class ALPS(Criterion):
     """Find the support by ADMM with a rising penalty, then solve for its weights (arXiv 2406.07831, Alg. 1 and 2).
 
     Args:
-        max_iterations: Of ADMM, if the support does not become stable before; the published code's limit.
+        max_iterations: Limit of ADMM's iterations if the support does not become stable; the published code's.
         rho: The first penalty, relative to inputs of norm 1.
         damping: Added to the diagonal of G while the support is sought, relative to its mean. The weights are those
             of least squares without it.
@@ -59,9 +59,9 @@ class ALPS(Criterion):
     def scores(
         self, weight: Float[Tensor, "out in_"], statistics: InputStatistics | None, name: str
     ) -> Float[Tensor, "out in_"]:
-        """Rate each weight by |W_ij| * ||X_j||_2, by which the first support is chosen.
+        """Rate each weight by |W_ij| * ||X_j||_2, the scores of the first support.
 
-        `prune` chooses by those of the moved weights, which differ.
+        `prune` chooses by the scores of the moved weights, which differ.
         """
         return Wanda().scores(weight, statistics, name)
 
@@ -81,7 +81,7 @@ class ALPS(Criterion):
             weight: W0, out x in, in any floating-point type; left as it is.
             statistics: With the Gram matrix.
             pattern: Unstructured per row or per matrix, or n:m.
-            name: What error messages call the matrix.
+            name: Name of the matrix, for error messages.
 
         Returns:
             The moved weight, out x in, fp32 and exactly zero where pruned, and the mask, True = kept.
@@ -102,7 +102,7 @@ class ALPS(Criterion):
 
 
 def _seek_support(alps: ALPS, gram: Tensor, dense: Tensor, pattern: Pattern, name: str) -> tuple[Tensor, Tensor, int]:
-    """The weight with zeros, its support and the number of iterations made.
+    """Find the weight with zeros, its support and the number of iterations.
 
     W is dense, D has the zeros (Section 3.1). U = V / rho is the dual in the units of W, rescaled when rho changes.
     """
@@ -143,5 +143,5 @@ def _seek_support(alps: ALPS, gram: Tensor, dense: Tensor, pattern: Pattern, nam
 
 
 def _inverse(L: Tensor, Q: Tensor, rho: float) -> Tensor:
-    """(G + rho I)^-1 in fp32, from the eigenvalues L and eigenvectors Q of G in fp64."""
+    """Compute (G + rho I)^-1 in fp32 from the eigenvalues L and eigenvectors Q of G in fp64."""
     return ((Q / (L + rho)) @ Q.T).float()

@@ -1,7 +1,7 @@
-"""The contract of a criterion.
+"""The interface of a criterion.
 
-A new criterion is one class with `scores`. Those that also move the surviving weights, as SparseGPT does,
-override `prune` and set `moves_weights`.
+A new criterion is one class with `scores`. A criterion that also moves the surviving weights, as SparseGPT does,
+overrides `prune` and sets `moves_weights`.
 """
 
 from abc import ABC, abstractmethod
@@ -15,10 +15,10 @@ from recon.pruning.patterns import Pattern
 
 
 class Criterion(ABC):
-    """How much each weight of a matrix matters.
+    """A measure of the importance of each weight of a matrix.
 
     Attributes:
-        needs: Which input statistics `scores` and `prune` read.
+        needs: Input statistics that `scores` and `prune` read.
         moves_weights: Whether `prune` changes surviving weights.
     """
 
@@ -32,12 +32,12 @@ class Criterion(ABC):
     def scores(
         self, weight: Float[Tensor, "out in_"], statistics: InputStatistics | None, name: str
     ) -> Float[Tensor, "out in_"]:
-        """Rate every weight; higher matters more.
+        """Rate every weight; a higher score is more important.
 
         Args:
             weight: W, out x in, in any floating-point type.
-            statistics: Of the inputs of this matrix; None is enough for criteria with `needs = "none"`.
-            name: What error messages call the matrix.
+            statistics: Statistics of the inputs of this matrix; None is enough for criteria with `needs = "none"`.
+            name: Name of the matrix, for error messages.
 
         Returns:
             fp32 scores, out x in.
@@ -54,11 +54,37 @@ class Criterion(ABC):
 
         Args:
             weight: W, out x in.
-            statistics: Of the inputs of this matrix.
-            pattern: Which zeros are allowed; one that does not rank across the model.
-            name: What error messages call the matrix.
+            statistics: Statistics of the inputs of this matrix.
+            pattern: The pattern of zeros; none that ranks across the model.
+            name: Name of the matrix, for error messages.
 
         Returns:
             The weight, out x in - here the one received, with nothing zeroed - and the mask, True = kept.
         """
         return weight, pattern.select(self.scores(weight, statistics, name), name)
+
+    def require_norms(self, statistics: InputStatistics | None, name: str) -> Float[Tensor, "in_"]:
+        """Return the norms ||X_j||_2 of the inputs of the matrix `name`.
+
+        Raises:
+            ValueError: If there are no statistics.
+        """
+        return self._required(statistics, "norms", "the norms", name).norms
+
+    def require_gram(self, statistics: InputStatistics | None, name: str) -> Float[Tensor, "in_ in_"]:
+        """Return the Gram matrix G = X^T X of the inputs of the matrix `name`.
+
+        Raises:
+            ValueError: If it was not collected.
+        """
+        gram = self._required(statistics, "gram", "the Gram matrix", name).gram
+        assert gram is not None
+        return gram
+
+    def _required(self, statistics: InputStatistics | None, need: Need, words: str, name: str) -> InputStatistics:
+        if statistics is None or (need == "gram" and statistics.gram is None):
+            raise ValueError(
+                f"{self} needs {words} of the inputs of `{name}`, got none; "
+                f'run the model inside `collect(..., need="{need}")`'
+            )
+        return statistics

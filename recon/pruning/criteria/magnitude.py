@@ -1,4 +1,4 @@
-"""Magnitude: large weights matter. The baseline that looks at no data."""
+"""Magnitude: large weights are important. The baseline without data."""
 
 from typing import ClassVar
 

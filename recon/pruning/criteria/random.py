@@ -1,4 +1,4 @@
-"""Random: every weight matters alike. The floor that a criterion has to beat."""
+"""Random: all weights are equally important. The floor that a criterion has to beat."""
 
 import hashlib
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from recon.pruning.criteria.base import Criterion
 
 @dataclass(frozen=True)
 class Random(Criterion):
-    """Score uniform in [0, 1), the same for a matrix whatever was pruned before it and on whichever device.
+    """Scores uniform in [0, 1), the same for a matrix on every device and in every order of pruning.
 
     Args:
         seed: Another seed gives another mask.

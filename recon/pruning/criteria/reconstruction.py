@@ -1,4 +1,4 @@
-"""The problem that SparseFW, ADMM and ALPS solve: of one matrix, keep the outputs X W^T with fewer weights.
+"""The reconstruction problem of SparseFW, ADMM and ALPS: keep the outputs X W^T of one matrix with fewer weights.
 
 Minimise ||X (W - W0)^T||_F^2 = tr((W - W0) G (W - W0)^T) over W with the zeros of a pattern, W0 being dense.
 """
@@ -20,7 +20,7 @@ def require_problem(
     pattern: Pattern,
     name: str,
 ) -> Float[Tensor, "in_ in_"]:
-    """The Gram matrix in fp32, once the pattern allows to choose within this matrix and all numbers are finite.
+    """Check pattern and numbers of one matrix, and return the Gram matrix in fp32.
 
     Raises:
         ValueError: If there is no Gram matrix, the pattern ranks across the model or the weight is not finite.
@@ -32,19 +32,19 @@ def require_problem(
             f"with, and needs a pattern per row, matrix or group, got {pattern} for `{name}`; set `pattern.per` to "
             '"row" or "matrix", or choose a criterion that only scores, such as wanda'
         )
-    if statistics is None or statistics.gram is None:
-        raise ValueError(
-            f"{criterion} needs the Gram matrix of the inputs of `{name}`, got none; "
-            'run the model inside `collect(..., need="gram")`'
-        )
+    gram = criterion.require_gram(statistics, name)
     require_finite(weight, name)
-    G = statistics.gram.float()
+    G = gram.float()
     require_finite_result(name, **{"the Gram matrix": G})
     return G
 
 
 def require_finite_result(name: str, **tensors: Tensor) -> None:
-    """Refuse NaN and Inf in what was computed from the calibration inputs of `name`."""
+    """Refuse NaN and Inf in tensors that come from the calibration inputs of `name`.
+
+    Raises:
+        FloatingPointError: If a tensor has any.
+    """
     for what, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
             raise FloatingPointError(
@@ -59,5 +59,5 @@ def row_errors(E: Float[Tensor, "out in_"], G: Float[Tensor, "in_ in_"]) -> Floa
 
 
 def without_dead_columns(weight: Float[Tensor, "out in_"], gram: Float[Tensor, "in_ in_"]) -> Float[Tensor, "out in_"]:
-    """W0 in fp32 with zeros where the input never occurred, so that these weights are pruned first."""
+    """Copy W0 to fp32 with zeros where the input never occurred: these weights are pruned first."""
     return weight.float().masked_fill(dead_columns(gram), 0)

@@ -1,4 +1,4 @@
-"""RIA: a weight matters if it is a large part of its row and its column, and its input is large (Plug-and-Play)."""
+"""RIA: a weight is important if it is a large part of its row and column, and its input is large (Plug-and-Play)."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -34,15 +34,11 @@ class RIA(Criterion):
     def scores(
         self, weight: Float[Tensor, "out in_"], statistics: InputStatistics | None, name: str
     ) -> Float[Tensor, "out in_"]:
-        """Rate each weight by its share of its input's and its output's weights, times a power of its input's norm."""
-        if statistics is None:
-            raise ValueError(
-                f"{self} needs the norms of the inputs of `{name}`, got no statistics; "
-                'run the model inside `collect(..., need="norms")`'
-            )
+        """Rate each weight by its part of its input's and its output's weights, times a power of its input's norm."""
+        norms = self.require_norms(statistics, name)
         magnitude = weight.float().abs()
         relative = _share(magnitude, magnitude.sum(0, keepdim=True)) + _share(magnitude, magnitude.sum(1, keepdim=True))
-        return relative * statistics.norms**self.exponent
+        return relative * norms**self.exponent
 
 
 def _share(part: Tensor, whole: Tensor) -> Tensor:

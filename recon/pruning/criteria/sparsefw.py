@@ -16,6 +16,7 @@ from recon.pruning.criteria.reconstruction import require_finite_result, require
 from recon.pruning.criteria.ria import RIA
 from recon.pruning.criteria.wanda import Wanda
 from recon.pruning.patterns import NM, Pattern, Unstructured
+from recon.pruning.ranking import descending, mark_first
 
 Start = Literal["wanda", "ria"]
 
@@ -29,10 +30,10 @@ class SparseFW(Criterion):
     """Choose the mask M with the least ||W X - (M * W) X||^2, without moving weights (arXiv 2510.13713, Alg. 1).
 
     Args:
-        iterations: Of Frank-Wolfe. The paper makes 2000, for which the objective of the golden layers changes by 0.1 %.
-        fixed: The paper's a, its advice: of the weights to keep this fraction, the most salient ones, is kept in any
-            case. 0 is worse than Wanda in most of the paper's cells.
-        start: The saliency that fixes weights and gives the first mask.
+        iterations: Iterations of Frank-Wolfe. The paper's 2000 change the objective of the golden layers by 0.1 %.
+        fixed: The paper's a, its advice: this fraction of the weights to keep, the most salient ones, is fixed. 0 is
+            worse than Wanda in most of the paper's cells.
+        start: The saliency of the fixed weights and of the first mask.
         line_search: Make the best step along each direction, for the objective is quadratic, instead of 2 / (t + 2).
     """
 
@@ -57,7 +58,7 @@ class SparseFW(Criterion):
     ) -> Float[Tensor, "out in_"]:
         """Rate each weight by the saliency of the start.
 
-        `prune` chooses weights together, by what they lose together; no score of single weights says that.
+        `prune` chooses weights together, by their common loss, which no score of single weights expresses.
         """
         return _SALIENCY[self.start].scores(weight, statistics, name)
 
@@ -77,7 +78,7 @@ class SparseFW(Criterion):
             weight: W, out x in, in any floating-point type.
             statistics: With the Gram matrix.
             pattern: Unstructured per row or per matrix, or n:m.
-            name: What error messages call the matrix.
+            name: Name of the matrix, for error messages.
 
         Returns:
             The weight received and the mask, True = kept.
@@ -115,7 +116,7 @@ class SparseFW(Criterion):
 
 @dataclass(frozen=True)
 class Relaxed:
-    """What Frank-Wolfe found.
+    """Result of Frank-Wolfe.
 
     Args:
         mask: M in [0, 1], before it is rounded.
@@ -148,15 +149,15 @@ def relax(
         G: X^T X.
         saliency: Ranks weights to be fixed, and those that M leaves equal; higher is kept.
         keep: The first M, with k ones among every `num_competing` weights.
-        num_competing: How many consecutive weights of the flattened W share a budget: a group, a row or all.
-        iterations: Of Frank-Wolfe.
+        num_competing: Number of consecutive weights of the flattened W that share a budget: a group, a row or all.
+        iterations: Number of iterations.
         fixed: a; the floor(a * k) most salient weights keep M = 1.
         line_search: Minimise along each direction, in each row by itself if the rows share no budget.
     """
     k = int(keep.view(-1, num_competing)[0].sum())
     num_fixed = math.floor(Fraction(str(fixed)) * k)
-    order = saliency.reshape(-1, num_competing).argsort(dim=1, descending=True, stable=True)
-    fixed_one = torch.zeros_like(keep).view_as(order).scatter_(1, order[:, :num_fixed], True).view_as(keep)
+    order = descending(saliency.reshape(-1, num_competing))
+    fixed_one = mark_first(order, num_fixed).view_as(keep)
     separate_rows = num_competing <= W.shape[1]
 
     M = keep.float()
@@ -172,23 +173,21 @@ def relax(
         objectives.append((E * R).sum())
 
     # Of those with the same M the most salient first; M of the fixed ones is 1 to the last bit.
-    ranked = M.view_as(order).gather(1, order)
-    highest = order.gather(1, ranked.argsort(dim=1, descending=True, stable=True)[:, :k])
-    rounded = torch.zeros_like(keep).view_as(order).scatter_(1, highest, True).view_as(keep)
+    rounded = mark_first(descending(M.view_as(order), ties=order), k).view_as(keep)
     return Relaxed(mask=M, keep=rounded, objectives=torch.stack(objectives).tolist())
 
 
 def gradient(W: Float[Tensor, "out in_"], R: Float[Tensor, "out in_"]) -> Float[Tensor, "out in_"]:
-    """Of ||W X - (M * W) X||^2 with respect to M, given R = H - (M * W) G."""
+    """Compute the gradient of ||W X - (M * W) X||^2 by M, given R = H - (M * W) G."""
     return -2 * W * R
 
 
 def vertex(
     gradient: Float[Tensor, "out in_"], fixed_one: Bool[Tensor, "out in_"], num_competing: int, budget: int
 ) -> Float[Tensor, "out in_"]:
-    """The V in [0, 1] that minimises <gradient, V>, with `budget` ones among competing weights beside the fixed.
+    """Find the V in [0, 1] that minimises <gradient, V>, with `budget` ones among competing weights beside the fixed.
 
-    Those are the most negative gradients. Where fewer are negative the budget is not used up.
+    The ones are at the most negative gradients. Where fewer are negative, the budget is not used up.
     """
     # Sums and products with the mask: `masked_fill` takes ten times as long on a CPU.
     free = (gradient * ~fixed_one).reshape(-1, num_competing)
@@ -199,7 +198,7 @@ def vertex(
 
 
 def _best_step(E_D: Tensor, R: Tensor, R_D: Tensor, separate_rows: bool) -> Tensor:
-    """The eta in [0, 1] with the least <E + eta E_D, R + eta R_D>, of each row or of the matrix."""
+    """Find the eta in [0, 1] with the least <E + eta E_D, R + eta R_D>, for each row or for the matrix."""
     slope, curvature = (E_D * R).sum(1, keepdim=True), (E_D * R_D).sum(1, keepdim=True)
     if not separate_rows:
         slope, curvature = slope.sum(), curvature.sum()
@@ -207,11 +206,11 @@ def _best_step(E_D: Tensor, R: Tensor, R_D: Tensor, separate_rows: bool) -> Tens
 
 
 def _num_competing(pattern: Pattern, W: Tensor, name: str) -> int:
-    """How many weights share a budget: those of a group, a row or the matrix."""
+    """Count the weights that share a budget: those of a group, a row or the matrix."""
     if isinstance(pattern, NM):
         return pattern.of
     if isinstance(pattern, Unstructured):
-        return W.shape[1] if pattern.per == "row" else W.numel()
+        return pattern.num_competing(*W.shape)
     raise ValueError(
         f"SparseFW shares out a budget of ones and needs an unstructured or n:m pattern, got {pattern} for `{name}`"
     )

@@ -14,7 +14,7 @@ from recon.pruning.patterns import NM, Pattern, Unstructured, require_finite
 from recon.solvers.cholesky import cholesky, dead_columns
 
 Choose = Callable[[Tensor, int], Tensor]
-"""Scores of consecutive columns and the index of the first -> which of them are kept."""
+"""Scores of consecutive columns and the index of the first column -> their mask."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class SparseGPT(Criterion):
     ) -> Float[Tensor, "out in_"]:
         """Rate each weight by W_ij^2 / U_jj^2, the loss of pruning it first among the columns from j on.
 
-        These are the scores before any update. `prune` chooses by those of the updated weights, which differ.
+        These are the scores before any update. `prune` chooses by the scores of the updated weights, which differ.
         """
         with torch.no_grad(), full_fp32(weight.device):
             W, U = self._start(weight, statistics, name)
@@ -77,7 +77,7 @@ class SparseGPT(Criterion):
             weight: W, out x in, in any floating-point type; left as it is.
             statistics: With the Gram matrix.
             pattern: Unstructured per row or per matrix, or n:m.
-            name: What error messages call the matrix.
+            name: Name of the matrix, for error messages.
 
         Returns:
             The moved weight, out x in, fp32 and exactly zero where pruned, and the mask, True = kept.
@@ -93,26 +93,18 @@ class SparseGPT(Criterion):
             return sweep(W, U, choose, block, group)
 
     def _start(self, weight: Tensor, statistics: InputStatistics | None, name: str) -> tuple[Tensor, Tensor]:
-        """A copy of W in fp32 without its dead columns, and U."""
-        if statistics is None or statistics.gram is None:
-            raise ValueError(
-                f"{self} needs the Gram matrix of the inputs of `{name}`, got none; "
-                'run the model inside `collect(..., need="gram")`'
-            )
-        dead = dead_columns(statistics.gram)
+        """Copy W to fp32 without its dead columns, and compute U."""
+        gram = self.require_gram(statistics, name)
+        dead = dead_columns(gram)
         W = weight.to(torch.float32, copy=True)
         require_finite(W, name)  # a NaN in a dead column is an error too
         W[:, dead] = 0
-        return W, inverse_factor(_revived(statistics.gram, dead), self.damping, name)
+        return W, inverse_factor(_revived(gram, dead), self.damping, name)
 
     def _choice(self, pattern: Pattern, out: int, in_features: int, name: str) -> tuple[Choose, int, int]:
-        """How to choose, columns per block, columns per choice."""
+        """Return the rule of choice, the columns per block and the columns per choice."""
         if isinstance(pattern, NM):
-            if in_features % pattern.of:
-                raise ValueError(
-                    f"{pattern} needs in_features divisible by {pattern.of}, got {in_features} for `{name}`; "
-                    "exclude it with `pruning.exclude` or choose an unstructured pattern"
-                )
+            pattern.require_whole_groups(in_features, name)
             groups = max(1, self.block // pattern.of)
             return lambda scores, first: pattern.select(scores, name), groups * pattern.of, pattern.of
         if not isinstance(pattern, Unstructured) or pattern.across_model:
@@ -132,7 +124,7 @@ class SparseGPT(Criterion):
 
 
 def inverse_factor(gram: Float[Tensor, "n n"], damping: float, name: str) -> Float[Tensor, "n n"]:
-    """U, upper triangular, with U^T U = H^-1 and H = G + damping * mean(diag G) * I.
+    """Compute U, upper triangular, with U^T U = H^-1 and H = G + damping * mean(diag G) * I.
 
     The published code inverts H and factorizes the inverse. Here H = R R^T with R upper triangular, from the Cholesky
     factor of H with its rows and columns reversed, and U = R^-1: one factorization that can fail instead of two, and
@@ -149,11 +141,11 @@ def sweep(
     """Prune column after column, each error e_j spread over the columns to its right (Alg. 1).
 
     Args:
-        W: Overwritten.
+        W: The weight; overwritten.
         U: Upper triangular, U^T U = H^-1.
-        choose: Which of some columns to keep, by their scores.
-        block: Columns whose updates of later blocks wait for each other; a multiple of `group`.
-        group: Columns to choose among at once; the last may have fewer.
+        choose: Chooses the mask of consecutive columns by their scores.
+        block: Columns whose updates of later blocks are applied together; a multiple of `group`.
+        group: Columns chosen at once; the last group may have fewer.
 
     Returns:
         W, zero where pruned, and the mask, True = kept.
@@ -177,7 +169,7 @@ def sweep(
 
 
 def _revived(gram: Tensor, dead: Tensor) -> Tensor:
-    """G with a positive diagonal where inputs are dead; without one H is singular.
+    """Give G a positive diagonal where inputs are dead; without it H is singular.
 
     The paper's 1 is large or small depending on the units of X, and through the mean of the diagonal it would damp
     the live inputs. Their mean leaves the damping as it is without the dead ones.
@@ -193,12 +185,9 @@ def _revived(gram: Tensor, dead: Tensor) -> Tensor:
 def _keep_exactly(scores: Tensor, first: int, pattern: Unstructured, name: str) -> Tensor:
     """Keep as many as the pattern keeps of all columns up to these, less those it keeps of the columns before."""
     require_finite(scores, name)
-    ranked = scores if pattern.per == "row" else scores.reshape(1, -1)
-    per_column = 1 if pattern.per == "row" else len(scores)
     last = first + scores.shape[1]
-    num_kept = pattern.num_kept(per_column * last) - pattern.num_kept(per_column * first)
-    order = ranked.argsort(dim=1, descending=True, stable=True)
-    return torch.zeros_like(ranked, dtype=torch.bool).scatter_(1, order[:, :num_kept], True).view_as(scores)
+    before, after = (pattern.num_kept(pattern.num_competing(len(scores), columns)) for columns in (first, last))
+    return pattern.select_count(scores, after - before)
 
 
 def _above_published_threshold(scores: Tensor, sparsity: float) -> Tensor:

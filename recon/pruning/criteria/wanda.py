@@ -1,4 +1,4 @@
-"""Wanda: a weight matters if it is large and its input is (arXiv 2306.11695)."""
+"""Wanda: a weight is important if it and its input are large (arXiv 2306.11695)."""
 
 from typing import ClassVar
 
@@ -17,10 +17,5 @@ class Wanda(Criterion):
     def scores(
         self, weight: Float[Tensor, "out in_"], statistics: InputStatistics | None, name: str
     ) -> Float[Tensor, "out in_"]:
-        """Rate each weight by its size times the norm of its input."""
-        if statistics is None:
-            raise ValueError(
-                f"{self} needs the norms of the inputs of `{name}`, got no statistics; "
-                'run the model inside `collect(..., need="norms")`'
-            )
-        return weight.float().abs() * statistics.norms
+        """Rate each weight by its magnitude times the norm of its input."""
+        return weight.float().abs() * self.require_norms(statistics, name)

@@ -26,6 +26,7 @@ from recon.distributed.strategies import WindowParallelStrategy
 from recon.models.anatomy import Block
 from recon.models.windows import AttentionWindow, GroupWindow, MLPWindow, Window
 from recon.profiling.ledger import followed, sampled
+from recon.profiling.phases import PhaseName, window_phase
 from recon.pruning.interleaved import Interleaved
 from recon.pruning.masks import Masks
 from recon.pruning.start_weights import apply
@@ -254,7 +255,7 @@ class LocalScope(Scope):
 
     def on_fit_start(self) -> None:
         """Embed the calibration and the held-out sequences."""
-        self.phases.enter("embed")
+        self.phases.enter(PhaseName.EMBED)
         if self.residence is not None:
             self.residence.move_to(self.device)
         starts = {window.indices[0] for window in self.own_windows}
@@ -303,7 +304,7 @@ class LocalScope(Scope):
         del self.calibration, self.held_out
         self._require_written(self.own_windows[len(self.results) :])
         if isinstance(self.trainer.strategy, WindowParallelStrategy):
-            self.phases.enter("wait")
+            self.phases.enter(PhaseName.WAIT)
             self.trainer.strategy.wait()
         if not self.assembles:
             self.check(self.enforced())
@@ -451,7 +452,7 @@ class LocalScope(Scope):
                 break
             self._approach(window)
             self._take(window)
-        self.phases.enter(f"window {window.name}")
+        self.phases.enter(window_phase(window.name))
         self.begin(window)
         self.window, self._epoch = window, 0
         self._before = self.held_out_error()

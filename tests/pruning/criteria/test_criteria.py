@@ -48,7 +48,7 @@ def test_wanda_weighs_by_the_norm_of_the_input(
 
 
 def test_wanda_says_what_it_lacks(weight: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match="wanda needs the norms of the inputs of `q_proj`, got no statistics"):
+    with pytest.raises(ValueError, match="wanda needs the norms of the inputs of `q_proj`, got none"):
         Wanda().scores(weight, None, "q_proj")
 
 

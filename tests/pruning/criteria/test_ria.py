@@ -103,7 +103,7 @@ def test_non_finite_weights_are_named(value: float, weight: torch.Tensor, statis
 
 
 def test_ria_says_what_it_lacks(weight: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match="ria needs the norms of the inputs of `q_proj`, got no statistics"):
+    with pytest.raises(ValueError, match="ria needs the norms of the inputs of `q_proj`, got none"):
         RIA().scores(weight, None, "q_proj")
 
 
