@@ -7,6 +7,7 @@ import re
 import sys
 
 from recon import __version__
+from recon.cli.messages import printed_messages
 
 COMMANDS = {
     "fit": "prune a model and recover it at one scope: recon fit -c scopes/submodule",
@@ -51,7 +52,8 @@ def main(args: list[str] | None = None) -> int:
         print(f"recon: there is no command {args[0]!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     try:
-        return importlib.import_module(f"recon.cli.{args[0]}").main(args[1:])
+        with printed_messages():
+            return importlib.import_module(f"recon.cli.{args[0]}").main(args[1:])
     except ERRORS as error:
         if os.environ.get("RECON_TRACEBACK"):
             raise

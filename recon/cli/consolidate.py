@@ -10,7 +10,7 @@ from rich.console import Console
 from recon.cli.quiet import quiet
 from recon.experiment import checkpoints
 from recon.experiment.consolidation import consolidate
-from recon.experiment.directory import save_model
+from recon.experiment.writing import save_model
 from recon.models.loading import ModelSource
 from recon.pruning.masks import Masks
 from recon.scopes.lora import Lora, attach, merge_state

@@ -11,14 +11,13 @@ from recon.data import TokenData
 from recon.experiment.baselines import measure_pruned
 from recon.experiment.directory import RunDirectory, digest
 from recon.experiment.environment import versions
+from recon.experiment.options import RunOptions
 from recon.models.loading import ModelSource
-from recon.pruning.start_weights import MOVED
 from recon.report import Results, print_table
 
 
-def main(args: list[str]) -> int:
-    """Parse, prune, evaluate, report."""
-    quiet()
+def build_parser() -> ArgumentParser:
+    """The parser of `recon prune`."""
     parser = ArgumentParser(
         prog="recon prune", exit_on_error=False, description="Choose which weights survive and write their masks."
     )
@@ -42,9 +41,14 @@ def main(args: list[str]) -> int:
     parser.add_class_arguments(TokenData, "data")
     add_pruning_arguments(parser)
     parser.link_arguments("seed_everything", "data.seed")
-    config, built = parse(parser, args)
-    if built.criterion is None or built.pattern is None:
-        raise ValueError("recon prune needs a criterion and a pattern, got null")
+    return parser
+
+
+def main(args: list[str]) -> int:
+    """Parse, prune, evaluate, report."""
+    quiet()
+    config, built = parse(build_parser(), args)
+    chosen = RunOptions(built.criterion, built.pattern, built.pruning, drift=config.drift)
     options = {
         key: value
         for key, value in config.as_dict().items()
@@ -55,20 +59,9 @@ def main(args: list[str]) -> int:
     fingerprint = {"options": options, "versions": versions(), **identity}
     run = RunDirectory(Path(config.run_dir or f"runs/prune-{digest(fingerprint)[:8]}"), fingerprint)
     console = Console(highlight=False, soft_wrap=True)
-    report = measure_pruned(
-        source,
-        built.data,
-        built.criterion,
-        built.pattern,
-        built.pruning,
-        run,
-        choose_device(config.device),
-        config.save_model,
-        config.drift,
-        console.print,
-    )
+    report = measure_pruned(source, built.data, run, chosen, choose_device(config.device), config.save_model)
     if config.summary:
         print_table(Results([report]), console)
-    moved = f", moved weights in {run.path / MOVED}" if built.criterion.moves_weights else ""
+    moved = f", moved weights in {run.moved}" if built.criterion.moves_weights else ""
     console.print(f"masks in {run.masks}{moved}; recover with: recon fit -c scopes/submodule --masks {run.masks}")
     return 0

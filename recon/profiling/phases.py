@@ -10,11 +10,6 @@ import torch
 CPU = torch.device("cpu")
 
 
-def memory_file(rank: int) -> str:
-    """What the file is called in which MemoryProfiler writes the peaks of `rank`."""
-    return "memory.json" if rank == 0 else f"memory-rank{rank}.json"
-
-
 @runtime_checkable
 class PhaseListener(Protocol):
     """What wants to know where a run is: callbacks that have these methods are told."""

@@ -17,9 +17,6 @@ from recon.pruning.masks import Masks
 from recon.pruning.patterns import Pattern
 from recon.pruning.prune import prune_block
 
-MASKS = "masks"
-"""In a run's directory, while masks are still being chosen: those of each block."""
-
 
 @dataclass(frozen=True)
 class Interleaved:
@@ -56,4 +53,4 @@ class Interleaved:
         return masks, moved
 
     def _path(self, block: Block) -> Path | None:
-        return self.directory and self.directory / MASKS / f"{block.index:03d}.safetensors"
+        return self.directory and self.directory / f"{block.index:03d}.safetensors"

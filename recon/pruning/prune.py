@@ -1,6 +1,7 @@
 """Pruning a model: which weights survive, found by walking its blocks from the first to the last."""
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -21,7 +22,9 @@ from recon.pruning.allocation import Allocation
 from recon.pruning.criteria import Criterion
 from recon.pruning.masks import Masks
 from recon.pruning.patterns import Pattern
-from recon.pruning.start_weights import MOVED, Sink, Start, apply, written
+from recon.pruning.start_weights import Sink, Start, apply, written
+
+log = logging.getLogger("recon")
 
 CAME_WITH_MOVED = "moved"
 """Key in the metadata of masks: where the moved weights are that were written with them, seen from their directory."""
@@ -58,7 +61,6 @@ def prune(
     criterion: Criterion,
     pattern: Pattern,
     options: Pruning | None = None,
-    progress: Callable[[str], None] = lambda line: None,
     moved: Sink | None = None,
     replay: Replay | None = None,
     storage: Storage = ON_DEVICE,
@@ -71,7 +73,6 @@ def prune(
         criterion: How much a weight matters.
         pattern: Which zeros are allowed.
         options: See `Pruning`.
-        progress: Is told each block, in a line.
         moved: Is given every weight as a criterion that moves weights leaves it: in the parameter's layout and
             dtype, on its device, zero where pruned.
         replay: Of the model, if its blocks are not on the device.
@@ -85,7 +86,7 @@ def prune(
     _require_compatible(criterion, pattern, options)
     replay = replay or Replay(model, Anatomy.of(model))
     blocks = matrices_by_block(replay.anatomy, options.exclude)
-    patterns = block_patterns(replay, tokens, criterion, pattern, options, progress, storage)
+    patterns = block_patterns(replay, tokens, criterion, pattern, options, storage)
     walk = Activations(replay, tokens, options.batch_size, replay.device, storage=storage)
     scores: dict[str, Tensor] = {}
     masks = Masks({})
@@ -105,7 +106,7 @@ def prune(
                     moved(name, weight)
             if options.inputs == "pruned":
                 _pass_pruned(walk, block_masks, start or None, model)
-        progress(f"prune  block {index + 1}/{len(blocks)}  {len(matrices)} matrices  {criterion}  {of_block}")
+        log.info(f"prune  block {index + 1}/{len(blocks)}  {len(matrices)} matrices  {criterion}  {of_block}")
     if pattern.across_model:
         modules = {name: module for matrices in blocks for name, module in matrices.items()}
         keep = {name: as_out_in(modules[name], chosen) for name, chosen in pattern.select_all(scores).items()}
@@ -162,7 +163,6 @@ def block_patterns(
     criterion: Criterion,
     pattern: Pattern,
     options: Pruning,
-    progress: Callable[[str], None] = lambda line: None,
     storage: Storage = ON_DEVICE,
 ) -> list[Pattern]:
     """The pattern of every block: `pattern` itself, or what the allocation makes of it.
@@ -173,7 +173,6 @@ def block_patterns(
         criterion: By which the survivors are chosen.
         pattern: For the whole model.
         options: See `Pruning`.
-        progress: Is told the densities, in a line.
         storage: Where hidden states are kept.
 
     Raises:
@@ -184,7 +183,7 @@ def block_patterns(
         return [pattern] * len(blocks)
     walk = Activations(replay, tokens, options.batch_size, replay.device, storage=storage)
     patterns = options.allocation.patterns(walk, blocks, criterion, pattern)
-    progress(f"allocate  {options.allocation}  densities {' '.join(f'{one.density:.3f}' for one in patterns)}")
+    log.info(f"allocate  {options.allocation}  densities {' '.join(f'{one.density:.3f}' for one in patterns)}")
     return list(patterns)
 
 
@@ -205,21 +204,34 @@ def prune_to(
     criterion: Criterion,
     pattern: Pattern,
     options: Pruning | None = None,
-    progress: Callable[[str], None] = lambda line: None,
+    moved_file: Path | None = None,
     replay: Replay | None = None,
     storage: Storage = ON_DEVICE,
 ) -> Masks:
-    """As `prune`, and write the masks; before them, and beside, what a criterion that moves weights makes of these."""
+    """As `prune`, and write the masks.
+
+    Args:
+        masks_file: Where they go.
+        model: See `prune`, as for all that follow but the next but one.
+        tokens: Calibration sequences.
+        criterion: How much a weight matters.
+        pattern: Which zeros are allowed.
+        options: See `Pruning`.
+        moved_file: Where the weights go that a criterion has moved, in the same directory, before the masks; they are
+            not kept if None.
+        replay: Of the model.
+        storage: Where hidden states are kept.
+    """
     options = options or Pruning()
     made_by = {"criterion": str(criterion), "pattern": options.describe(pattern)}
-    if criterion.moves_weights:
+    if criterion.moves_weights and moved_file is not None:
         prunable = Anatomy.of(model).prunable(options.exclude)
         weights = {name: module.get_parameter("weight") for name, module in prunable.items()}
-        with written(masks_file.with_name(MOVED), like=weights) as moved:
-            masks = prune(model, tokens, criterion, pattern, options, progress, moved, replay, storage)
-        made_by[CAME_WITH_MOVED] = MOVED
+        with written(moved_file, like=weights) as moved:
+            masks = prune(model, tokens, criterion, pattern, options, moved, replay, storage)
+        made_by[CAME_WITH_MOVED] = moved_file.name
     else:
-        masks = prune(model, tokens, criterion, pattern, options, progress, None, replay, storage)
+        masks = prune(model, tokens, criterion, pattern, options, None, replay, storage)
     masks.save(masks_file, made_by)
     return masks
 
