@@ -3,11 +3,13 @@
 import argparse
 import inspect
 import json
+import shutil
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,13 +52,15 @@ class PrunedMasks(Masks):
 
     Args:
         file: The masks, as `recon prune` writes them.
-        keeps: Deletes the file with this object; None if it stays.
+        is_temporary: Delete the file's directory with this object.
     """
 
-    def __init__(self, file: Path, keeps: TemporaryDirectory | None = None) -> None:
+    def __init__(self, file: Path, is_temporary: bool) -> None:
         super().__init__({})
         self.add(Masks.load(file))
-        self.file, self._keeps, self._held = file, keeps, self.fingerprint()
+        self.file, self._held = file, self.fingerprint()
+        if is_temporary:
+            weakref.finalize(self, shutil.rmtree, file.parent, ignore_errors=True)
 
     @property
     def moved(self) -> Start | None:
@@ -106,14 +110,15 @@ def prune(
     Raises:
         ValueError: If an option is unknown, the text too short, or model, pattern and options do not fit together.
     """
-    directory = TemporaryDirectory(prefix="recon-") if run_dir is None else None
-    paths = RunPaths(Path(run_dir) if directory is None else Path(directory.name))
+    paths = RunPaths(Path(mkdtemp(prefix="recon-") if run_dir is None else run_dir))
     live, texts = LiveModel(model, tokenizer, keep_dense=False), _texts(text, validation_text, test_text)
     args = [*_configs(config), "--model.name", live.name, "--model.dtype", live.dtype]
     args += _classes(criterion, pattern) + _source(text, texts, paths)
     args += _options({"device": str(model.device)} | _checked(options))
     args += ["--run_dir", str(paths.path)]
-    with unnoticed():
+    with unnoticed(), ExitStack() as stack:
+        if run_dir is None:
+            stack.callback(shutil.rmtree, paths.path, ignore_errors=True)
         parsed, built = _parsed(lambda: parse(build_parser(), args))
         if built.criterion is None or built.pattern is None:
             raise ValueError("recon.prune needs a criterion and a pattern, got null")
@@ -129,7 +134,8 @@ def prune(
             shell, data.tokenizer = live.load(choose_device(parsed.device))
             tokens = data.tokens("train")
             prune_to(run.masks, shell, tokens, built.criterion, built.pattern, built.pruning, run.moved)
-    return PrunedMasks(run.masks, directory)
+        stack.pop_all()  # the file lives as long as the masks
+    return PrunedMasks(run.masks, is_temporary=run_dir is None)
 
 
 def recover(

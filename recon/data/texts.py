@@ -54,14 +54,12 @@ class Texts(TextSource):
         """For each split with documents, the JSON lines file that `write` makes, as `recon.data.TextFiles` takes it."""
         name = self.identity()["sha256"][:12]  # other documents do not overwrite these
         options = {"train": "paths", "validation": "validation_paths", "test": "test_paths"}
-        return {
-            options[split]: [str(directory / f"{split}-{name}.jsonl")] for split in self._documents if self.has(split)
-        }
+        given = [split for split, documents in self._documents.items() if documents]
+        return {options[split]: [str(directory / f"{split}-{name}.jsonl")] for split in given}
 
     def write(self, directory: Path) -> None:
         """Write the documents of each split, so that the run can be repeated by a command."""
-        for documents, (path,) in zip(
-            filter(None, self._documents.values()), self.files(directory).values(), strict=True
-        ):
+        given = filter(None, self._documents.values())
+        for documents, (path,) in zip(given, self.files(directory).values(), strict=True):
             with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
                 file.writelines(json.dumps({"text": one}) + "\n" for one in documents)

@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from recon.basics.run_paths import RunPaths
 from recon.report import Report
 
 log = logging.getLogger("recon")
@@ -33,7 +34,7 @@ def outcome(cell: Cell, prefix: str) -> Report | str:
         cell: What to run if its directory holds no report.
         prefix: Stands before each of its lines.
     """
-    file = cell.directory / "report.json"
+    file = RunPaths(cell.directory).report
     if not file.exists():
         error = _run(cell, prefix)
         if error is not None:

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from recon.basics.run_paths import RunPaths
 from recon.experiment.comparison.cell import Cell, outcome
 from recon.experiment.comparison.spec import ClassSpec, Comparison, Entry, Group, plan
 from recon.experiment.comparison.tuning import Choice, choose
@@ -65,8 +66,8 @@ def _tune(group: Group, entry: Entry, run: Callable[[Cell], Report | str]) -> Ch
     trials = [(point, cell, run(cell)) for point, cell in group.trials(entry)]
     for _, cell, measured in trials:
         if isinstance(measured, Report):  # the weights are of no use any more, and as large as the model
-            shutil.rmtree(cell.directory / "model", ignore_errors=True)
-            shutil.rmtree(cell.directory / "windows", ignore_errors=True)
+            for product in (RunPaths(cell.directory).model, RunPaths(cell.directory).windows):
+                shutil.rmtree(product, ignore_errors=True)
     choice = choose([point for point, _, _ in trials], [measured for _, _, measured in trials])
     if choice.options:
         log.info(f"{entry.title}: {brief(choice.options)} chosen of {len(trials)} on the validation split")
