@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from callbacks.follower import Follower
 from recon.basics.files import write_json
+from recon.basics.run_paths import RunPaths
 from recon.distributed.ranks import rank
 from recon.profiling.entries import CATEGORIES, SIDES, Peak, Side
 from recon.profiling.footprint import Footprint, footprint, has_state
@@ -29,7 +30,7 @@ from recon.profiling.out_of_memory import (
     largest_owners,
     live_by_category,
 )
-from recon.profiling.phases import PhaseListener, memory_file
+from recon.profiling.phases import PhaseListener
 from recon.profiling.process_memory import PeakMeter, resident_bytes
 from recon.report.memory import SPLIT, everything_else
 from recon.report.memory_phases import MIB, Phase, fold_windows
@@ -247,7 +248,7 @@ class MemoryProfiler(Callback, PhaseListener):
                 "phases": self.phases,
                 **({"out_of_memory": self._shortage} if self._shortage else {}),
             }
-            write_json(self._directory / memory_file(rank()), content)
+            write_json(RunPaths(self._directory).memory(rank()), content)
 
     def _table(self) -> Table:
         on_device = any(phase["device_allocated_bytes"] is not None for phase in self.phases)

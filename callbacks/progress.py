@@ -1,18 +1,20 @@
 """Progress as plain lines, readable in a terminal, a file and beside other processes' lines."""
 
+import logging
 import time
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
-from rich.console import Console
 from typing_extensions import override
 
 from recon.scopes.base import Scope
 
+log = logging.getLogger("recon")
+
 
 class Progress(Callback):
-    """Prints what a fit is at, its loss, its held-out error and the time left.
+    """Logs what a fit is at, its loss, its held-out error and the time left.
 
     Args:
         every_seconds: The least time between two lines within an epoch.
@@ -20,7 +22,6 @@ class Progress(Callback):
 
     def __init__(self, every_seconds: float = 5.0) -> None:
         self.every_seconds = every_seconds
-        self._console = Console(highlight=False, soft_wrap=True)
         self._started = self._printed = 0.0
         self._first_step = 0
 
@@ -56,9 +57,7 @@ class Progress(Callback):
             metrics = {name: value for name, value in metrics.items() if not name.startswith("held_out")}
         numbers = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in sorted(metrics.items(), reverse=True)]
         where = pl_module.progress if isinstance(pl_module, Scope) else f"epoch {trainer.current_epoch + 1}"
-        self._console.print(
-            "  ".join([where, f"{done / max(1, total):4.0%}", *numbers, f"{_clock(elapsed)} spent", left])
-        )
+        log.info("  ".join([where, f"{done / max(1, total):4.0%}", *numbers, f"{_clock(elapsed)} spent", left]))
 
 
 def _batches_done(trainer: L.Trainer) -> int:

@@ -17,7 +17,13 @@ FACE = {
 """Short names that configurations and users write, such as `recon.criteria.Wanda`, and where they lead."""
 
 
+API = ("prune", "recover")
+"""Functions for a live model, in `recon.cli.api`."""
+
+
 def __getattr__(name: str) -> Any:
     if name in FACE:
         return import_module(FACE[name])
+    if name in API:
+        return getattr(import_module("recon.cli.api"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,6 +9,7 @@ from recon import __version__
 from recon.basics.children import die_with_parent
 from recon.cli.errors import ERRORS, UsageError, did_you_mean, plain
 from recon.cli.interrupt import STATUS, Interrupt, told
+from recon.cli.messages import printed_messages
 
 COMMANDS = {
     "fit": "prune a model and recover it at one scope: recon fit -c scopes/submodule",
@@ -82,7 +83,8 @@ def _run(command: str, args: list[str]) -> int:
         print(text(command, f"{COMMANDS[command][0].upper()}{COMMANDS[command][1:]}", args), end="")
         return 0
     arrange(command, args)  # for what it refuses; the command does this again, also if it is called from Python
-    return importlib.import_module(f"recon.cli.{command}").main(args)
+    with printed_messages():
+        return importlib.import_module(f"recon.cli.{command}").main(args)
 
 
 def _speaker() -> str | None:

@@ -25,7 +25,7 @@ def main(args: list[str]) -> int:
     _, built = parse(parser, args)
     comparison = Comparison(**{key: value for key, value in built.as_dict().items() if key != "config"})
     console = Console(highlight=False, soft_wrap=True, markup=False)
-    results = compare(comparison, describe, console.print)
+    results = compare(comparison, describe)
     print_table(results, Console(highlight=False))
     pictures = draw_pareto(results, comparison.path) + draw_drift(results, comparison.path)
     for file in [comparison.path / "results.json", *pictures]:

@@ -7,10 +7,11 @@ import yaml
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
+from recon.basics.run_paths import RunPaths
 from recon.cli.quiet import quiet
 from recon.experiment import checkpoints
 from recon.experiment.consolidation import consolidate
-from recon.experiment.directory import save_model
+from recon.experiment.writing import save_model
 from recon.models.loading import ModelSource
 from recon.pruning.masks import Masks
 from recon.scopes.lora import Lora, attach, merge_state
@@ -30,14 +31,14 @@ def main(args: list[str]) -> int:
     parser.add_argument("run_dir", type=str, help="The directory of the run.")
     parser.add_argument("--to", type=str | None, default=None, help="Where to write; <run_dir>/model-step-<n> if null.")
     config = parser.parse_args(args)
-    run = Path(config.run_dir)
-    checkpoint = checkpoints.last(run / "checkpoints")
+    run = RunPaths(Path(config.run_dir))
+    checkpoint = checkpoints.last(run.checkpoints)
     if checkpoint is None:
         raise ValueError(
-            f"consolidate needs a run of scopes/full that has a checkpoint, got {run}, which has none; a run that "
-            f"ended has its model in {run / 'model'}"
+            f"consolidate needs a run of scopes/full that has a checkpoint, got {run.path}, which has none; a run "
+            f"that ended has its model in {run.model}"
         )
-    options = yaml.safe_load((run / "config.yaml").read_text())["model"]
+    options = yaml.safe_load(run.config.read_text())["model"]
     if not options["class_path"].endswith(".FullRetraining"):
         raise ValueError(f"consolidate needs a run of FullRetraining, got {options['class_path']}; let the run end")
     source = ModelSource(**{name: options["init_args"][name] for name in SOURCE})
@@ -46,15 +47,15 @@ def main(args: list[str]) -> int:
         model = model.to(getattr(torch, dtype))  # pyright: ignore[reportArgumentType]
     weights = {name: weight.to(model.dtype) for name, weight in consolidate(checkpoint).items()}
     if options["init_args"].get("parameters") == "lora":
-        masks = Masks.load(run / "masks.safetensors")
+        masks = Masks.load(run.masks)
         merge_state(model, attach(model, masks, masks, Lora(**options["init_args"]["lora"]), seed=0), weights)
     model.load_state_dict(weights, assign=True, strict=False)  # tied weights may be there under one name only
     model.tie_weights()
     if missing := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         raise ValueError(f"{checkpoint} needs all of the model's weights, it lacks {len(missing)}, first {missing[0]}")
-    if (run / "masks.safetensors").exists():
-        Masks.load(run / "masks.safetensors").check(model)
-    to = Path(config.to or run / f"model-{checkpoint.stem}")
+    if run.masks.exists():
+        Masks.load(run.masks).check(model)
+    to = Path(config.to or run.path / f"model-{checkpoint.stem}")
     save_model(model, source.load_tokenizer(), to)
     Console(highlight=False, soft_wrap=True).print(f"{checkpoint} written to {to}, masks exact")
     return 0

@@ -1,6 +1,6 @@
 """`recon fit`: prune a model and recover it at one scope, configured by LightningCLI."""
 
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
 from recon.basics.files import atomic_write
+from recon.basics.run_paths import RunPaths
 from recon.cli.arguments import add_pruning_arguments
 from recon.cli.arrange import arrange
 from recon.cli.configs import config_directory
@@ -23,11 +24,13 @@ from recon.distributed.ranks import rank
 from recon.experiment.checkpoints import STOPPED, Checkpoints
 from recon.experiment.directory import RunDirectory, digest
 from recon.experiment.environment import versions
+from recon.experiment.options import RunOptions
 from recon.experiment.recovery import recover
 from recon.planner.prediction import forecast
-from recon.report import Results, print_table
-from recon.scopes import FullRetraining, Scope
-from recon.scopes.local.module import LocalScope
+from recon.pruning.masks import Masks
+from recon.pruning.prune import Pruning
+from recon.report import Report, Results, print_table
+from recon.scopes import Scope
 
 NOT_FINGERPRINTED = (
     "config",
@@ -168,60 +171,74 @@ def run(args: list[str], merge: bool = False) -> int:
     """As `main`; with `merge` only what remains when all windows are written."""
     quiet()
     cli = _cli(args)
-    built: Any = cli.config_init
-    scope, data, trainer = cli.model, cli.datamodule, cli.trainer
-    if (built.criterion is None) != (built.pattern is None):
-        raise ValueError("pruning needs both criterion and pattern; give both, or null for both to train unpruned")
-    first = rank() == 0
-    identity = {"model": scope.source.identity(), "data": data.source.identity()} if first else {}
-    directory = RunDirectory(cli.run_dir, {**cli.fingerprint, **identity} if first else None)
-    if first:
-        _save_config(cli)
-    if not trainer.loggers:
-        version = "" if cli.share is None else directory.part(cli.share).name  # jobs do not share a curve
-        trainer.loggers = [TensorBoardLogger(str(directory.path), name="logs", version=version)]
-    if isinstance(scope, FullRetraining):
-        trainer.callbacks.append(Checkpoints(directory.checkpoints, cli.config.checkpoint_every_n_steps))  # pyright: ignore[reportAttributeAccessIssue]
-    exclude = () if built.pruning is None else tuple(built.pruning.exclude)
-    console = Console(highlight=False, soft_wrap=True)
+    console, path = Console(highlight=False, soft_wrap=True), cli.run_dir
     try:
-        report = recover(
-            scope,
-            data,
-            trainer,
-            directory,
-            built.criterion,
-            built.pattern,
-            built.pruning,
-            None if cli.config.masks is None else Path(cli.config.masks),
-            cli.config.baselines,
-            cli.config.evaluate_on,
-            cli.config.drift,
-            console.print,
-            cli.share,
-            merge,
-            partial(forecast, scope, data, trainer, exclude, masked=built.pattern is not None),
-        )
+        report = execute(cli, merge=merge)
     except SIGTERMException:
-        if first:
-            where = directory.path
-            console.print(f"stopped; what was done is in {where}, the same command goes on from there")
+        if rank() == 0:
+            console.print(f"stopped; what was done is in {path}, the same command goes on from there")
         raise SIGTERMException(STOPPED) from None  # Lightning's own exit status would be 0, as if it had ended
-    ranks.finish(trainer)
-    if isinstance(scope, LocalScope) and cli.share is not None:
+    ranks.finish(cli.trainer)
+    if cli.share is not None:
         console.print(
-            f"part {cli.share}: {len(scope.own_windows)} of {len(scope.windows)} windows are in "
-            f"{directory.path / 'windows'}; when all parts have ended: recon merge {directory.path}"
+            f"part {cli.share}: {len(cli.model.own_windows)} of {len(cli.model.windows)} windows are in "
+            f"{RunPaths(path).windows}; when all parts have ended: recon merge {path}"
         )
     if report is None:
         return 0
     if cli.config.summary:
         print_table(Results([report]), console)
-    path = directory.path
     console.print(f"run directory {path}: model/, report.json, memory.json; tensorboard --logdir {path}/logs")
     return 0
 
 
-def _save_config(cli: FitCLI) -> None:
-    with atomic_write(cli.run_dir / "config.yaml") as temporary:
+def execute(cli: FitCLI, masks: Masks | None = None, merge: bool = False) -> Report | None:
+    """Recover what `cli` has built: the way of the command and of the library.
+
+    Args:
+        cli: Parsed and instantiated.
+        masks: In memory, in place of a file.
+        merge: Train nothing.
+
+    Returns:
+        The report; None on ranks other than 0, and of a part.
+
+    Raises:
+        ValueError: If options, masks and model do not fit together.
+    """
+    options, first = _options(cli, masks, merge), rank() == 0
+    scope, data, trainer = cli.model, cli.datamodule, cli.trainer
+    identity = {"model": scope.source.identity(), "data": data.source.identity()} if first else {}
+    directory = RunDirectory(cli.run_dir, {**cli.fingerprint, **identity} if first else None)
+    if first:
+        _save_config(cli, directory)
+    if not trainer.loggers:
+        version = "" if cli.share is None else directory.part(cli.share).name  # jobs do not share a curve
+        trainer.loggers = [TensorBoardLogger(str(directory.path), name=directory.logs.name, version=version)]
+    if not scope.by_window:
+        trainer.callbacks.append(Checkpoints(directory.checkpoints, cli.config.checkpoint_every_n_steps))  # pyright: ignore[reportAttributeAccessIssue]
+    if first and not directory.report.exists():
+        exclude = tuple(options.pruning.exclude)
+        options = replace(options, prediction=forecast(scope, data, trainer, exclude, masked=options.prunes))
+    return recover(scope, data, trainer, directory, options)
+
+
+def _options(cli: FitCLI, masks: Masks | None, merge: bool) -> RunOptions:
+    config: Any = cli.config
+    built: Any = cli.config_init
+    return RunOptions(
+        criterion=built.criterion,
+        pattern=built.pattern,
+        pruning=built.pruning or Pruning(),
+        masks=masks if masks is not None or config.masks is None else Path(config.masks),
+        baselines=config.baselines,
+        evaluate_on=config.evaluate_on,
+        drift=config.drift,
+        part=cli.share,
+        merge=merge,
+    )
+
+
+def _save_config(cli: FitCLI, directory: RunDirectory) -> None:
+    with atomic_write(directory.config) as temporary:
         cli.parser.save(cli.config, temporary, skip_unset=False, overwrite=True, multifile=False)

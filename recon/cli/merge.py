@@ -4,6 +4,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
+from recon.basics.run_paths import RunPaths
 from recon.cli.fit import run
 
 
@@ -16,11 +17,10 @@ def main(args: list[str]) -> int:
         "directory, then save, evaluate and report as `recon fit` does. Trains nothing.",
     )
     parser.add_argument("run_dir", type=str, help="The directory of the run.")
-    directory = Path(parser.parse_args(args).run_dir)
-    config = directory / "config.yaml"
-    if not config.exists() or not (directory / "windows").is_dir():
+    directory = RunPaths(Path(parser.parse_args(args).run_dir))
+    if not directory.config.exists() or not directory.windows.is_dir():
         raise ValueError(
-            f"merge needs the directory of a run that has recovered windows, got {directory}, which has none; run "
+            f"merge needs the directory of a run that has recovered windows, got {directory.path}, which has none; run "
             f"recon fit --windows 1/n and the other parts first"
         )
-    return run(["-c", str(config), "--run_dir", str(directory)], merge=True)
+    return run(["-c", str(directory.config), "--run_dir", str(directory.path)], merge=True)

@@ -15,8 +15,8 @@ from recon.data import TokenData
 from recon.experiment.baselines import measure_pruned
 from recon.experiment.directory import RunDirectory, digest
 from recon.experiment.environment import versions
+from recon.experiment.options import RunOptions
 from recon.models.loading import ModelSource
-from recon.pruning.start_weights import MOVED
 from recon.report import Results, print_table
 
 
@@ -65,22 +65,12 @@ def main(args: list[str]) -> int:
     fingerprint = {"options": with_short_paths(options), "versions": versions(), **identity}
     run = RunDirectory(Path(config.run_dir or f"runs/prune-{digest(fingerprint)[:8]}"), fingerprint)
     console = Console(highlight=False, soft_wrap=True)
-    report = measure_pruned(
-        source,
-        built.data,
-        built.criterion,
-        built.pattern,
-        built.pruning,
-        run,
-        choose_device(config.device),
-        config.save_model,
-        config.drift,
-        console.print,
-    )
+    chosen = RunOptions(built.criterion, built.pattern, built.pruning, drift=config.drift)
+    report = measure_pruned(source, built.data, run, chosen, choose_device(config.device), config.save_model)
     if config.summary:
         print_table(Results([report]), console)
-    moved = (run.path / MOVED).is_file()
-    console.print(f"masks in {run.masks}" + (f", moved weights in {run.path / MOVED}" if moved else ""))
+    moved = run.moved.is_file()
+    console.print(f"masks in {run.masks}" + (f", moved weights in {run.moved}" if moved else ""))
     given = [*differing(config, parser.get_defaults()), "--masks", str(run.masks)]
     given += ["--model.start", "moved"] if moved else []
     console.print(f"recover with: recon fit -c scopes/submodule {shlex.join(given)}")

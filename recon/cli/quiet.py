@@ -1,7 +1,22 @@
 """Silence what libraries say for their own sake, so that what recon says can be read."""
 
 import logging
+import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+CHATTY = (
+    "lightning.pytorch.utilities.rank_zero",
+    "lightning.pytorch.accelerators",
+    "lightning.pytorch.strategies",
+    "lightning.pytorch.trainer.connectors",
+    "lightning.fabric",
+)
+"""Loggers of Lightning with tips and notices."""
+
+SEEDED = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
+"""Variables of the environment that Lightning sets with a seed."""
 
 
 def quiet() -> None:
@@ -11,13 +26,7 @@ def quiet() -> None:
 
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
-    for name in (
-        "lightning.pytorch.utilities.rank_zero",
-        "lightning.pytorch.accelerators",
-        "lightning.pytorch.strategies",
-        "lightning.pytorch.trainer.connectors",
-        "lightning.fabric",
-    ):
+    for name in CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
     # DeepSpeed sets the level of its logger itself, when it is imported.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
@@ -35,3 +44,32 @@ def quiet() -> None:
         ".*When saving the DeepSpeed Stage 3 checkpoint.*",  # recon writes the model in one piece itself
     ):
         warnings.filterwarnings("ignore", message)
+
+
+@contextmanager
+def unnoticed() -> Iterator[None]:
+    """Be quiet until the context ends, then restore warnings, loggers, progress bars and random numbers."""
+    import datasets
+    import transformers
+    from lightning.pytorch.utilities.seed import isolate_rng
+
+    loggers = [logging.getLogger(name) for name in (*CHATTY, "DeepSpeed")]
+    held = [(logger.level, list(logger.filters)) for logger in loggers]
+    seeds = {name: os.environ.get(name) for name in SEEDED}
+    bars = datasets.are_progress_bars_disabled(), transformers.utils.logging.is_progress_bar_enabled()
+    try:
+        with isolate_rng(), warnings.catch_warnings():
+            quiet()
+            yield
+    finally:
+        for logger, (level, filters) in zip(loggers, held, strict=True):
+            logger.setLevel(level)
+            logger.filters[:] = filters
+        for name, seed in seeds.items():
+            os.environ.pop(name, None)
+            if seed is not None:
+                os.environ[name] = seed
+        if not bars[0]:
+            datasets.enable_progress_bars()
+        if bars[1]:
+            transformers.utils.logging.enable_progress_bar()

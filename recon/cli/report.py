@@ -9,9 +9,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from recon.basics.run_paths import RunPaths
 from recon.cli.arrange import arrange
 from recon.cli.errors import usage
-from recon.profiling.phases import memory_file
 from recon.report import Results, markdown_table, print_table
 from recon.report.memory_phases import phases_section, sides_of
 from recon.report.sections import Section
@@ -77,7 +77,7 @@ def _memory(path: Path) -> None:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    file = path / memory_file(0)
+    file = RunPaths(path).memory()
     if not file.is_file():
         raise ValueError(
             f"`recon report --memory` needs the directory of a run with {file.name}, which MemoryProfiler writes, got "

@@ -151,10 +151,11 @@ class TextFiles(TextSource):
         separator: str | None = None,
     ) -> None:
         given = {"train": paths, "validation": validation_paths or [], "test": test_paths or []}
-        self.paths = {split: [Path(path).expanduser() for path in files] for split, files in given.items()}
+        self.files = {split: [Path(path).expanduser() for path in files] for split, files in given.items()}
+        self.paths, self.validation_paths, self.test_paths = paths, validation_paths, test_paths
         self.column = column
         self.separator = separator
-        files = [path.resolve() for paths_of_split in self.paths.values() for path in paths_of_split]
+        files = [path.resolve() for paths_of_split in self.files.values() for path in paths_of_split]
         if not files:
             raise ValueError("data.source.paths needs at least one file, got none")
         twice = sorted({str(path) for path in files if files.count(path) > 1})
@@ -162,12 +163,12 @@ class TextFiles(TextSource):
             raise ValueError(f"data.source needs every file in one split, and once, got {', '.join(twice)} twice")
 
     def __str__(self) -> str:
-        files = [str(path) for paths in self.paths.values() for path in paths]
+        files = [str(path) for paths in self.files.values() for path in paths]
         return f"the files {', '.join(files[:3])}{', ...' if len(files) > 3 else ''}"
 
     def has(self, split: Split) -> bool:
         """Whether files were given for `split`."""
-        return bool(self.paths[split])
+        return bool(self.files[split])
 
     def load(self, split: Split) -> Documents:
         """Read the files given for `split`.
@@ -175,7 +176,7 @@ class TextFiles(TextSource):
         Raises:
             ValueError: If a file is missing, empty, of an unknown kind, or lacks the column.
         """
-        files = self.paths[split]
+        files = self.files[split]
         option = "data.source.paths" if split == "train" else f"data.source.{split}_paths"
         for file in files:
             if not file.is_file():
@@ -197,7 +198,7 @@ class TextFiles(TextSource):
     def identity(self) -> dict[str, str]:
         """A digest of the files' contents."""
         digest = hashlib.sha256()
-        for split, files in self.paths.items():
+        for split, files in self.files.items():
             for file in files:
                 digest.update(f"{split} {file.name}".encode())
                 if file.is_file():  # if not, `load` says so

@@ -1,26 +1,29 @@
 """The two rows that no scope makes: the dense model, and the pruned one before recovery."""
 
+import logging
 import time
-from collections.abc import Callable
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from recon.data import TokenData
 from recon.evaluation.drift import measure_drift
-from recon.evaluation.perplexity import evaluate
-from recon.experiment.directory import RunDirectory, save_model
+from recon.evaluation.perplexity import Evaluation, evaluate
+from recon.experiment.directory import RunDirectory
 from recon.experiment.environment import environment
+from recon.experiment.options import RunOptions
+from recon.experiment.writing import save_model
 from recon.models.linear import is_matrix, weight_out_in
 from recon.models.loading import ModelSource
 from recon.profiling.process_memory import PeakMeter, resident_bytes
-from recon.pruning.criteria import Criterion
 from recon.pruning.masks import Masks
-from recon.pruning.patterns import Pattern
-from recon.pruning.prune import Pruning, moved_with, prune_to
+from recon.pruning.prune import moved_with, prune_to
 from recon.pruning.start_weights import apply
 from recon.report import Report
+
+log = logging.getLogger("recon")
 
 
 def measure(
@@ -42,29 +45,24 @@ def measure(
     Raises:
         ValueError: If the masks belong to another model.
     """
-    baseline, meter = resident_bytes(), PeakMeter()
-    meter.start()
+    costs = _Costs(device)
     model, data.tokenizer = source.load(device)
     if masks is not None:
         masks.validate_for(model)
         masks.apply(model)
     evaluation = evaluate(model, data.test_dataloader())
-    peaks = meter.stop()
+    costs.stop()
     kept = masks if masks is not None else promised
-    return Report(
+    given = "none" if masks is None else "given masks"
+    return costs.report(
+        source,
+        data,
+        evaluation,
         scope="dense" if masks is None else "pruned",
-        model=source.name,
-        criterion="none" if masks is None else "given masks",
-        pattern="none" if masks is None else "given masks",
-        seed=data.seed,
-        perplexity=evaluation.perplexity,
+        criterion=given,
+        pattern=given,
         sparsity=share_of_zeros(model) if masks is None else masks.sparsity,
         mask_violations=0 if kept is None else kept.violations(model),
-        peak_host_bytes=peaks.host_bytes,
-        peak_device_bytes=peaks.device_allocated_bytes,
-        baseline_host_bytes=baseline,
-        protocol=evaluation.protocol,
-        environment=environment(device),
     )
 
 
@@ -79,14 +77,10 @@ def share_of_zeros(model: PreTrainedModel) -> float:
 def measure_pruned(
     source: ModelSource,
     data: TokenData,
-    criterion: Criterion,
-    pattern: Pattern,
-    pruning: Pruning | None,
     run: RunDirectory,
+    options: RunOptions,
     device: torch.device,
     keep_model: bool = False,
-    drift: bool = True,
-    say: Callable[[str], None] = print,
 ) -> Report:
     """Prune a model, write its masks, and measure the pruned model; a finished run is only read.
 
@@ -95,52 +89,79 @@ def measure_pruned(
     Args:
         source: The model.
         data: Calibration and test tokens.
-        criterion: How much a weight matters.
-        pattern: Which zeros are allowed.
-        pruning: How the model is walked.
         run: Where masks and report go.
+        options: Criterion, pattern, how the model is walked, and whether to measure drift, for which the dense model
+            is loaded again beside the pruned one.
         device: Where to compute.
         keep_model: Write the pruned model too.
-        drift: Measure how far the pruned model is from the dense one, which is loaded again beside it.
-        say: Is told what is going on, in lines.
 
     Returns:
         The report; its seconds and peaks are those of pruning.
+
+    Raises:
+        ValueError: If there is no criterion.
     """
+    if options.criterion is None or options.pattern is None:
+        raise ValueError("recon prune needs a criterion and a pattern, got null")
     if run.report.exists():
-        say(f"{run.path} holds this run, finished: nothing to do")
+        log.info(f"{run.path} holds this run, finished: nothing to do")
         return Report.load(run.report)
-    baseline, meter = resident_bytes(), PeakMeter()
-    meter.start()
-    say(f"load {source.name}")
+    costs = _Costs(device)
+    log.info(f"load {source.name}")
     model, data.tokenizer = source.load(device)
     tokens = data.tokens("train")
     started = time.monotonic()
-    masks = prune_to(run.masks, model, tokens, criterion, pattern, pruning, say)
+    masks = prune_to(run.masks, model, tokens, options.criterion, options.pattern, options.pruning, run.moved)
     seconds = time.monotonic() - started
-    peaks = meter.stop()
+    costs.stop()
     apply(model, masks, moved_with(run.masks, masks))
     if keep_model:
         save_model(model, data.tokenizer, run.model)
     evaluation = evaluate(model, data.test_dataloader())
-    drifted = measure_drift(source.model(device), model, data.val_dataloader()) if drift else None
-    report = Report(
+    drift = measure_drift(source.model(device), model, data.val_dataloader()) if options.drift else None
+    report = costs.report(
+        source,
+        data,
+        evaluation,
         scope="pruned",
-        model=source.name,
-        criterion=str(criterion),
-        pattern=(pruning or Pruning()).describe(pattern),
-        seed=data.seed,
-        perplexity=evaluation.perplexity,
+        criterion=str(options.criterion),
+        pattern=options.pruning.describe(options.pattern),
         sparsity=masks.sparsity,
         mask_violations=masks.violations(model),
-        peak_host_bytes=peaks.host_bytes,
-        peak_device_bytes=peaks.device_allocated_bytes,
-        baseline_host_bytes=baseline,
         seconds=seconds,
         run_dir=str(run.path),
-        protocol=evaluation.protocol,
-        environment=environment(device),
-        drift=asdict(drifted) if drifted else {},
+        drift=asdict(drift) if drift else {},
     )
     report.save(run.report)
     return report
+
+
+class _Costs:
+    """The peaks of this process from now on, and the report that they go into.
+
+    Args:
+        device: Where it computes.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._baseline, self._meter = resident_bytes(), PeakMeter()
+        self._meter.start()
+
+    def stop(self) -> None:
+        """Measure no further."""
+        self._peaks = self._meter.stop()
+
+    def report(self, source: ModelSource, data: TokenData, evaluation: Evaluation, **more: Any) -> Report:
+        """The report of a model, with `more` of its fields."""
+        return Report(
+            model=source.name,
+            seed=data.seed,
+            perplexity=evaluation.perplexity,
+            protocol=evaluation.protocol,
+            peak_host_bytes=self._peaks.host_bytes,
+            peak_device_bytes=self._peaks.device_allocated_bytes,
+            baseline_host_bytes=self._baseline,
+            environment=environment(self._device),
+            **more,
+        )

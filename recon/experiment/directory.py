@@ -1,4 +1,4 @@
-"""The directory of a run: what makes it comparable, what it wrote, how a second start goes on."""
+"""The directory of a run: its identity, its products, and the clean-up after a finished run."""
 
 import hashlib
 import json
@@ -6,15 +6,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from recon.basics.files import write_json
+from recon.basics.run_paths import RunPaths
 from recon.distributed.part import Share
-from recon.profiling.phases import memory_file
-
-PRODUCTS = ("masks.safetensors", "masks", "windows", "checkpoints", "report.json")
-"""What a run leaves that another run must not take for its own; one that failed before is no obstacle."""
 
 
 def digest(content: Any) -> str:
@@ -22,8 +16,8 @@ def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
-class RunDirectory:
-    """Paths of a run, and the check that the directory holds this run and no other.
+class RunDirectory(RunPaths):
+    """The products of a run, and the check that the directory holds this run and no other.
 
     Args:
         path: The directory; made if it is missing.
@@ -35,62 +29,53 @@ class RunDirectory:
     """
 
     def __init__(self, path: Path, fingerprint: dict[str, Any] | None) -> None:
-        self.path = path
+        super().__init__(path)
         if fingerprint is None:
             return
-        self.fingerprint = json.loads(json.dumps(fingerprint, default=str))
-        file = path / "fingerprint.json"
-        if file.exists() and any((path / product).exists() for product in PRODUCTS):
-            held = json.loads(file.read_text())
-            if held != self.fingerprint:
+        ours = json.loads(json.dumps(fingerprint, default=str))
+        if self.fingerprint_file.exists() and any(product.exists() for product in self.claims):
+            held = json.loads(self.fingerprint_file.read_text())
+            if held != ours:
                 raise ValueError(
                     f"run_dir needs a new directory or one of this very run, got {path}, whose run differs in "
-                    f"{', '.join(_differences(held, self.fingerprint))}; name another run_dir or delete this one"
+                    f"{', '.join(_differences(held, ours))}; name another run_dir or delete this one"
                 )
         else:
-            write_json(file, self.fingerprint)
-
-    @property
-    def masks(self) -> Path:
-        """The bit-packed masks."""
-        return self.path / "masks.safetensors"
+            write_json(self.fingerprint_file, ours)
 
     @property
     def has_begun(self) -> bool:
         """Whether an earlier start left parts of a recovery."""
-        return (self.path / "windows").exists() or self.checkpoints.exists()
-
-    @property
-    def model(self) -> Path:
-        """The recovered model in Hugging Face format."""
-        return self.path / "model"
-
-    @property
-    def report(self) -> Path:
-        """The report of the finished run."""
-        return self.path / "report.json"
-
-    def memory(self, rank: int = 0, share: Share | None = None) -> dict[str, Any] | None:
-        """What MemoryProfiler measured on a rank, or in the job of a share; None if it did not."""
-        file = (self.path if share is None else self.part(share)) / memory_file(rank)
-        return json.loads(file.read_text()) if file.exists() else None
+        return self.windows.exists() or self.checkpoints.exists()
 
     def part(self, share: Share) -> Path:
-        """Where a job that recovers a share of the windows leaves what it measured."""
-        return self.path / "parts" / f"{share.index + 1:03d}-of-{share.of:03d}"
+        """The directory for the measurements of the job that recovers a share of the windows."""
+        return self.parts / f"{share.index + 1:03d}-of-{share.of:03d}"
+
+    def measurements(self, share: Share | None = None) -> RunPaths:
+        """Where a process measures its memory: here, or in the directory of its share."""
+        return self if share is None else RunPaths(self.part(share))
+
+    def peaks(self, rank: int = 0, share: Share | None = None) -> dict[str, Any] | None:
+        """The measurements of MemoryProfiler on a rank, or in the job of a share; None without."""
+        file = self.measurements(share).memory(rank)
+        return json.loads(file.read_text()) if file.exists() else None
 
     def write_part(self, share: Share, measured: dict[str, Any]) -> None:
-        """Note what the job of a share measured."""
+        """Note the measurements of the job of a share."""
         write_json(self.part(share) / "part.json", measured)
 
-    def parts(self) -> list[dict[str, Any]]:
-        """What the jobs measured, in the order of shares; empty if none was divided."""
-        return [json.loads(file.read_text()) for file in sorted((self.path / "parts").glob("*/part.json"))]
+    def read_parts(self) -> list[dict[str, Any]]:
+        """The measurements of the jobs, in the order of shares; empty if none was divided."""
+        return [json.loads(file.read_text()) for file in sorted(self.parts.glob("*/part.json"))]
 
-    @property
-    def checkpoints(self) -> Path:
-        """Where full retraining saves what it needs to go on."""
-        return self.path / "checkpoints"
+    def clean(self) -> None:
+        """Delete what a finished run has no more use for."""
+        for product in self.temporary:
+            if product.is_dir():
+                shutil.rmtree(product, ignore_errors=True)
+            else:
+                product.unlink(missing_ok=True)
 
 
 def _differences(ours: Any, theirs: Any, prefix: str = "") -> list[str]:
@@ -99,34 +84,3 @@ def _differences(ours: Any, theirs: Any, prefix: str = "") -> list[str]:
         return [] if ours == theirs else [prefix.removesuffix(".")]
     keys = sorted(ours.keys() | theirs.keys())
     return [name for key in keys for name in _differences(ours.get(key), theirs.get(key), f"{prefix}{key}.")]
-
-
-def save_model(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    path: Path,
-    state: dict[str, Tensor] | None = None,
-) -> None:
-    """Write model and tokenizer as a plain Hugging Face directory that is whole or absent.
-
-    Args:
-        model: What to write.
-        tokenizer: Written beside it.
-        path: The directory.
-        state: The weights, if `model` is without.
-
-    Raises:
-        OSError: If it cannot be written, naming `path`; nothing of it is kept then.
-    """
-    temporary = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        model.save_pretrained(temporary, state_dict=state)
-        tokenizer.save_pretrained(temporary)
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.rename(path)
-    except Exception as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(
-            f"could not write the model to {path}, nothing of it was kept ({error}); free space there"
-        ) from error

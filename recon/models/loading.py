@@ -76,6 +76,15 @@ class ModelSource:
         if self.shape is not None and "model_type" not in self.shape:
             raise ValueError(f"model.shape needs a model_type, for example llama, got only {', '.join(self.shape)}")
 
+    @property
+    def is_stored(self) -> bool:
+        """Whether files hold the weights; those of a random model are made when it is loaded."""
+        return self.shape is None
+
+    def at(self, directory: Path) -> "ModelSource":
+        """The model that was made from this one and written to `directory`, in its stored precision."""
+        return ModelSource(str(directory), dtype="auto", trust_remote_code=self.trust_remote_code)
+
     def model(self, device: torch.device | None = None) -> PreTrainedModel:
         """Load (or make) the model in evaluation mode, without a cache, on `device` (the CPU if None).
 
@@ -175,7 +184,7 @@ class ModelSource:
             ValueError: If it cannot be loaded, or has ids without an embedding.
         """
         tokenizer = self.load_tokenizer()
-        _require_vocabulary(model, tokenizer)
+        require_vocabulary(model, tokenizer)
         return tokenizer
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -269,7 +278,7 @@ def _said(error: Exception) -> str:
     return shorten(f"{error}", 500) or type(error).__name__
 
 
-def _require_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def require_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Check that every id of `tokenizer` has an embedding in `model`.
 
     Raises:

@@ -40,11 +40,6 @@ def is_window(phase: str) -> bool:
     return phase.startswith(WINDOW)
 
 
-def memory_file(rank: int) -> str:
-    """Name the file in which MemoryProfiler writes the peaks of `rank`."""
-    return "memory.json" if rank == 0 else f"memory-rank{rank}.json"
-
-
 @runtime_checkable
 class PhaseListener(Protocol):
     """A callback with these methods hears of the phases of a run."""

@@ -17,9 +17,6 @@ from recon.pruning.masks import Masks
 from recon.pruning.patterns import Pattern
 from recon.pruning.prune import prune_block
 
-MASKS = "masks"
-"""Subdirectory of a run with the masks of each block, until all are chosen."""
-
 
 @dataclass(frozen=True)
 class Interleaved:
@@ -56,4 +53,4 @@ class Interleaved:
         return masks, moved
 
     def _path(self, block: Block) -> Path | None:
-        return self.directory and self.directory / MASKS / f"{block.index:03d}.safetensors"
+        return self.directory and self.directory / f"{block.index:03d}.safetensors"

@@ -1,6 +1,7 @@
 """Pruning of a model: the survivors of its blocks, chosen one block after another."""
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -21,7 +22,9 @@ from recon.pruning.allocation import Allocation
 from recon.pruning.criteria import Criterion
 from recon.pruning.masks import Masks
 from recon.pruning.patterns import Pattern
-from recon.pruning.start_weights import MOVED, Sink, Start, apply, written
+from recon.pruning.start_weights import Sink, Start, apply, written
+
+log = logging.getLogger("recon")
 
 CAME_WITH_MOVED = "moved"
 """Key in the metadata of masks: path of the moved weights written with them, relative to their directory."""
@@ -58,7 +61,6 @@ def prune(
     criterion: Criterion,
     pattern: Pattern,
     options: Pruning | None = None,
-    progress: Callable[[str], None] = lambda line: None,
     moved: Sink | None = None,
     replay: Replay | None = None,
     storage: Storage = ON_DEVICE,
@@ -71,7 +73,6 @@ def prune(
         criterion: The measure of importance.
         pattern: The pattern of zeros.
         options: See `Pruning`.
-        progress: Receives a line for each block.
         moved: Receives every weight that the criterion moved: in the parameter's layout and dtype, on its device, zero
             where pruned.
         replay: Replay of the model, if its blocks are not on the device.
@@ -88,7 +89,7 @@ def prune(
     _require_compatible(criterion, pattern, options)
     replay = replay or Replay(model, Anatomy.of(model))
     blocks = matrices_by_block(replay.anatomy, options.exclude)
-    patterns = block_patterns(replay, tokens, criterion, pattern, options, progress, storage)
+    patterns = block_patterns(replay, tokens, criterion, pattern, options, storage)
     walk = Activations(replay, tokens, options.batch_size, replay.device, storage=storage)
     scores: dict[str, Tensor] = {}
     masks = Masks({})
@@ -108,7 +109,7 @@ def prune(
                     moved(name, weight)
             if options.inputs == "pruned":
                 _pass_pruned(walk, block_masks, start or None, model)
-        progress(f"prune  block {index + 1}/{len(blocks)}  {len(matrices)} matrices  {criterion}  {of_block}")
+        log.info(f"prune  block {index + 1}/{len(blocks)}  {len(matrices)} matrices  {criterion}  {of_block}")
     if pattern.across_model:
         modules = {name: module for matrices in blocks for name, module in matrices.items()}
         keep = {name: as_out_in(modules[name], chosen) for name, chosen in pattern.select_all(scores).items()}
@@ -164,7 +165,6 @@ def block_patterns(
     criterion: Criterion,
     pattern: Pattern,
     options: Pruning,
-    progress: Callable[[str], None] = lambda line: None,
     storage: Storage = ON_DEVICE,
 ) -> list[Pattern]:
     """Find the pattern of every block: `pattern` itself, or one of the allocation's.
@@ -175,7 +175,6 @@ def block_patterns(
         criterion: The measure of importance.
         pattern: The pattern of the whole model.
         options: See `Pruning`.
-        progress: Receives a line with the densities.
         storage: Place of the hidden states.
 
     Raises:
@@ -186,7 +185,7 @@ def block_patterns(
         return [pattern] * len(blocks)
     walk = Activations(replay, tokens, options.batch_size, replay.device, storage=storage)
     patterns = options.allocation.patterns(walk, blocks, criterion, pattern)
-    progress(f"allocate  {options.allocation}  densities {' '.join(f'{one.density:.3f}' for one in patterns)}")
+    log.info(f"allocate  {options.allocation}  densities {' '.join(f'{one.density:.3f}' for one in patterns)}")
     return list(patterns)
 
 
@@ -207,21 +206,33 @@ def prune_to(
     criterion: Criterion,
     pattern: Pattern,
     options: Pruning | None = None,
-    progress: Callable[[str], None] = lambda line: None,
+    moved_file: Path | None = None,
     replay: Replay | None = None,
     storage: Storage = ON_DEVICE,
 ) -> Masks:
-    """Prune as `prune` does, and write the masks; before them, in the same directory, the moved weights, if any."""
+    """As `prune`, and write the masks.
+
+    Args:
+        masks_file: File of the masks.
+        model: As in `prune`.
+        tokens: As in `prune`.
+        criterion: As in `prune`.
+        pattern: As in `prune`.
+        options: As in `prune`.
+        moved_file: File of the moved weights, in the same directory, written before the masks; None drops them.
+        replay: As in `prune`.
+        storage: As in `prune`.
+    """
     options = options or Pruning()
     made_by = {"criterion": str(criterion), "pattern": options.describe(pattern)}
-    if criterion.moves_weights:
+    if criterion.moves_weights and moved_file is not None:
         prunable = Anatomy.of(model).prunable(options.exclude)
         weights = {name: module.get_parameter("weight") for name, module in prunable.items()}
-        with written(masks_file.with_name(MOVED), like=weights) as moved:
-            masks = prune(model, tokens, criterion, pattern, options, progress, moved, replay, storage)
-        made_by[CAME_WITH_MOVED] = MOVED
+        with written(moved_file, like=weights) as moved:
+            masks = prune(model, tokens, criterion, pattern, options, moved, replay, storage)
+        made_by[CAME_WITH_MOVED] = moved_file.name
     else:
-        masks = prune(model, tokens, criterion, pattern, options, progress, None, replay, storage)
+        masks = prune(model, tokens, criterion, pattern, options, None, replay, storage)
     masks.save(masks_file, made_by)
     return masks
 

@@ -19,12 +19,6 @@ from recon.models.anatomy import Block
 from recon.models.offload.blocks import Residence
 from recon.pruning.masks import Masks
 
-MOVED = "moved.safetensors"
-"""Beside the masks of a criterion that moves weights: the weights as it left them."""
-
-EXACT = "start.safetensors"
-"""In a run's directory: the exact solution of each matrix by itself."""
-
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 """As safetensors calls them."""
 
@@ -135,8 +129,8 @@ def apply(model: nn.Module, masks: Masks, start: Mapping[str, Tensor] | None) ->
         weight = start[name]
         if masks.violations_of(name, weight):
             raise ValueError(
-                f"start weights need to be zero where they are pruned, `{name}` is not; use the {MOVED} that was "
-                f"written with these masks, or prune again"
+                f"start weights need to be zero where they are pruned, `{name}` is not; use the moved weights "
+                f"that were written with these masks, or prune again"
             )
         with whole(model.get_parameter(name), write=True) as parameter:
             parameter.copy_(weight)

@@ -119,6 +119,11 @@ class Report:
             return None
         return (pruned - self.perplexity) / (pruned - dense)
 
+    @property
+    def peaks(self) -> dict[str, int | None]:
+        """Peak bytes of recovery on the `host` and on the `device`, None without one."""
+        return {"host": self.peak_host_bytes, "device": self.peak_device_bytes}
+
     def to_dict(self) -> dict[str, Any]:
         """All fields and `recovered`, ready for strict JSON: numbers that are not finite are None."""
         return _finite(dataclasses.asdict(self) | {"recovered": self.recovered})

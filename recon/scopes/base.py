@@ -1,8 +1,9 @@
 """What the four recovery scopes share: the model they repair, the masks they keep, the data they see."""
 
+import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -13,21 +14,26 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
+from recon.basics.run_paths import RunPaths
 from recon.calibration.storage import ON_DEVICE, Storage
 from recon.data import TokenData
+from recon.distributed.part import Share
 from recon.evaluation.perplexity import Evaluation
 from recon.models.anatomy import Anatomy
 from recon.models.loading import ModelSource, empty
 from recon.models.offload.blocks import Residence
 from recon.models.offload.opening import Offload, open_offloaded
 from recon.models.replay import Replay
+from recon.models.windows import Window
 from recon.profiling.phases import PhaseName, Phases
 from recon.pruning.interleaved import Interleaved
 from recon.pruning.masks import Masks
-from recon.pruning.start_weights import EXACT, Start, apply, written
+from recon.pruning.start_weights import Start, apply, written
 from recon.scopes.exact import solve_all
 
 StartName = Literal["pruned", "moved", "exact"]
+
+log = logging.getLogger("recon")
 
 
 NO_MOVED = (
@@ -62,6 +68,9 @@ class Scope(L.LightningModule, ABC):
     scope: ClassVar[str]
     """What reports call it: matrix, submodule, block or full."""
 
+    by_window: ClassVar[bool] = False
+    """Whether the model is recovered window by window."""
+
     def __init__(
         self,
         name: str = "bundled",
@@ -90,6 +99,8 @@ class Scope(L.LightningModule, ABC):
         self.dtype_to_save: torch.dtype
         self.data: TokenData
         self.masks = Masks({})
+        self.windows: Sequence[Window] = []
+        self.own_windows: Sequence[Window] = []  # those of this process
         self.directory: Path | None = None
         self.phases = Phases()
         self.evaluation: Evaluation | None = None  # of the recovered model, where only the fit holds it in parts
@@ -153,12 +164,37 @@ class Scope(L.LightningModule, ABC):
                 f"set both to 1, or retrain the whole model with scopes/full"
             )
 
+    def require_independent(self, what: str) -> None:
+        """Refuse options that make windows depend on each other; there are none here.
+
+        Args:
+            what: Needs them not to, in the words of the message.
+        """
+
+    def divide(self, share: Share, assembles: bool) -> None:
+        """Say, before `prepare`, which windows this process recovers; nothing where there are none.
+
+        Args:
+            share: Of the windows.
+            assembles: Whether this process has the windows of all others, too, when the fit ends.
+        """
+
+    def missing(self, windows: Sequence[Window]) -> list[Window]:
+        """Those of `windows` that are not written yet; none where there are none."""
+        return []
+
+    @property
+    def paths(self) -> RunPaths | None:
+        """The places of the run's products; None without a directory."""
+        return None if self.directory is None else RunPaths(self.directory)
+
     def load(self, data: TokenData) -> None:
         """Load the dense model, and give `data` its tokenizer."""
         if self.offload == "none":
             self.model, data.tokenizer = self.source.load()
         else:
-            self.residence = open_offloaded(self.source, self.offload, self.device, self.directory)
+            dense = None if self.paths is None else self.paths.dense
+            self.residence = open_offloaded(self.source, self.offload, self.device, dense)
             object.__setattr__(self, "model", self.residence.model)  # not as a child, which Lightning would move
             data.tokenizer = self.source.tokenizer_for(self.model)
         self.dtype_to_save = self._dtype_to_save(self.model)
@@ -202,7 +238,6 @@ class Scope(L.LightningModule, ABC):
         masks: Masks,
         directory: Path | None = None,
         moved: Mapping[str, torch.Tensor] | None = None,
-        say: Callable[[str], None] = lambda line: None,
         interleaved: Interleaved | None = None,
     ) -> None:
         """Say what to train on and which weights survive; solve for the exact start, if it is to be that.
@@ -212,7 +247,6 @@ class Scope(L.LightningModule, ABC):
             masks: Which weights of the loaded model survive.
             directory: Where finished parts may be written, so that a killed run can go on; nowhere if None.
             moved: The weights as the criterion left them, for `start: moved`.
-            say: Is told how far the exact start is, in lines.
             interleaved: Chooses the masks along with recovery, which `masks` then are still without; local scopes only.
 
         Raises:
@@ -225,11 +259,11 @@ class Scope(L.LightningModule, ABC):
                 raise ValueError(NO_MOVED.format("there are none with these masks"))
             self.start_weights = moved
         if self.start == "exact" and masks:
-            self.start_weights = self.solve_start(say)
+            self.start_weights = self.solve_start()
 
-    def solve_start(self, say: Callable[[str], None]) -> Mapping[str, torch.Tensor] | None:
+    def solve_start(self) -> Mapping[str, torch.Tensor] | None:
         """The exact solution of every matrix: from the run's directory, or solved for now and left there."""
-        path = self.directory and self.directory / EXACT
+        path = None if self.paths is None else self.paths.start
         found: dict[str, torch.Tensor] = {}
         if path is None or not path.exists():
             tokens = self.data.tokens("train")  # to tokenise is no part of it
@@ -238,7 +272,7 @@ class Scope(L.LightningModule, ABC):
             with ExitStack() as stack:
                 like = {name: self.model.get_parameter(name) for name in self.masks}
                 sink = found.__setitem__ if path is None else stack.enter_context(written(path, like))
-                solve_all(self.model, tokens, self.masks, sink, self.forward_batch_size, say)
+                solve_all(self.model, tokens, self.masks, sink, self.forward_batch_size)
             self.start_seconds = time.monotonic() - started
         return found if path is None else Start(path, self.masks)
 

@@ -1,6 +1,6 @@
 """The exact solution of every pruned matrix by itself: the matrix scope's result, and a start for the other scopes."""
 
-from collections.abc import Callable
+import logging
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -15,6 +15,8 @@ from recon.profiling.ledger import followed
 from recon.pruning.masks import Masks
 from recon.pruning.start_weights import Sink
 from recon.solvers import ConjugateGradients, LeastSquares, Solution, Solver
+
+log = logging.getLogger("recon")
 
 EXACT_SOLVER = ConjugateGradients()
 """As exact as fp32 allows."""
@@ -51,7 +53,6 @@ def solve_all(
     masks: Masks,
     sink: Sink,
     batch_size: int = 8,
-    progress: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Solve every pruned matrix of a dense model on its dense inputs, block by block. The model is left as it was.
 
@@ -61,7 +62,6 @@ def solve_all(
         masks: Which weights survive.
         sink: Is given each solution, in the parameter's layout, dtype and on its device.
         batch_size: Sequences per forward pass.
-        progress: Is told each block, in a line.
 
     Raises:
         ValueError: If a mask is not that of a linear map in a block, or numbers are not finite.
@@ -89,7 +89,7 @@ def solve_all(
                 solution = solve(module, dense, statistics[name], masks[name], name)
                 gradients.append(solution.projected_gradient)
                 sink(name, as_out_in(module, solution.weight).to(dense.dtype))
-        progress(
+        log.info(
             f"start  block {block.index + 1}/{len(anatomy.blocks)}  {len(matrices)} matrices solved  "
             f"projected gradient at most {max(gradients):.1e}"
         )

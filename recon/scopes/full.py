@@ -1,7 +1,7 @@
 """Full retraining: the pruned model as a whole, on next-token prediction or the dense model's logits."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -156,11 +156,10 @@ class FullRetraining(Scope):
         masks: Masks,
         directory: Path | None = None,
         moved: Mapping[str, Tensor] | None = None,
-        say: Callable[[str], None] = lambda line: None,
         interleaved: Interleaved | None = None,
     ) -> None:
         """As `Scope.prepare`; the model is pruned here, before an optimizer or a strategy copies the weights."""
-        super().prepare(data, masks, directory, moved, say, interleaved)
+        super().prepare(data, masks, directory, moved, interleaved)
         if not self.partitioned:
             if self.loss == "distillation":
                 self._teacher = [copy.deepcopy(self.model).requires_grad_(False)]

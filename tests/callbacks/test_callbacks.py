@@ -172,16 +172,22 @@ class Clock(Callback):
         self.now += 1
 
 
-def lines_of(capsys: pytest.CaptureFixture[str]) -> list[str]:
-    return [line for line in capsys.readouterr().out.splitlines() if line.startswith(("window", "epoch"))]
+def lines_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [line for line in caplog.messages if line.startswith(("window", "epoch"))]
+
+
+@pytest.fixture
+def told(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level("INFO", "recon")
+    return caplog
 
 
 def test_progress_of_a_local_scope(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: pytest.LogCaptureFixture
 ) -> None:
     scope = prepared(SubmoduleDistillation(name=save_tiny("llama", tmp_path), epochs=2, batch_size=4))
     trainer_of(MaskEnforcer(), Clock(monkeypatch), Progress(every_seconds=0.0)).fit(scope)
-    lines = lines_of(capsys)
+    lines = lines_of(told)
     assert len(lines) == 6 * 2 * 3  # windows, epochs, batches
     number = r"\d\.?\d*(e-\d+)?"
     for index, line in enumerate(lines):
@@ -199,31 +205,29 @@ def test_progress_of_a_local_scope(
 
 
 def test_progress_of_full_retraining(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: pytest.LogCaptureFixture
 ) -> None:
     scope = prepared(FullRetraining(name=save_tiny("llama", tmp_path), epochs=2))
     trainer = trainer_of(MaskEnforcer(), Clock(monkeypatch), Progress(every_seconds=2.5))
     trainer.fit(scope)
-    first, second = lines_of(capsys)  # within an epoch not before 2.5 seconds have passed
+    first, second = lines_of(told)  # within an epoch not before 2.5 seconds have passed
     assert re.fullmatch(r"epoch 1/2   50%  loss \S+  held out loss \S+  0:03 spent  0:03 left", first)
     loss, held_out = (f"{trainer.callback_metrics[name].item():.4g}" for name in ("loss", "held_out_loss"))
     assert second == f"epoch 2/2  100%  loss {loss}  held out loss {held_out}  0:06 spent  0:00 left"
 
 
-def test_progress_of_the_matrix_scope(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_of_the_matrix_scope(tmp_path: Path, told: pytest.LogCaptureFixture) -> None:
     scope = prepared(MatrixReconstruction(name=save_tiny("llama", tmp_path), batch_size=4))
     trainer_of(MaskEnforcer(), Progress(every_seconds=0.0)).fit(scope)
-    lines = lines_of(capsys)
+    lines = lines_of(told)
     assert [line.split("  ")[:2] for line in lines] == [[f"window {i + 1}/3", f"00{i}"] for i in range(3)]
     assert all(re.search(r"  matrix error \S+  held out error \S+  ", line) for line in lines)
 
 
-def test_progress_says_little_unless_asked_and_always_the_end(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_progress_says_little_unless_asked_and_always_the_end(tmp_path: Path, told: pytest.LogCaptureFixture) -> None:
     scope = prepared(BlockDistillation(name=save_tiny("llama", tmp_path), epochs=2, batch_size=4))
     trainer_of(MaskEnforcer(), Progress(every_seconds=1e6)).fit(scope)
-    (line,) = lines_of(capsys)
+    (line,) = lines_of(told)
     assert line.startswith("window 3/3  002  epoch 2/2  100%")
 
 

@@ -98,7 +98,7 @@ def test_tuned_once_per_model_and_used_everywhere(tmp_path, monkeypatch):
     """Cells are made up: on the test split the other learning rate would be best."""
     commands = []
 
-    def made_up(cell, prefix, say):
+    def made_up(cell, prefix):
         commands.append((cell.title, cell.command))
         assert prefix.startswith(f"[{len(commands)}/")
         if "--model.lr=0.5" in cell.command or "--model.lr=0.25" in cell.command:
@@ -116,7 +116,7 @@ def test_tuned_once_per_model_and_used_everywhere(tmp_path, monkeypatch):
         options={"trainer.precision": "bf16-mixed"},
         directory=str(tmp_path),
     )
-    results = compare(comparison, describe, lambda line: None)
+    results = compare(comparison, describe)
     assert len(commands) == comparison.num_cells == 2 * (1 + 2 + 4 * 3)
     trials = [command for title, command in commands if title.startswith("tune full lr=")]
     assert len(trials) == 4
@@ -135,14 +135,14 @@ def test_tuned_once_per_model_and_used_everywhere(tmp_path, monkeypatch):
 def test_a_grid_that_fails_fails_its_cells(tmp_path, monkeypatch):
     titles = []
 
-    def made_up(cell, prefix, say):
+    def made_up(cell, prefix):
         titles.append(cell.title)
         return "out of memory" if cell.title.startswith("tune") else report(3.0, "test")
 
     monkeypatch.setattr("recon.experiment.comparison.compare.outcome", made_up)
     entries = [Entry("full", tune={"model.lr": [1e-3, 2e-3]}), Entry("matrix")]
     comparison = Comparison("x", entries, seeds=[0, 1], directory=str(tmp_path))
-    cells = compare(comparison, describe, lambda line: None).cells
+    cells = compare(comparison, describe).cells
     assert "full" not in titles
     assert [cell.status for cell in cells] == ["ok", "ok", "failed", "ok"] * 2
     for failed in (cells[2], cells[6]):

@@ -137,17 +137,17 @@ def test_every_criterion_meets_the_total(criterion: Criterion, per: str) -> None
 @pytest.mark.parametrize("inputs", ["dense", "pruned"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi"])
 def test_allocations_meet_the_total_leave_the_model_and_repeat(
-    family: str, inputs: str, allocation: Allocation
+    family: str, inputs: str, allocation: Allocation, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = uneven(family)
     before = copy.deepcopy(model.state_dict())
     options = Pruning(inputs=inputs, allocation=allocation, batch_size=4)  # type: ignore[arg-type]
-    lines: list[str] = []
-    masks = prune(model, TOKENS, Wanda(), Unstructured(0.63), options, progress=lines.append)
+    caplog.set_level("INFO", "recon")
+    masks = prune(model, TOKENS, Wanda(), Unstructured(0.63), options)
     assert masks.num_pruned == exact_zeros(0.63, masks)
     found = block_densities(masks, model)
     assert max(found) - min(found) > 0.02
-    assert lines[0] == f"allocate  {allocation}  densities {' '.join(f'{density:.3f}' for density in found)}"
+    assert caplog.messages[0] == f"allocate  {allocation}  densities {' '.join(f'{density:.3f}' for density in found)}"
     assert masks == prune(model, TOKENS, Wanda(), Unstructured(0.63), options)
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
     assert all(module._forward_hooks == {} and module._forward_pre_hooks == {} for module in model.modules())

@@ -208,10 +208,10 @@ def test_masks_follow_the_seed_of_the_criterion_only() -> None:
     assert prune(model, TOKENS, Random(seed=2), Unstructured(0.5)) != first
 
 
-def test_progress_is_told_every_block() -> None:
-    lines: list[str] = []
-    prune(tiny("llama"), TOKENS, Wanda(), NM(2, 4), progress=lines.append)
-    assert [line.split("  ")[:3] for line in lines] == [
+def test_every_block_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "recon")
+    prune(tiny("llama"), TOKENS, Wanda(), NM(2, 4))
+    assert [line.split("  ")[:3] for line in caplog.messages] == [
         ["prune", f"block {index + 1}/{DEPTH}", "7 matrices"] for index in range(DEPTH)
     ]
 

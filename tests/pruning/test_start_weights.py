@@ -15,13 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from callbacks import MaskEnforcer
+from recon.basics.run_paths import RunPaths
 from recon.cli import main
 from recon.profiling.phases import Phases
 from recon.pruning.criteria import ALPS, SparseGPT
 from recon.pruning.masks import Masks
 from recon.pruning.patterns import Unstructured
 from recon.pruning.prune import moved_with, prune_to
-from recon.pruning.start_weights import EXACT, MOVED, Start, apply, written
+from recon.pruning.start_weights import Start, apply, written
 from recon.scopes import BlockDistillation, FullRetraining, MatrixReconstruction, Scope, SubmoduleDistillation
 from recon.scopes.exact import solve_all
 from recon.scopes.local.module import LocalScope
@@ -92,7 +93,8 @@ def exact_of(model: Any, masks: Masks) -> dict[str, Tensor]:
 def moved_of(model: Any, directory: Path, criterion: Any = None) -> tuple[Masks, Start]:
     """Masks of a criterion that moves weights, and these, as a run keeps them."""
     file = directory / "masks.safetensors"
-    masks = prune_to(file, model, data_of().tokens("train"), criterion or SparseGPT(), Unstructured(0.5))
+    tokens, moved_file = data_of().tokens("train"), RunPaths(directory).moved
+    masks = prune_to(file, model, tokens, criterion or SparseGPT(), Unstructured(0.5), moved_file=moved_file)
     moved = moved_with(file, masks)
     assert moved is not None
     return masks, moved
@@ -165,12 +167,13 @@ def test_the_exact_start_is_the_matrix_scopes_result(family: str, tmp_path: Path
     assert same(weights_of(model), before)  # left dense
 
 
-def test_the_exact_start_leaves_out_what_is_not_pruned() -> None:
+def test_the_exact_start_leaves_out_what_is_not_pruned(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny("llama")
     masks = random_masks(model, exclude=("model.layers.0.*", "*.down_proj"))
-    lines: list[str] = []
+    caplog.set_level("INFO", "recon")
     found: dict[str, Tensor] = {}
-    solve_all(model, data_of().tokens("train"), masks, found.__setitem__, progress=lines.append)
+    solve_all(model, data_of().tokens("train"), masks, found.__setitem__)
+    lines = list(caplog.messages)
     everything = exact_of(model, random_masks(model))
     assert found.keys() == masks.keys() < everything.keys()
     assert [line.split("  ")[1:3] for line in lines] == [
@@ -279,14 +282,14 @@ def test_an_exact_start_that_was_killed_is_solved_again(tmp_path: Path) -> None:
     name = save_tiny("llama", tmp_path)
     with mock.patch("recon.scopes.exact.solve", side_effect=Killed), pytest.raises(Killed):
         prepared(SCOPES["full"](name=name, start="exact"), directory=tmp_path)
-    assert not (tmp_path / EXACT).exists()
+    assert not (RunPaths(tmp_path).start).exists()
     scope = SCOPES["full"](name=name, start="exact")
     phases: list[str] = []
     scope.phases = Phases()
     with mock.patch.object(scope.phases, "enter", phases.append):
         prepared(scope, directory=tmp_path)
     assert phases == ["start"]
-    assert same(dict(Start(tmp_path / EXACT, scope.masks)), exact_of(tiny("llama"), scope.masks))
+    assert same(dict(Start(RunPaths(tmp_path).start, scope.masks)), exact_of(tiny("llama"), scope.masks))
     assert scope.start_seconds > 0
 
 
@@ -344,7 +347,7 @@ def test_the_pruned_model_of_sparsegpt_has_the_moved_weights(pruned: Path, tmp_p
     assert main(["test", str(pruned / "model"), "--run_dir", str(tmp_path / "tested"), *DATA]) == 0
     assert report_of(tmp_path / "tested")["perplexity"] == report_of(pruned)["perplexity"]
     assert recon_fit("matrix", tmp_path / "own", *SPARSEGPT) == 0  # prunes itself
-    assert same(load_file(tmp_path / "own" / MOVED), dict(moved))
+    assert same(load_file(RunPaths(tmp_path / "own").moved), dict(moved))
     assert report_of(tmp_path / "own")["pruned_perplexity"] == report_of(pruned)["perplexity"]
 
 
@@ -356,7 +359,7 @@ def test_masks_bring_their_moved_weights_along(scope: str, pruned: Path, tmp_pat
     report = report_of(run)
     assert report["pruned_perplexity"] == report_of(pruned)["perplexity"]
     assert (report["criterion"], report["mask_violations"]) == ("sparsegpt", 0)
-    assert not (run / MOVED).exists()
+    assert not (RunPaths(run).moved).exists()
     # A run's masks know where the moved weights are that came with them.
     second = ["--masks", str(run / "masks.safetensors"), "--model.start=moved"]
     assert recon_fit(scope, tmp_path / "second", *second) == 0
@@ -367,24 +370,24 @@ def test_an_exact_start_is_part_of_the_recovery(tmp_path: Path) -> None:
     run = tmp_path / "run"
     solve_start = FullRetraining.solve_start
 
-    def taking_an_hour(self: FullRetraining, say: Any) -> Any:
-        found = solve_start(self, say)
+    def taking_an_hour(self: FullRetraining) -> Any:
+        found = solve_start(self)
         assert 0 < self.start_seconds < 3600
         self.start_seconds = 3600.0
         return found
 
     with (
-        mock.patch("recon.experiment.recovery.Path.unlink"),  # keeps the file
+        mock.patch("recon.experiment.directory.RunDirectory.clean"),  # keeps the file
         mock.patch.object(FullRetraining, "solve_start", taking_an_hour),
     ):
         assert recon_fit("full", run, "--model.start=exact", "--baselines=false") == 0
     phases = json.loads((run / "memory.json").read_text())["phases"]
     assert [phase["phase"] for phase in phases][:4] == ["load", "prune", "prepare", "start"]
     assert report_of(run)["seconds"] > 3600
-    assert set(load_file(run / EXACT)) == set(Masks.load(run / "masks.safetensors"))
+    assert set(load_file(RunPaths(run).start)) == set(Masks.load(run / "masks.safetensors"))
     other = tmp_path / "other"
     assert recon_fit("full", other, "--model.start=exact", "--baselines=false") == 0
-    assert not (other / EXACT).exists()  # as large as the model, and of no more use
+    assert not (RunPaths(other).start).exists()  # as large as the model, and of no more use
 
 
 WRONG = {
@@ -414,9 +417,12 @@ def test_moved_weights_that_are_gone_are_missed(
     for options in (["--model.start=moved", "--baselines=false"], ["--model.start=pruned"]):
         assert recon_fit("full", tmp_path / options[0], *given, *options) == 1
         error = capsys.readouterr().err
-        assert f"those of sparsegpt, which moves weights, and need {tmp_path / MOVED}, which does not exist" in error
+        assert (
+            f"those of sparsegpt, which moves weights, and need {RunPaths(tmp_path).moved}, which does not exist"
+            in error
+        )
     assert recon_fit("full", tmp_path / "unneeded", *given, "--model.start=pruned", "--baselines=false") == 0
-    save_file({"x": torch.zeros(2)}, tmp_path / MOVED)
+    save_file({"x": torch.zeros(2)}, RunPaths(tmp_path).moved)
     assert recon_fit("full", tmp_path / "other", *given, "--model.start=moved") == 1
     assert "start weights need the names and shapes of the masks" in capsys.readouterr().err
 
@@ -469,7 +475,7 @@ def test_a_partitioned_model_starts_from_moved_weights(pruned: Path, tmp_path: P
     options = [*SHARED, "-c", "strategies/zero3", "--trainer.strategy.init_args.min_partitioned=0"]
     options += ["--masks", str(pruned / "masks.safetensors"), "--baselines=false"]
     options += ["--model.partitioned=true", "--model.start=moved"]
-    moved = load_file(pruned / MOVED)
+    moved = load_file(RunPaths(pruned).moved)
     for solved, first in in_processes(fit_and_watch, tmp_path / "run", options):
         assert solved == 0
         assert same(first, moved)

@@ -95,7 +95,7 @@ def fit(strategy: str, precision: str, world: int, run_dir: Path, *more: str) ->
 
 def fit_keeping_checkpoint(strategy: str, precision: str, world: int, run_dir: Path, *more: str) -> dict[str, float]:
     """As `fit`, with a checkpoint after the last step that the end of the run leaves there."""
-    with mock.patch("recon.experiment.recovery.shutil"):
+    with mock.patch("recon.experiment.directory.RunDirectory.clean"):
         return fit(strategy, precision, world, run_dir, "--checkpoint_every_n_steps", str(STEPS), *more)
 
 

@@ -1,13 +1,15 @@
 """A cell of a comparison: one command of recon's, run as a child process so that its peaks are its own."""
 
+import logging
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from recon.basics.children import parent_of_children
+from recon.basics.run_paths import RunPaths
 from recon.report import Report
+
+log = logging.getLogger("recon")
 
 
 @dataclass(frozen=True)
@@ -25,39 +27,37 @@ class Cell:
     directory: Path
 
 
-def outcome(cell: Cell, prefix: str, say: Callable[[str], None]) -> Report | str:
+def outcome(cell: Cell, prefix: str) -> Report | str:
     """The report of a cell, found or made now, or why there is none.
 
     Args:
         cell: What to run if its directory holds no report.
         prefix: Stands before each of its lines.
-        say: Is told these lines.
     """
-    file = cell.directory / "report.json"
+    file = RunPaths(cell.directory).report
     if not file.exists():
-        error = _run(cell, prefix, say)
+        error = _run(cell, prefix)
         if error is not None:
-            say(f"{prefix} failed: {error}")
+            log.error(f"{prefix} failed: {error}")
             return error
     return Report.load(file)
 
 
-def _run(cell: Cell, prefix: str, say: Callable[[str], None]) -> str | None:
+def _run(cell: Cell, prefix: str) -> str | None:
     """Run a cell, repeating its lines behind `prefix` and keeping them in its `log.txt`; why it failed, if it did."""
     cell.directory.mkdir(parents=True, exist_ok=True)
     log_file = cell.directory / "log.txt"
     command = [sys.executable, "-m", "recon", *cell.command]
     with (
-        log_file.open("w") as log,
-        parent_of_children(),
+        log_file.open("w") as kept,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process,
     ):
         assert process.stdout is not None
         try:
             for line in process.stdout:
-                log.write(line)
-                log.flush()
-                say(f"{prefix} {line.rstrip()}")
+                kept.write(line)
+                kept.flush()
+                log.info(f"{prefix} {line.rstrip()}")
         except BaseException:
             process.kill()
             raise

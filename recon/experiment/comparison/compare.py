@@ -8,6 +8,7 @@ entry's grid is a cell that is measured on the validation split and on nothing e
 seeds then use the choice. Nothing is chosen on the test split.
 """
 
+import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,22 +16,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from recon.basics.run_paths import RunPaths
 from recon.experiment.comparison.cell import Cell, outcome
 from recon.experiment.comparison.spec import ClassSpec, Comparison, Entry, Group, plan
 from recon.experiment.comparison.tuning import Choice, choose
 from recon.report import Report, Results
 from recon.report.tuning import brief
 
+log = logging.getLogger("recon")
 
-def compare(
-    comparison: Comparison, describe: Callable[[type, ClassSpec], str], say: Callable[[str], None] = print
-) -> Results:
+
+def compare(comparison: Comparison, describe: Callable[[type, ClassSpec], str]) -> Results:
     """Run every cell that has not finished yet, one after another; write `results.json` as rows are known.
 
     Args:
         comparison: What to compare.
         describe: The name of a criterion or pattern that a class specification makes.
-        say: Is told what the cells are doing, in lines.
 
     Returns:
         All cells; those that failed have `status` "failed" and say why.
@@ -41,7 +42,7 @@ def compare(
     def run(cell: Cell) -> Report | str:
         if cell.directory not in outcomes:
             prefix = f"[{len(outcomes) + 1}/{comparison.num_cells} {cell.title}]"
-            outcomes[cell.directory] = outcome(cell, prefix, say)
+            outcomes[cell.directory] = outcome(cell, prefix)
         return outcomes[cell.directory]
 
     for model in comparison.models:
@@ -51,7 +52,7 @@ def compare(
             row = partial(_row, group, dense, pruned)
             results.cells += [row("dense", "", group.dense, dense), row("pruned", "", group.pruned, pruned)]
             results.save(comparison.path / "results.json")
-            choices = choices or [_tune(group, entry, run, say) for entry in comparison.recoveries]
+            choices = choices or [_tune(group, entry, run) for entry in comparison.recoveries]
             for entry, choice in zip(comparison.recoveries, choices, strict=True):
                 cell = group.recovery(entry, choice.options)
                 measured = choice.error or run(cell)
@@ -60,16 +61,16 @@ def compare(
     return results
 
 
-def _tune(group: Group, entry: Entry, run: Callable[[Cell], Report | str], say: Callable[[str], None]) -> Choice:
+def _tune(group: Group, entry: Entry, run: Callable[[Cell], Report | str]) -> Choice:
     """The options of `entry` that reach the lowest validation perplexity on a group."""
     trials = [(point, cell, run(cell)) for point, cell in group.trials(entry)]
     for _, cell, measured in trials:
         if isinstance(measured, Report):  # the weights are of no use any more, and as large as the model
-            shutil.rmtree(cell.directory / "model", ignore_errors=True)
-            shutil.rmtree(cell.directory / "windows", ignore_errors=True)
+            for product in (RunPaths(cell.directory).model, RunPaths(cell.directory).windows):
+                shutil.rmtree(product, ignore_errors=True)
     choice = choose([point for point, _, _ in trials], [measured for _, _, measured in trials])
     if choice.options:
-        say(f"{entry.title}: {brief(choice.options)} chosen of {len(trials)} on the validation split")
+        log.info(f"{entry.title}: {brief(choice.options)} chosen of {len(trials)} on the validation split")
     return choice
 
 

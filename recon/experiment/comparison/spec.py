@@ -13,6 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from recon.basics.run_paths import RunPaths
 from recon.experiment.comparison.cell import Cell
 from recon.experiment.comparison.tuning import grid
 from recon.experiment.directory import digest
@@ -186,7 +187,7 @@ def plan(comparison: Comparison, model: dict[str, Any], describe: Callable[[type
             of_pattern += f", {describe(Allocation, allocation)}"
         common = [*of_model, *text, *chosen, "--seed_everything", str(seed)]
         pruned = cell("pruned", ["prune", *common, *silent])
-        masks = ["--masks", str(pruned.directory / "masks.safetensors")]
+        masks = ["--masks", str(RunPaths(pruned.directory).masks)]
         of_criterion = describe(Criterion, criterion)
         yield Group(model, of_criterion, of_pattern, seed, dense, pruned, partial(fit, common, masks))
 

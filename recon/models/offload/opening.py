@@ -21,33 +21,28 @@ Offload = Literal["none", "host", "disk"]
 - `disk`: blocks are read from the safetensors files of the model when they are needed, and forgotten afterwards.
 """
 
-DENSE = "dense"
-"""In a run's directory, for a random model on disk: its weights."""
 
-
-def open_offloaded(
-    source: ModelSource, offload: Offload, device: torch.device, directory: Path | None = None
-) -> Residence:
+def open_offloaded(source: ModelSource, offload: Offload, device: torch.device, dense: Path | None = None) -> Residence:
     """Load a model with its blocks at home.
 
     Args:
         source: The model.
         offload: Where home is; not `none`.
         device: Where blocks are to compute.
-        directory: For a random model on disk: where its weights are written first.
+        dense: Directory for the weights of a model that no files hold, if blocks are to be read from disk.
 
     Raises:
         ValueError: If there is no such model, or it cannot be read from disk block by block.
     """
     if offload == "host":
         return Residence(source.model(), device)
-    if source.shape is not None:
-        if directory is None:
+    if not source.is_stored:
+        if dense is None:
             raise ValueError(
-                "model.offload: disk writes a random model to the run's directory first, got no directory; give one, "
-                "or choose model.offload: host"
+                "model.offload: disk writes a model without files to the run's directory first, got no directory; give "
+                "one, or choose model.offload: host"
             )
-        source = _written(source, directory / DENSE)
+        source = _written(source, dense)
     model, files = source.hollow(), source.files()
     shards = Shards(files, model)
     _fill(model, shards)
@@ -63,7 +58,7 @@ def _written(source: ModelSource, directory: Path) -> ModelSource:
             shutil.rmtree(temporary, ignore_errors=True)
             source.model().save_pretrained(temporary)
             temporary.rename(directory)
-    return ModelSource(str(directory), dtype="float32" if source.dtype == "auto" else source.dtype)
+    return source.at(directory)
 
 
 @torch.no_grad()

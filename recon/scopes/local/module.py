@@ -6,7 +6,7 @@ and targets, the default, windows do not depend on each other.
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -67,6 +67,8 @@ class LocalScope(Scope):
             starts) and `after` recovery, and what a scope adds.
     """
 
+    by_window = True
+
     def __init__(
         self,
         epochs: int = 4,
@@ -87,8 +89,6 @@ class LocalScope(Scope):
         self.batch_size = batch_size
         self.propagation: Propagation = propagation
         self.taps = False  # whether windows begin or end where attention returns
-        self.windows: Sequence[Window] = []
-        self.own_windows: Sequence[Window] = []
         self.share, self.assembles, self.files = Share(), True, WindowFiles()
         self.window: Window | None = None
         self.results: dict[str, dict[str, Any]] = {}
@@ -199,7 +199,6 @@ class LocalScope(Scope):
         masks: Masks,
         directory: Path | None = None,
         moved: Mapping[str, Tensor] | None = None,
-        say: Callable[[str], None] = lambda line: None,
         interleaved: Interleaved | None = None,
     ) -> None:
         """As `Scope.prepare`; lays out the windows and freezes the model.
@@ -208,7 +207,7 @@ class LocalScope(Scope):
             ValueError: If the model cannot be run window by window, no window owns a masked weight, or
                 options do not go together.
         """
-        super().prepare(data, masks, directory, moved, say, interleaved)
+        super().prepare(data, masks, directory, moved, interleaved)
         if self.offload == "disk" and directory is None:
             raise ValueError("model.offload: disk writes finished windows and reads them again, got no run directory")
         if interleaved is not None and self.propagation == "dense":
@@ -216,7 +215,7 @@ class LocalScope(Scope):
                 "pruning.inputs: recovered chooses masks from recovered inputs, got model.propagation: dense, which "
                 "has none; choose model.propagation: recovered or recovered_local, or pruning.inputs: dense"
             )
-        self.interleaved, self.files = interleaved, WindowFiles(directory)
+        self.interleaved, self.files = interleaved, WindowFiles(self.paths and self.paths.windows)
         self.model.requires_grad_(False)
         self.replay = self.open_replay()
         windows = self.build_windows()
@@ -237,7 +236,7 @@ class LocalScope(Scope):
                 f"{orphans[0]} the first; exclude them with `pruning.exclude` or choose scopes/block"
             )
 
-    def solve_start(self, say: Callable[[str], None]) -> None:
+    def solve_start(self) -> None:
         """Nothing yet: each block is solved when its inputs are known."""
 
     def setup(self, stage: str) -> None:
@@ -317,8 +316,8 @@ class LocalScope(Scope):
             self._take(window)
         super().on_fit_end()
         self.replay.hold(())
-        if self.directory is not None:
-            write_json(self.directory / "windows.json", self.results)
+        if self.paths is not None:
+            write_json(self.paths.window_results, self.results)
 
     def _require_written(self, windows: Sequence[Window]) -> None:
         if missing := self.missing(windows):

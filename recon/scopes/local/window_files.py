@@ -20,7 +20,7 @@ class WindowFiles:
     """One file for each finished window; it appears whole or not at all.
 
     Args:
-        directory: Of the run; nothing is written, and nothing is there, if None.
+        directory: Where they are; nothing is written, and nothing is there, if None.
     """
 
     directory: Path | None = None
@@ -28,7 +28,7 @@ class WindowFiles:
     def path(self, window: Window) -> Path:
         """Where `window` is, or will be."""
         assert self.directory is not None
-        return self.directory / "windows" / f"{window.name}.safetensors"
+        return self.directory / f"{window.name}.safetensors"
 
     def __contains__(self, window: Window) -> bool:
         return self.directory is not None and self.path(window).exists()

@@ -1,0 +1,126 @@
+"""The names of all files in a run's directory, once."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """Where each product of a run is. `products` lists them all.
+
+    Args:
+        path: The run's directory.
+    """
+
+    path: Path
+
+    @property
+    def fingerprint_file(self) -> Path:
+        """The identity of the run: options, model, data, masks, versions."""
+        return self.path / "fingerprint.json"
+
+    @property
+    def config(self) -> Path:
+        """The resolved options of the run."""
+        return self.path / "config.yaml"
+
+    @property
+    def text(self) -> Path:
+        """The documents of a call from Python, one JSON lines file a split."""
+        return self.path / "text"
+
+    @property
+    def masks(self) -> Path:
+        """The bit-packed masks."""
+        return self.path / "masks.safetensors"
+
+    @property
+    def moved(self) -> Path:
+        """The weights as a criterion that moves them left them."""
+        return self.path / "moved.safetensors"
+
+    @property
+    def block_masks(self) -> Path:
+        """The masks of each block, while they are chosen along with recovery."""
+        return self.path / "masks"
+
+    @property
+    def start(self) -> Path:
+        """The exact solution of each matrix by itself."""
+        return self.path / "start.safetensors"
+
+    @property
+    def dense(self) -> Path:
+        """The dense weights of an offloaded model that no other directory holds."""
+        return self.path / "dense"
+
+    @property
+    def windows(self) -> Path:
+        """The weights of each recovered window."""
+        return self.path / "windows"
+
+    @property
+    def window_results(self) -> Path:
+        """The held-out errors of all windows."""
+        return self.path / "windows.json"
+
+    @property
+    def parts(self) -> Path:
+        """The measurements of jobs that each recover one part of the windows."""
+        return self.path / "parts"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The state from which full retraining goes on."""
+        return self.path / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        """The curves for TensorBoard."""
+        return self.path / "logs"
+
+    @property
+    def model(self) -> Path:
+        """The recovered model in Hugging Face format."""
+        return self.path / "model"
+
+    @property
+    def report(self) -> Path:
+        """The report of the finished run."""
+        return self.path / "report.json"
+
+    def memory(self, rank: int = 0) -> Path:
+        """The peak memory of each phase on one rank."""
+        return self.path / ("memory.json" if rank == 0 else f"memory-rank{rank}.json")
+
+    @property
+    def products(self) -> tuple[Path, ...]:
+        """All of the above; `memory` of rank 0 stands for those of all ranks."""
+        return (
+            self.fingerprint_file,
+            self.config,
+            self.text,
+            self.masks,
+            self.moved,
+            self.block_masks,
+            self.start,
+            self.dense,
+            self.windows,
+            self.window_results,
+            self.parts,
+            self.checkpoints,
+            self.logs,
+            self.model,
+            self.report,
+            self.memory(),
+        )
+
+    @property
+    def claims(self) -> tuple[Path, ...]:
+        """Products that another run must not take for its own; those of a run that failed early are no obstacle."""
+        return self.masks, self.block_masks, self.windows, self.checkpoints, self.report
+
+    @property
+    def temporary(self) -> tuple[Path, ...]:
+        """Products without a use once the run has its report."""
+        return self.block_masks, self.start, self.dense, self.checkpoints

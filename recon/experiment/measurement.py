@@ -1,0 +1,113 @@
+"""The quality of the dense, the pruned and the recovered model, whole on the device or block by block."""
+
+import logging
+from dataclasses import dataclass, replace
+
+from recon.evaluation.blockwise import evaluate_blockwise, measure_drift_blockwise
+from recon.evaluation.drift import Drift, measure_drift
+from recon.evaluation.perplexity import Evaluation, evaluate
+from recon.experiment.job import Job
+from recon.models.replay import Replay
+from recon.profiling.phases import PhaseName
+from recon.pruning.masks import Masks
+from recon.pruning.start_weights import Start, amend_by, apply
+
+log = logging.getLogger("recon")
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """The two perplexities that recovery is compared with.
+
+    Args:
+        dense: Before pruning.
+        pruned: After pruning, with the weights as the criterion left them.
+    """
+
+    dense: Evaluation
+    pruned: Evaluation
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The quality of the recovered model.
+
+    Args:
+        recovered: Its perplexity, as it was written.
+        violations: Number of its pruned weights that are not zero.
+        drift: Its distance from the dense model; None if not measured.
+        baselines: None if not measured.
+    """
+
+    recovered: Evaluation
+    violations: int
+    drift: Drift | None
+    baselines: Baselines | None
+
+
+def measure_baselines(job: Job, masks: Masks, moved: Start | None = None) -> Baselines | None:
+    """Evaluate the dense and the pruned model, on a copy that does not outlive the call.
+
+    Returns:
+        None where they are not asked for, nothing is pruned, masks are not known yet, or another rank measures.
+    """
+    if not (job.measures_baselines and masks and job.is_first):
+        return None
+    job.scope.phases.enter(PhaseName.BASELINES)
+    split = job.data.evaluate_on
+    if job.is_offloaded:
+        replay = job.reopened(job.scope.source)
+        dense = _evaluate_blockwise(job, replay)
+        assert replay.residence is not None
+        replay.residence.amend = amend_by(masks, moved, replay.residence)
+        pruned = _evaluate_blockwise(job, replay)
+    else:
+        model = job.scope.source.model(job.device)
+        dense = evaluate(model, job.data.evaluation_dataloader(), split)
+        apply(model, masks, moved)
+        pruned = evaluate(model, job.data.evaluation_dataloader(), split)
+    log.info(f"{split} perplexity  dense {dense.perplexity:.3f}  pruned {pruned.perplexity:.3f}")
+    return Baselines(dense, pruned)
+
+
+def measure(job: Job, baselines: Baselines | None) -> Measurement:
+    """Evaluate the model as it was written; the baselines too, if its masks were not known before.
+
+    Args:
+        job: The recovery; its model is written.
+        baselines: As measured before recovery.
+    """
+    masks = job.scope.masks
+    if job.options.interleaves:
+        baselines = measure_baselines(job, masks)
+    job.scope.phases.enter(PhaseName.EVALUATE)
+    recovered, violations = _measure_written(job, masks)
+    drift = None
+    if job.options.drift and masks and job.scope.evaluation is None:
+        job.scope.phases.enter(PhaseName.DRIFT)
+        drift = _drift(job)
+    return Measurement(recovered, violations, drift, baselines)
+
+
+def _measure_written(job: Job, masks: Masks) -> tuple[Evaluation, int]:
+    if job.scope.evaluation is not None:  # too large to be loaded by one process: measured before it was gathered
+        return job.scope.evaluation, masks.violations_in(job.run.model)
+    if job.is_offloaded:
+        return _evaluate_blockwise(job, job.reopened(job.written)), masks.violations_in(job.run.model)
+    model = job.written.model(job.device)
+    return evaluate(model, job.data.evaluation_dataloader(), job.data.evaluate_on), masks.violations(model)
+
+
+def _drift(job: Job) -> Drift:
+    data = job.data
+    if not job.is_offloaded:
+        return measure_drift(job.scope.source.model(job.device), job.written.model(job.device), data.val_dataloader())
+    dense, recovered = (job.reopened(source) for source in (job.scope.source, job.written))
+    storage = replace(job.scope.storage, dtype=None)
+    return measure_drift_blockwise(dense, recovered, data.tokens("validation"), data.batch_size, storage=storage)
+
+
+def _evaluate_blockwise(job: Job, replay: Replay) -> Evaluation:
+    # In the model's own precision: a perplexity does not depend on options.
+    data, storage = job.data, replace(job.scope.storage, dtype=None)
+    return evaluate_blockwise(replay, data.tokens(data.evaluate_on), data.batch_size, data.evaluate_on, storage)

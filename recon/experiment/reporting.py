@@ -1,0 +1,50 @@
+"""The report of a finished recovery."""
+
+from dataclasses import asdict
+
+import lightning as L
+
+from recon.experiment.environment import environment
+from recon.experiment.job import Job
+from recon.experiment.measurement import Measurement
+from recon.experiment.peaks import largest
+from recon.experiment.training import Training
+from recon.pruning.masks import Masks
+from recon.report import Report
+
+
+def build_report(job: Job, training: Training, measured: Measurement) -> Report:
+    """The report of a run from its cost and its quality."""
+    scope, masks, baselines = job.scope, job.scope.masks, measured.baselines
+    chosen = {"criterion": "none", "pattern": "none"} | (Masks.read_metadata(job.run.masks) if masks else {})
+    return Report(
+        scope=scope.scope,
+        label=scope.label,
+        model=scope.source.name,
+        criterion=chosen["criterion"],
+        pattern=chosen["pattern"],
+        seed=job.data.seed,
+        perplexity=measured.recovered.perplexity,
+        dense_perplexity=baselines and baselines.dense.perplexity,
+        pruned_perplexity=baselines and baselines.pruned.perplexity,
+        sparsity=masks.sparsity if masks else 0.0,
+        mask_violations=measured.violations,
+        seconds=training.seconds,
+        train_tokens=scope.train_tokens,
+        protocol=measured.recovered.protocol,
+        run_dir=str(job.run.path),
+        environment=environment(job.device) | {"resumed": training.resumed} | training.layout,
+        ranks=training.peaks,
+        prediction=dict(job.options.prediction),
+        throughput=_throughput(job.trainer),
+        drift=asdict(measured.drift) if measured.drift else {},
+        peak_host_bytes=largest(training.peaks, "peak_host_bytes"),
+        peak_device_bytes=largest(training.peaks, "peak_device_bytes"),
+        baseline_host_bytes=largest(training.peaks, "baseline_host_bytes"),
+    )
+
+
+def _throughput(trainer: L.Trainer) -> dict[str, float | None]:
+    """The speed of training, as a callback with a `summary` has measured it."""
+    summaries = [one.summary() for one in trainer.callbacks if hasattr(one, "summary")]  # pyright: ignore
+    return summaries[0] if summaries else {}

@@ -1,0 +1,105 @@
+"""The masks of a run: from its directory, from a file or from memory, by pruning now, or block by block on the way."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from recon.basics.files import locked
+from recon.experiment.job import Job
+from recon.experiment.requirements import require_interleavable
+from recon.profiling.phases import PhaseName
+from recon.pruning.interleaved import Interleaved
+from recon.pruning.masks import Masks
+from recon.pruning.prune import CAME_WITH_MOVED, block_patterns, moved_with, prune_to
+from recon.pruning.start_weights import Start
+
+GIVEN = {"criterion": "given masks", "pattern": "given masks"}
+"""The origin of masks in memory, which do not tell theirs."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The weights that survive.
+
+    Args:
+        masks: All masks; none where nothing is pruned, and none yet where they are chosen along with recovery.
+        moved: The weights as the criterion moved them, where they are needed and there are any.
+        interleaved: Chooses the masks of each block along with recovery; None where they are known.
+    """
+
+    masks: Masks = field(default_factory=lambda: Masks({}))
+    moved: Start | None = None
+    interleaved: Interleaved | None = None
+
+
+def select(job: Job) -> Selection:
+    """Choose the survivors in the dense model, which the scope has loaded.
+
+    Raises:
+        ValueError: If the masks are not those of the model, or cannot be had.
+    """
+    if not job.options.prunes:
+        return Selection()
+    job.scope.phases.enter(PhaseName.PRUNE)
+    if job.options.interleaves:
+        return Selection(interleaved=_interleaved(job))
+    with locked(job.run.path / ".masks.lock") if job.options.part is not None else nullcontext():
+        masks = _masks(job)
+    needed = bool(masks) and (job.measures_baselines or job.scope.start == "moved")
+    return Selection(masks, moved_with(job.run.masks, masks) if needed else None)
+
+
+def _masks(job: Job) -> Masks:
+    given, ours = job.options.masks, job.run.masks
+    if ours.exists():
+        return _from_file(job, ours)
+    if isinstance(given, Masks):
+        given.validate_for(job.scope.model)
+        given.save(ours, GIVEN)
+        return given
+    if given is not None:
+        return _from_file(job, given)
+    return _pruned(job)
+
+
+def _from_file(job: Job, file: Path) -> Masks:
+    """The masks in `file`, copied to the run's directory with the place of the moved weights that came with them."""
+    if not file.exists():
+        raise ValueError(f"--masks needs a file that `recon prune` wrote, got {file}, which does not exist")
+    masks, made_by = Masks.load(file), Masks.read_metadata(file)
+    masks.validate_for(job.scope.model)
+    if CAME_WITH_MOVED in made_by:
+        made_by[CAME_WITH_MOVED] = str((file.parent / made_by[CAME_WITH_MOVED]).resolve())
+    if file != job.run.masks:
+        masks.save(job.run.masks, made_by)
+    return masks
+
+
+def _pruned(job: Job) -> Masks:
+    scope, options = job.scope, job.options
+    assert options.criterion is not None
+    assert options.pattern is not None
+    replay, tokens = scope.to(job.device).open_replay(), job.data.tokens("train")
+    return prune_to(
+        job.run.masks,
+        scope.model,
+        tokens,
+        options.criterion,
+        options.pattern,
+        options.pruning,
+        job.run.moved,
+        replay,
+        scope.storage,
+    )
+
+
+def _interleaved(job: Job) -> Interleaved:
+    """How the scope is to choose the masks; an allocation is settled now, on the dense model."""
+    require_interleavable(job)
+    scope, options = job.scope, job.options
+    assert options.criterion is not None
+    assert options.pattern is not None
+    replay, tokens = scope.to(job.device).open_replay(), job.data.tokens("train")
+    patterns = block_patterns(replay, tokens, options.criterion, options.pattern, options.pruning, scope.storage)
+    prunable = replay.anatomy.prunable(options.pruning.exclude)
+    return Interleaved(options.criterion, patterns, prunable, job.run.block_masks)
