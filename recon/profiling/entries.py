@@ -1,11 +1,11 @@
 """What an account of memory is made of: storages with a category and a side, what holds them, and peaks."""
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from torch import Tensor, nn
+from torch import nn
 
 Category = Literal["weights", "gradients", "optimizer", "activations", "calibration", "gram", "masks", "other"]
 """`activations` are kept for the backward pass, `calibration` are what enters and leaves windows, of all sequences."""
@@ -80,15 +80,3 @@ class Peak:
     def total(self) -> int:
         """Of all categories."""
         return sum(self.categories.values())
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested containers."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for one in value.values():
-            yield from tensors_in(one)
-    elif isinstance(value, Iterable) and not isinstance(value, str | bytes):
-        for one in value:
-            yield from tensors_in(one)

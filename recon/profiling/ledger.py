@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from recon.profiling.entries import Category, Entry, Holders, Peak, Side, tensors_in
+from recon.basics.trees import tensors_in
+from recon.profiling.entries import Category, Entry, Holders, Peak, Side
 from recon.profiling.listener import Listener
 from recon.profiling.scan import Scanner
 from recon.profiling.sums import add_up

@@ -11,7 +11,7 @@ from torch.nn.modules import module as torch_module
 from torch.utils.checkpoint import checkpoint
 
 from recon.profiling import ledger as account
-from recon.profiling.entries import CATEGORIES, Held, tensors_in
+from recon.profiling.entries import CATEGORIES, Held
 from recon.profiling.ledger import Ledger, claim, followed, sampled
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -312,11 +312,6 @@ def test_live_entries_know_the_module_that_made_them(ledger: Ledger) -> None:
     assert entry.module is not None
     assert entry.module() is model[2]
     assert entry.nbytes == 4 * ROWS * 4
-
-
-def test_tensors_in_nested_containers() -> None:
-    a, b, c = torch.ones(1), torch.ones(2), torch.ones(3)
-    assert list(tensors_in({"x": [a, (b, None)], "y": c, "name": "text"})) == [a, b, c]
 
 
 @pytest.mark.gpu

@@ -17,9 +17,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from recon.basics.trees import map_tensors, tensors_in
 from recon.models.anatomy import Anatomy, Block
 from recon.models.linear import weight_out_in
 from recon.models.replay import Replay
@@ -108,7 +108,8 @@ class Rehearsal:
 
         def describe() -> tuple[str, str]:
             call = self.replay._calls_for(self._hidden(setting))[block.index]
-            return str(block.module), str([_shape(one) for one in (call.args, call.kwargs)])
+            given = map_tensors((call.args, call.kwargs), lambda one: (list(one.shape), str(one.dtype)))
+            return str(block.module), str(given)
 
         with self.faked():
             return self._once(("kind", block.index, setting.batch_size, setting.seq_len), describe)
@@ -328,7 +329,7 @@ class Rehearsal:
             merge(self.model, adapters)
 
     def _given(self, setting: Setting) -> list[Tensor]:
-        return _tensors([(call.args, call.kwargs) for call in self.replay._calls_for(self._hidden(setting))])
+        return tensors_in([(call.args, call.kwargs) for call in self.replay._calls_for(self._hidden(setting))])
 
     def _hidden(self, setting: Setting) -> Tensor:
         return torch.empty((setting.batch_size, setting.seq_len, self.dim), dtype=self.dtype)
@@ -376,17 +377,3 @@ class Unverified(Replay):
 def _sizes(setting: Setting) -> tuple[Any, ...]:
     learns = setting.parameters, setting.lora_rank, setting.masked, setting.exclude, setting.accumulate > 1
     return setting.batch_size, setting.seq_len, setting.precision, setting.autocasts, *learns
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [one for one in tree_leaves(value) if isinstance(one, Tensor)]
-
-
-def _shape(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return list(value.shape), str(value.dtype)
-    if isinstance(value, tuple | list):
-        return [_shape(one) for one in value]
-    if isinstance(value, dict):
-        return {key: _shape(one) for key, one in value.items()}
-    return value
