@@ -16,11 +16,12 @@ from recon.models.loading import ModelSource
 from recon.models.offload.blocks import Residence
 from recon.models.windows import BlockWindow, MLPWindow, Window
 from recon.planner.fake.model import Rehearsal, Unverified, only_first
-from recon.planner.fake.step import distance, model_loss
+from recon.planner.fake.step import model_loss
 from recon.planner.flops import Kind
 from recon.planner.local import one_of_each
 from recon.planner.options import Setting
 from recon.planner.prediction import Shape
+from recon.scopes.losses import window_loss
 from recon.solvers import ConjugateGradients, LeastSquares
 
 REPEATS = 5
@@ -202,7 +203,7 @@ class _Stage:
         width = self.fake.features(window, self.small)
         target = torch.randn(*hidden.shape[:2], width, device=self.device)
         loss = self.small.loss if self.small.is_local else "mse"
-        return lambda: distance(window.forward(self.replay, hidden, attention).float(), target, loss)
+        return lambda: window_loss(window.forward(self.replay, hidden, attention).float(), target, loss)
 
     def _hidden(self, dtype: torch.dtype) -> Tensor:
         shape = self.small.batch_size, self.small.seq_len, self.fake.dim

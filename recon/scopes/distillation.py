@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from recon.calibration.statistics import InputStatistics
 from recon.models.linear import as_out_in, weight_out_in
@@ -16,9 +15,8 @@ from recon.scopes.exact import solve
 from recon.scopes.local.module import Batch, LocalScope
 from recon.scopes.local.window_state import compiled
 from recon.scopes.lora import DEFAULT_LORA, Lora, attach, merge
+from recon.scopes.losses import WindowLoss, window_loss
 from recon.scopes.trainable import Parameters, chosen
-
-Loss = Literal["normalised", "mse", "cosine"]
 
 
 class Distillation(LocalScope):
@@ -47,7 +45,7 @@ class Distillation(LocalScope):
     def __init__(
         self,
         epochs: int = 4,
-        loss: Loss = "normalised",
+        loss: WindowLoss = "normalised",
         parameters: Parameters = "all",
         lora: Lora = DEFAULT_LORA,
         lr: float = 1e-3,
@@ -59,7 +57,7 @@ class Distillation(LocalScope):
         **options: Any,
     ) -> None:
         super().__init__(epochs=epochs, start=start, **options)
-        self.loss: Loss = loss
+        self.loss: WindowLoss = loss
         self.which_parameters: Parameters = parameters
         self.lora = lora
         self.lr, self.weight_decay, self.betas, self.warmup = lr, weight_decay, betas, warmup
@@ -110,11 +108,7 @@ class Distillation(LocalScope):
         """How far the window's output is from its target."""
         assert self.window is not None
         output, target = self.outputs(batch)
-        if self.loss == "cosine":
-            loss = 1 - F.cosine_similarity(output, target, dim=-1).mean()
-        else:
-            error = (output - target).square()
-            loss = error.mean() if self.loss == "mse" else error.sum() / target.square().sum()
+        loss = window_loss(output, target, self.loss)
         where = f"window {self.window.name}, epoch {self._epoch}, batch {batch_idx}"
         self.log_loss("loss", loss, where, prog_bar=True, batch_size=len(batch["hidden"]))
         return loss

@@ -32,12 +32,13 @@ from recon.models.windows import (
     group_windows,
     submodule_windows,
 )
-from recon.planner.fake.step import Step, checkpointed, distance, model_loss, take_step
+from recon.planner.fake.step import Step, checkpointed, model_loss, take_step
 from recon.planner.fake.tracker import Tracker
 from recon.planner.options import Setting
 from recon.planner.snapshot import numel
 from recon.pruning.masks import Masks
 from recon.scopes.lora import A, B, Lora, attach, merge
+from recon.scopes.losses import window_loss
 from recon.scopes.trainable import chosen
 
 UNPACKED = "transformers.masking_utils.find_packed_sequence_indices"
@@ -237,7 +238,7 @@ class Rehearsal:
             batch += [torch.empty(target_shape, dtype=loaded), torch.empty(shape, dtype=loaded)]
             batch += [torch.empty(shape, dtype=loaded)] if isinstance(window, MLPWindow) else []
             with self._casting(setting):
-                return distance(output(batch[1:]), batch[0].float(), setting.loss)
+                return window_loss(output(batch[1:]), batch[0].float(), setting.loss)
 
         key = "window", self.kind(window, setting), setting.loss, loaded, *_sizes(setting)
         with self.faked():
