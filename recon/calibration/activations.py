@@ -164,7 +164,7 @@ class Activations:
         own = vars(self)
         copies = [own.get(name) for name in ("hidden", "attention", "output", "recorded")]
         copies = [one for one in (*copies, *own.get("_kept", {}).values()) if one is not None]
-        return [Held("calibration", one, at_home=self.storage.is_home(one)) for one in copies]
+        return [Held("calibration", one, on_host=self.storage.is_on_host(one)) for one in copies]
 
     @torch.no_grad()
     def record(self, window: Window) -> None:

@@ -36,7 +36,7 @@ class Budget:
     def __init__(self, device: int, host: int | None = None) -> None:
         self.left: dict[Place, float] = {"device": device, "host": math.inf if host is None else host}
         self.left["disk"] = math.inf
-        self._home: set[int] = set()  # ids of the copies that are not on the device
+        self._on_host: set[int] = set()  # ids of the copies that are not on the device
 
     @classmethod
     def of(cls, place: Place, device: str | None, host: str | None) -> "Budget | None":
@@ -74,16 +74,16 @@ class Budget:
         """Count `tensor` there as long as it lives."""
         self.left[place] -= tensor.nbytes
         if place != "device":
-            self._home.add(id(tensor))
+            self._on_host.add(id(tensor))
         weakref.finalize(tensor, self._free, place, tensor.nbytes, id(tensor)).atexit = False
 
-    def is_home(self, tensor: Tensor) -> bool:
+    def is_on_host(self, tensor: Tensor) -> bool:
         """Whether this copy is not on the device."""
-        return id(tensor) in self._home
+        return id(tensor) in self._on_host
 
     def _free(self, place: Place, nbytes: int, key: int) -> None:
         self.left[place] += nbytes
-        self._home.discard(key)
+        self._on_host.discard(key)
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,9 @@ class Storage:
         """Whether what is kept may be elsewhere than where the model computes."""
         return self.place != "device"
 
-    def is_home(self, tensor: Tensor) -> bool:
+    def is_on_host(self, tensor: Tensor) -> bool:
         """Whether a copy is in the host's memory, or mapped into it, whatever computes."""
-        return self.budget.is_home(tensor) if self.budget is not None else self.place != "device"
+        return self.budget.is_on_host(tensor) if self.budget is not None else self.place != "device"
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Room for one copy.

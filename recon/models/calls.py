@@ -13,10 +13,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from recon.basics.trees import map_tensors
 from recon.models.anatomy import Anatomy, Block
 
 Hidden: TypeAlias = Float[Tensor, "batch seq dim"]
+Outputs: TypeAlias = Float[Tensor, "batch seq _"]  # of any width, as matrices return them
 Tokens: TypeAlias = Int[Tensor, "batch seq"]
+
+PROBE_LENGTH = 4  # tokens of the sequence on which forms and dependencies are learned
 
 
 class Halt(Exception):
@@ -81,7 +85,7 @@ class Call:
 
     def to(self, convert: Callable[[Tensor], Tensor]) -> "Call":
         """The same call with its tensors as `convert` gives them."""
-        return Call(_converted(self.args, convert), _converted(self.kwargs, convert), self.hidden_by_name)
+        return Call(map_tensors(self.args, convert), map_tensors(self.kwargs, convert), self.hidden_by_name)
 
     def run(self, block: nn.Module, hidden: Tensor) -> Any:
         """Call `block` on `hidden` and return all that it returns."""
@@ -163,15 +167,55 @@ class Conversion:
         return self._done[id(tensor)][1]
 
 
-def _converted(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
-    """`value` with all tensors in it, at any depth of tuples, lists and dicts, converted."""
-    if isinstance(value, Tensor):
-        return convert(value)
-    if isinstance(value, dict):
-        return {key: _converted(item, convert) for key, item in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(_converted(item, convert) for item in value)
-    return value
+def embedding_weight(model: PreTrainedModel) -> Tensor:
+    """Return the weight of the input embeddings, whose device is the one that token ids must be on."""
+    return model.get_input_embeddings().get_parameter("weight")
+
+
+def arbitrary_tokens(model: PreTrainedModel, batch: int = 1, seq: int = PROBE_LENGTH) -> Tokens:
+    """Make token ids for passes in which only shapes count; none is padding, which some models warn about."""
+    padding = getattr(model.config.get_text_config(), "pad_token_id", None)
+    ids = torch.tensor([token for token in range(PROBE_LENGTH + 1) if token != padding])
+    tokens = ids[torch.arange(seq) % len(ids)].expand(batch, seq)
+    return tokens.to(embedding_weight(model).device)
+
+
+def first_of(output: Any) -> Tensor:
+    """Return the tensor of a module's output. Indexing a bare tensor would take its first sequence instead."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def of_all_tokens(name: str, calls: list[Tensor], hidden: Hidden) -> Outputs:
+    """Return the one output of a matrix as [batch, seq, dim]; many MLPs with experts see [batch * seq, dim].
+
+    Args:
+        name: Name of the matrix, for the message.
+        calls: All its outputs.
+        hidden: The hidden states that entered the block.
+
+    Raises:
+        ValueError: If there is not one output, or not one row a token.
+    """
+    batch, seq, _ = hidden.shape
+    shapes = [list(output.shape) for output in calls]
+    if len(calls) != 1 or tuple(shapes[0][:-1]) not in ((batch, seq), (batch * seq,)):
+        raise ValueError(
+            f"The matrices of a group must be called once, for all tokens, {name} returned {shapes or 'nothing'} for "
+            f"hidden states {list(hidden.shape)}, as experts do. Leave it out of the groups and exclude it from "
+            f"pruning, or choose scopes/submodule or scopes/block."
+        )
+    return calls[0].reshape(batch, seq, -1)
+
+
+def collecting(outputs: list[Any], halt: bool = False) -> Callable[[nn.Module, Any, Any], None]:
+    """Make a forward hook that appends the module's output to `outputs`, and ends the pass if `halt`."""
+
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        outputs.append(output)
+        if halt:
+            raise Halt
+
+    return hook
 
 
 @contextmanager

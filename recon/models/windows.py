@@ -1,20 +1,30 @@
 """Windows: the parts of a model that are recovered at once.
 
-No forward pass is rewritten here. An attention window is a tapped block, an MLP window a stubbed one (so
-norms, residuals and multipliers all come from the model), a block window one or more replayed blocks, a
-group window a block halted after some of its linear maps.
+A window answers for itself: how it is run, which hidden states enter it, which it should reproduce. No forward pass is
+rewritten. An attention window is a tapped block; an MLP window is a stubbed one, so norms, residuals and multipliers
+all come from the model; a block window is one or more replayed blocks; a group window is a block halted after some of
+its linear maps.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from recon.models.anatomy import MAX_LISTED, Anatomy, Block
 from recon.models.calls import Hidden
 from recon.models.replay import Outputs, Replay
+
+Target = Literal["attention", "output", "recorded"]
+"""Output that a window should reproduce:
+
+- `attention`: that of the attention submodule;
+- `output`: that of the last block;
+- `recorded`: that of the dense window, which is recorded before the window is pruned.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +37,18 @@ class Window(ABC):
         owned: The parameters that it trains, under their names in `model.named_parameters()`.
         shared: Parameters that it depends on but leaves frozen, since the other window of its block
             depends on them too.
+
+    Attributes:
+        target: Output that it should reproduce.
+        takes_attention: Whether it takes the output of the attention submodule as an input, which is known once
+            attention is recovered.
+        needs_dense_block: Whether the rest of its block must be dense while it is recovered. Windows of the block that
+            are recovered already then give their weights back only after the block's last window.
     """
+
+    target: ClassVar[Target] = "output"
+    takes_attention: ClassVar[bool] = False
+    needs_dense_block: ClassVar[bool] = False
 
     name: str
     blocks: list[Block]
@@ -39,6 +60,11 @@ class Window(ABC):
         """Indices of its blocks."""
         return [block.index for block in self.blocks]
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a report says about the window beside its errors; JSON."""
+        return {}
+
     @abstractmethod
     def forward(self, replay: Replay, hidden: Hidden, attention: Hidden | None = None) -> Outputs:
         """What the window makes of its inputs.
@@ -46,12 +72,14 @@ class Window(ABC):
         Args:
             replay: The model that holds the window.
             hidden: What enters its first block.
-            attention: What the attention submodule returned; only an `MLPWindow` reads it.
+            attention: What the attention submodule returned; read only where the window `takes_attention`.
         """
 
 
 class AttentionWindow(Window):
     """One block up to the point where its attention submodule returns."""
+
+    target: ClassVar[Target] = "attention"
 
     def forward(self, replay: Replay, hidden: Hidden, attention: Hidden | None = None) -> Hidden:
         """The output of the attention submodule."""
@@ -60,6 +88,8 @@ class AttentionWindow(Window):
 
 class MLPWindow(Window):
     """One block with the output of its attention submodule given."""
+
+    takes_attention: ClassVar[bool] = True
 
     def forward(self, replay: Replay, hidden: Hidden, attention: Hidden | None = None) -> Hidden:
         """The output of the block; `attention` is required."""
@@ -92,8 +122,16 @@ class GroupWindow(Window):
         ends: Those on whose output no other of them depends.
     """
 
+    target: ClassVar[Target] = "recorded"
+    needs_dense_block: ClassVar[bool] = True
+
     matrices: list[str]
     ends: list[str]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Whether the group holds a non-linearity."""
+        return {"holds_nonlinearity": self.holds_nonlinearity}
 
     @property
     def holds_nonlinearity(self) -> bool:

@@ -14,7 +14,7 @@ from torch import nn
 
 from recon.calibration.storage import Budget, Place
 from recon.models.replay import MAX_RECORDED_SHAPES
-from recon.models.windows import AttentionWindow, GroupWindow, MLPWindow, Window
+from recon.models.windows import Window
 from recon.planner.fake.model import Rehearsal
 from recon.planner.options import Setting
 from recon.planner.snapshot import (
@@ -183,7 +183,7 @@ def _loaded_bytes(cast: Cast, setting: Setting) -> int:
 def _batch_bytes(stored: Rehearsal, window: Window, setting: Setting) -> int:
     """Inputs and target of a training step, as they are loaded."""
     tokens = setting.batch_size * setting.seq_len
-    width = stored.dim * (1 + isinstance(window, MLPWindow)) + stored.features(window, setting)
+    width = stored.dim * (1 + window.takes_attention) + stored.features(window, setting)
     return tokens * width * stored.item
 
 
@@ -192,11 +192,10 @@ def _waiting(stored: Rehearsal, window: Window, setting: Setting) -> int:
     of_block = [one for one in windows_to_recover(stored, setting) if one.blocks == window.blocks]
     at = of_block.index(window)
     pruned = stored.prunable(setting.exclude)
-    later = [name for one in of_block[at + 1 :] for name in one.owned if name in pruned]
+    known = [one for one in of_block[at + 1 :] if setting.propagation == "dense" or not one.takes_attention]
+    later = [name for one in known for name in one.owned if name in pruned]
     total = numel(stored.parameters[name] for name in later) if setting.start == "exact" else 0
-    if isinstance(window, AttentionWindow) and setting.propagation != "dense":
-        total = 0  # the MLP's inputs are not known yet
-    if isinstance(window, GroupWindow):
+    if window.needs_dense_block:
         total += numel(stored.parameters[name] for one in of_block[: at + 1] for name in one.owned)
     return stored.item * total
 

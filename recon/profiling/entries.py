@@ -16,7 +16,7 @@ Side = Literal["device", "host"]
 """Where bytes are:
 
 - `device`: on the accelerator that computes. Without one, what would be on it if there were one;
-- `host`: in the host's memory. Without an accelerator, what would stay there if there were one: it is *at home*.
+- `host`: in the host's memory. Without an accelerator, what would stay there if there were one: it is *on the host*.
 """
 
 SIDES: tuple[Side, ...] = get_args(Side)
@@ -29,12 +29,12 @@ class Held:
     Args:
         category: What it is.
         tensors: Nested in containers, or None.
-        at_home: Whether it stays in the host's memory whatever computes.
+        on_host: Whether it stays in the host's memory whatever computes.
     """
 
     category: Category
     tensors: Any
-    at_home: bool = False
+    on_host: bool = False
 
 
 Holders = Mapping[type, Callable[[Any], Iterable[Held]]]
@@ -46,7 +46,7 @@ class Entry:
     """One storage, from its birth to its death."""
 
     nbytes: int
-    at_home: bool
+    on_host: bool
     category: Category | None
     stage: str
     seconds: float
@@ -57,7 +57,7 @@ class Entry:
     @property
     def side(self) -> Side:
         """Where it is."""
-        return "host" if self.at_home else "device"
+        return "host" if self.on_host else "device"
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ Item = TypeVar("Item")
 _open: "list[Ledger]" = []
 
 
-def claim(category: Category, *tensors: Tensor, at_home: bool = False) -> None:
+def claim(category: Category, *tensors: Tensor, on_host: bool = False) -> None:
     """Say what `tensors` are, where they are made; nothing happens unless a ledger is open."""
     for ledger in _open:
-        ledger.label(category, tensors, at_home)
+        ledger.label(category, tensors, on_host)
 
 
 @contextmanager
@@ -168,18 +168,18 @@ class Ledger:
         """The backward pass is over."""
         self.stage, self._is_backward, self._candidates = stage, False, None
 
-    def label(self, category: Category, tensors: Any, at_home: bool = False) -> None:
-        """Say what the tensors in nested containers are; what was said before stands, and so does that it is at home.
+    def label(self, category: Category, tensors: Any, on_host: bool = False) -> None:
+        """Say what the tensors in nested containers are; what was said before stands, also of the host.
 
         Args:
             category: What they are.
             tensors: Those that were not known are live from now on.
-            at_home: Whether they stay on the host whatever computes.
+            on_host: Whether they stay on the host whatever computes.
         """
         for tensor in tensors_in(tensors):
             entry = self._entry(tensor, None)
             if entry is not None:
-                entry.at_home |= at_home
+                entry.on_host |= on_host
                 if entry.category in (None, "activations"):
                     entry.category = category
 
@@ -252,7 +252,7 @@ class Ledger:
         found = self._scanner.scan()
         self._shapes.update(one.shape for one in found.parameters if one.ndim == 2)
         for held in found.held:
-            self.label(held.category, held.tensors, held.at_home)
+            self.label(held.category, held.tensors, held.on_host)
         for tensor in found.tensors:
             self._entry(tensor, None)
 

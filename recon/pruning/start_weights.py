@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from recon.basics.files import atomic_write
 from recon.distributed.parameters import whole
 from recon.models.anatomy import Block
-from recon.models.offload.blocks import Residence
+from recon.models.offload.blocks import OffloadedBlocks
 from recon.pruning.masks import Masks
 
 MOVED = "moved.safetensors"
@@ -141,8 +141,8 @@ def apply(model: nn.Module, masks: Masks, start: Mapping[str, Tensor] | None) ->
             parameter.copy_(weight)
 
 
-def amend_by(masks: Masks, start: Mapping[str, Tensor] | None, residence: Residence) -> Callable[[Block], None]:
-    """For `Residence.amend`: prune each block that arrives, and give its survivors their weights in `start`."""
+def amend_by(masks: Masks, start: Mapping[str, Tensor] | None, residence: OffloadedBlocks) -> Callable[[Block], None]:
+    """For `OffloadedBlocks.amend`: prune each block that arrives, and give its survivors their weights in `start`."""
 
     def amend(block: Block) -> None:
         apply(residence.model, masks.subset(name for name in block.parameters() if name in masks), start)

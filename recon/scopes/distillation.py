@@ -9,7 +9,7 @@ from torch import Tensor
 
 from recon.calibration.statistics import InputStatistics
 from recon.models.linear import as_out_in, weight_out_in
-from recon.models.windows import GroupWindow, Window, Windows, block_windows, group_windows, submodule_windows
+from recon.models.windows import Window, Windows, block_windows, group_windows, submodule_windows
 from recon.scopes.base import StartName, warmup_and_linear_decay
 from recon.scopes.exact import solve
 from recon.scopes.local.module import Batch, LocalScope
@@ -119,7 +119,7 @@ class Distillation(LocalScope):
         self._compiled.close()
         merge(self.model, self._adapters)
         self._adapters = []
-        return {"holds_nonlinearity": window.holds_nonlinearity} if isinstance(window, GroupWindow) else {}
+        return window.facts
 
 
 class SubmoduleDistillation(Distillation):

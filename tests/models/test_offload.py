@@ -158,7 +158,7 @@ def test_a_walk_has_one_block_on_the_device(offload: Any, tmp_path: Path, monkey
     assert residence.device_bytes() == 3 * block
     replay.keep([1])
     assert residence.device_bytes() == block
-    with replay.around():
+    with replay.rest_onloaded():
         outside = sum(p.nbytes for p in residence.model.parameters()) - DEPTH * block
         assert residence.device_bytes() >= block + outside
     replay.hold(())

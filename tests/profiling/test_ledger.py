@@ -242,15 +242,15 @@ def test_inference_mode_and_listening_may_be_nested(inference: bool, ledger: Led
     assert torch._C._len_torch_dispatch_stack() == 0
 
 
-def test_what_stays_at_home_is_on_the_hosts_side(ledger: Ledger) -> None:
-    home, here = torch.ones(100), torch.ones(10)
+def test_what_stays_on_the_host_is_on_its_side(ledger: Ledger) -> None:
+    host_copy, here = torch.ones(100), torch.ones(10)
     ledger.open("")
-    ledger.label("weights", [home], at_home=True)
+    ledger.label("weights", [host_copy], on_host=True)
     ledger.label("weights", [here])
-    copy = home.clone()
+    copy = host_copy.clone()
     claim("weights", copy)
     ledger.listen()
-    copy = home.clone()
+    copy = host_copy.clone()
     peaks = ledger.close()
     assert peaks["host"].categories["weights"] == peaks["host"].total == 400
     assert peaks["device"].categories["weights"] == 440

@@ -25,8 +25,6 @@ from recon.models.linear import weight_out_in
 from recon.models.replay import Replay
 from recon.models.windows import (
     BlockWindow,
-    GroupWindow,
-    MLPWindow,
     Window,
     block_windows,
     group_windows,
@@ -236,7 +234,7 @@ class Rehearsal:
 
         def loss(batch: list[Tensor]) -> Tensor:
             batch += [torch.empty(target_shape, dtype=loaded), torch.empty(shape, dtype=loaded)]
-            batch += [torch.empty(shape, dtype=loaded)] if isinstance(window, MLPWindow) else []
+            batch += [torch.empty(shape, dtype=loaded)] if window.takes_attention else []
             with self._casting(setting):
                 return window_loss(output(batch[1:]), batch[0].float(), setting.loss)
 
@@ -252,7 +250,7 @@ class Rehearsal:
             with torch.no_grad():
                 return window.forward(self.replay, hidden, hidden).shape[-1]
 
-        if not isinstance(window, GroupWindow):
+        if window.target != "recorded":
             return self.dim
         with self.faked():
             return self._once(("features", window.name), run)

@@ -505,8 +505,8 @@ class LocalScope(Scope):
 
     def _note(self, window: Window) -> None:
         """Where blocks are read from disk, read the recovered weights from now on."""
-        if self.residence is not None and self.residence.shards is not None:
-            self.residence.shards.note(window.owned, self.files.path(window))
+        if self.residence is not None and self.residence.disk_weights is not None:
+            self.residence.disk_weights.redirect(window.owned, self.files.path(window))
 
     def _leave(self, window: Window, result: dict[str, Any]) -> None:
         """Note the results; a group steps aside until all of its block are done, for they take dense inputs."""
