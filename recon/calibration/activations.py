@@ -107,6 +107,20 @@ class Activations:
         # The precision changes where the model computes: a copy that changed it would not go on beside anything.
         return found.to(self.device, non_blocking=True).to(self.dtype)
 
+    def batch(self, window: Window, rows: slice | Int[Tensor, "batch"]) -> dict[str, Tensor]:
+        """Load inputs and target of `window`, in the current blocks, for some sequences.
+
+        Returns:
+            `hidden` and `target`, and `attention` where the window takes it, each [batch, seq, dim].
+        """
+        batch = {"hidden": self.load(self.hidden, rows)}
+        if window.takes_attention:
+            assert self.attention is not None, "enter one block first, with `tap`"
+            batch["attention"] = self.load(self.attention, rows)
+        kept = {"attention": self.attention, "output": self.output, "recorded": self.recorded}[window.target]
+        assert kept is not None, f"the target of {window.name} is there only once its blocks are entered"
+        return batch | {"target": self.load(kept, rows)}
+
     def batches(self, keys: Iterable[Key], load: Callable[[Key], Batch]) -> Iterator[tuple[Key, Batch]]:
         """Each of `keys` with what `load` makes of it; loaded one ahead where that is a copy to a CUDA device."""
         if self._prefetch is not None:
@@ -165,6 +179,23 @@ class Activations:
         copies = [own.get(name) for name in ("hidden", "attention", "output", "recorded")]
         copies = [one for one in (*copies, *own.get("_kept", {}).values()) if one is not None]
         return [Held("calibration", one, on_host=self.storage.is_on_host(one)) for one in copies]
+
+    def prepare(
+        self, window: Window, matrices: Mapping[str, nn.Module] | None = None, need: Need = "none"
+    ) -> dict[str, InputStatistics]:
+        """Complete inputs and target of `window`, whose blocks are entered and which is still dense.
+
+        Args:
+            window: The next window to recover.
+            matrices: Matrices of the window whose inputs are known only after attention is recovered.
+            need: Statistics to collect of their inputs.
+
+        Returns:
+            Name of each matrix -> statistics of its inputs.
+        """
+        if window.target == "recorded":
+            self.record(window)
+        return self.pass_attention(matrices, need) if window.takes_attention else {}
 
     @torch.no_grad()
     def record(self, window: Window) -> None:

@@ -12,7 +12,9 @@ from recon.models.linear import as_out_in, weight_out_in
 from recon.models.windows import Window, Windows, block_windows, group_windows, submodule_windows
 from recon.scopes.base import StartName, warmup_and_linear_decay
 from recon.scopes.exact import solve
-from recon.scopes.local.module import Batch, LocalScope
+from recon.scopes.local.batches import Batch
+from recon.scopes.local.module import LocalScope
+from recon.scopes.local.window_error import outputs
 from recon.scopes.local.window_state import compiled
 from recon.scopes.lora import DEFAULT_LORA, Lora, attach, merge
 from recon.scopes.losses import WindowLoss, window_loss
@@ -89,7 +91,7 @@ class Distillation(LocalScope):
             module = self.model.get_submodule(name.removesuffix(".weight"))
             dense = weight_out_in(module)
             solution = solve(module, dense, found, self.masks[name], name)
-            self._starts[name] = as_out_in(module, solution.weight).to(dense.dtype)
+            self.block_masks.starts[name] = as_out_in(module, solution.weight).to(dense.dtype)
 
     def begin(self, window: Window) -> None:
         """As `LocalScope.begin`; what learns in the window requires gradients from now on."""
@@ -107,7 +109,7 @@ class Distillation(LocalScope):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """How far the window's output is from its target."""
         assert self.window is not None
-        output, target = self.outputs(batch)
+        output, target = outputs(self.replay, self.window, batch)
         loss = window_loss(output, target, self.loss)
         where = f"window {self.window.name}, epoch {self._epoch}, batch {batch_idx}"
         self.log_loss("loss", loss, where, prog_bar=True, batch_size=len(batch["hidden"]))
