@@ -1,6 +1,6 @@
-"""How a model calls its blocks: in which form they return, and with which arguments besides hidden states.
+"""The calls that a model makes to its blocks: their arguments besides hidden states, and the form of their outputs.
 
-Everything is learned by running the model once, cheaply; nothing is known about any architecture.
+Everything is learned by running the model once, cheaply, without knowledge of any architecture.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,7 +29,7 @@ class Halt(Exception):
 
 @dataclass(frozen=True)
 class Form:
-    """What a module returns: a tensor (`length` is None), or a tuple that begins with it."""
+    """The form of a module's output: a tensor (`length` is None), or a tuple of `length` that begins with one."""
 
     length: int | None
 
@@ -46,13 +46,13 @@ class Form:
         )
 
     def wrap(self, tensor: Tensor) -> Tensor | tuple[Tensor | None, ...]:
-        """`tensor` in this form, None for the other elements (caches, attention weights)."""
+        """Return `tensor` in this form, with None for the other elements (caches, attention weights)."""
         return tensor if self.length is None else (tensor, *[None] * (self.length - 1))
 
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """All that the model passes to one of its blocks besides the hidden states.
+    """The arguments that the model passes to one of its blocks besides the hidden states.
 
     Args:
         args: Positional arguments after the hidden states.
@@ -84,7 +84,7 @@ class Call:
         return cls(tuple(args[1:]), rest, hidden_by_name), hidden
 
     def to(self, convert: Callable[[Tensor], Tensor]) -> "Call":
-        """The same call with its tensors as `convert` gives them."""
+        """Return the same call with its tensors converted."""
         return Call(map_tensors(self.args, convert), map_tensors(self.kwargs, convert), self.hidden_by_name)
 
     def run(self, block: nn.Module, hidden: Tensor) -> Any:
@@ -105,7 +105,7 @@ def record_calls(model: PreTrainedModel, anatomy: Anatomy, tokens: Tokens, form:
         model: Any model that `Anatomy` can read.
         anatomy: Its anatomy.
         tokens: Token ids of the shape to record.
-        form: What the blocks return.
+        form: Form of the blocks' outputs.
 
     Returns:
         One call a block.
@@ -145,14 +145,14 @@ def record_calls(model: PreTrainedModel, anatomy: Anatomy, tokens: Tokens, form:
 
 
 class Conversion:
-    """Puts tensors on a device, those of one dtype in another; one that several calls share stays shared.
+    """Moves tensors to a device and casts those of one dtype; a tensor that several calls share stays shared.
 
-    Blocks are passed the same mask and rotary embeddings: without this, each of them would get a copy.
+    Blocks are passed the same mask and rotary embeddings. Otherwise each of them would get a copy.
 
     Args:
-        device: Where they go.
-        before: The dtype that hidden states had when the calls were recorded.
-        after: The dtype that tensors get which had that one.
+        device: Device that tensors are moved to.
+        before: Dtype of the hidden states when the calls were recorded; tensors of this dtype are cast.
+        after: Dtype that they are cast to.
     """
 
     def __init__(self, device: torch.device, before: torch.dtype, after: torch.dtype) -> None:
@@ -160,7 +160,7 @@ class Conversion:
         self._done: dict[int, tuple[Tensor, Tensor]] = {}  # the tensor too, so that its id is not used again
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        """`tensor` there."""
+        """Return the converted `tensor`, the same for every call with it."""
         if id(tensor) not in self._done:
             dtype = self.after if tensor.dtype == self.before else tensor.dtype
             self._done[id(tensor)] = tensor, tensor.to(self.device, dtype)
@@ -220,7 +220,7 @@ def collecting(outputs: list[Any], halt: bool = False) -> Callable[[nn.Module, A
 
 @contextmanager
 def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Shadow `module.forward`, and give back what others (accelerate) may have set there before."""
+    """Shadow `module.forward` within the context; afterwards restore a forward that others (accelerate) have set."""
     previous = vars(module).get("forward")
     module.forward = forward
     try:
@@ -234,7 +234,7 @@ def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Switch dropout and layer drop off, whatever mode a trainer has put the model in."""
+    """Switch off dropout and layer drop within the context, whatever mode a trainer has put the model in."""
     training = [child for child in module.modules() if child.training]
     for child in training:
         child.training = False

@@ -67,12 +67,12 @@ class Window(ABC):
 
     @abstractmethod
     def forward(self, replay: Replay, hidden: Hidden, attention: Hidden | None = None) -> Outputs:
-        """What the window makes of its inputs.
+        """Compute the output of the window.
 
         Args:
             replay: The model that holds the window.
-            hidden: What enters its first block.
-            attention: What the attention submodule returned; read only where the window `takes_attention`.
+            hidden: Hidden states that enter its first block.
+            attention: Output of the attention submodule; read only where the window `takes_attention`.
         """
 
 
@@ -82,7 +82,7 @@ class AttentionWindow(Window):
     target: ClassVar[Target] = "attention"
 
     def forward(self, replay: Replay, hidden: Hidden, attention: Hidden | None = None) -> Hidden:
-        """The output of the attention submodule."""
+        """Compute the output of the attention submodule."""
         return replay.tap(self.blocks[0].index, hidden)
 
 
@@ -92,7 +92,7 @@ class MLPWindow(Window):
     takes_attention: ClassVar[bool] = True
 
     def forward(self, replay: Replay, hidden: Hidden, attention: Hidden | None = None) -> Hidden:
-        """The output of the block; `attention` is required."""
+        """Compute the output of the block; `attention` is required."""
         if attention is None:
             raise ValueError(
                 f"Window {self.name} needs the output of {self.blocks[0].attention_name} as `attention`, got "
@@ -105,7 +105,7 @@ class BlockWindow(Window):
     """One or more consecutive blocks."""
 
     def forward(self, replay: Replay, hidden: Hidden, attention: Hidden | None = None) -> Hidden:
-        """The output of the last block."""
+        """Compute the output of the last block."""
         for block in self.blocks:
             hidden = replay.run(block.index, hidden)
         return hidden
@@ -115,11 +115,11 @@ class BlockWindow(Window):
 class GroupWindow(Window):
     """Some linear maps of one block.
 
-    All that lies between them in the block is used as it is at that moment and not trained.
+    The modules between them in the block are used as they are at that moment and not trained.
 
     Args:
         matrices: Full module names of the linear maps.
-        ends: Those on whose output no other of them depends.
+        ends: Those of them whose output no other of them reads.
     """
 
     target: ClassVar[Target] = "recorded"
@@ -139,7 +139,7 @@ class GroupWindow(Window):
         return len(self.ends) < len(self.matrices)
 
     def forward(self, replay: Replay, hidden: Hidden, attention: Hidden | None = None) -> Outputs:
-        """The outputs of the ends, side by side along the last dimension."""
+        """Compute the outputs of the ends, concatenated along the last dimension."""
         return torch.cat(replay.outputs(self.blocks[0].index, hidden, self.ends), dim=-1)
 
 
@@ -161,10 +161,10 @@ class Windows:
 
 
 def submodule_windows(replay: Replay) -> list[Window]:
-    """Attention and MLP window of every block, in the order of depth.
+    """Lay out the attention and the MLP window of every block, in the order of depth.
 
-    The attention window owns what its output depends on, the MLP window everything else in the block.
-    What both depend on (the input norm, where attention and MLP run in parallel) neither owns.
+    The attention window owns the parameters that its output depends on, the MLP window all others of the block. Neither
+    owns parameters that both depend on (the input norm, where attention and MLP run in parallel).
     """
     windows: list[Window] = []
     for block in replay.anatomy.blocks:
@@ -179,14 +179,14 @@ def submodule_windows(replay: Replay) -> list[Window]:
 
 
 def block_windows(anatomy: Anatomy, size: int, stride: int | None = None) -> list[BlockWindow]:
-    """Windows of `size` consecutive blocks that cover the model.
+    """Lay out windows of `size` consecutive blocks that cover the model.
 
     Args:
         anatomy: The blocks.
         size: Blocks a window, at least 1. The last window is shorter where fewer are left; a size beyond the
             depth gives one window over all blocks.
         stride: Blocks from one window's start to the next one's, `size` if None. Where it is smaller, windows
-            overlap and own the blocks that they share both.
+            overlap, and both own the blocks that they share.
     """
     if size < 1:
         raise ValueError(f"A block window holds at least one block, got size {size}.")
@@ -204,7 +204,7 @@ def block_windows(anatomy: Anatomy, size: int, stride: int | None = None) -> lis
 
 
 def group_windows(replay: Replay, groups: Sequence[Sequence[str]]) -> list[GroupWindow]:
-    """One window a block and group of linear maps, in the order of depth, then of `groups`.
+    """Lay out one window per block and group of linear maps, in the order of depth, then of `groups`.
 
     Each owns the weights and biases of its maps and nothing else. A block in which a group matches nothing has
     no window of this group.
