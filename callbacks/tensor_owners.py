@@ -8,7 +8,7 @@ import torch
 from recon.calibration.activations import Activations
 from recon.calibration.statistics import InputStatistics
 from recon.data import TokenData
-from recon.models.offload.blocks import Residence
+from recon.models.offload.blocks import OffloadedBlocks
 from recon.profiling.entries import Held, Holders
 from recon.pruning.masks import Masks
 from recon.solvers import LeastSquares
@@ -20,7 +20,7 @@ HOLDERS: Holders = {
     Activations: lambda one: one.held(),
     InputStatistics: lambda one: [Held("gram", [vars(one).get(name) for name in GRAMS])],
     LeastSquares: lambda one: [Held("gram", [vars(one).get(name) for name in GRAMS])],
-    Masks: lambda one: [Held("masks", vars(one).get("_packed"), at_home=True)],
-    Residence: lambda one: [Held("weights", one.at_home(), at_home=True)],
-    TokenData: lambda one: [Held("other", vars(one).get("_tokens"), at_home=True)],
+    Masks: lambda one: [Held("masks", vars(one).get("_packed"), on_host=True)],
+    OffloadedBlocks: lambda one: [Held("weights", one.host_copies(), on_host=True)],
+    TokenData: lambda one: [Held("other", vars(one).get("_tokens"), on_host=True)],
 }

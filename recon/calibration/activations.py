@@ -1,8 +1,8 @@
-"""What enters a window and what it should produce, for every calibration sequence.
+"""Inputs and targets of the windows, for every calibration sequence.
 
-The model is walked from the first block to the last, once, while the blocks behind are recovered. At any time there
-are at most two copies of the hidden states (what enters, and what should come out) and one attention output;
-overlapping windows on dense inputs keep one copy more for each window that begins inside another.
+The hidden states walk through the model once, from the first block to the last, while the blocks behind them are
+recovered. At most two copies of them exist at a time (inputs and targets), and one copy of attention's outputs.
+Overlapping windows on dense inputs keep one copy more for each window that begins inside another.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -23,17 +23,17 @@ from recon.profiling.entries import Held
 from recon.profiling.ledger import sampled
 
 Propagation = Literal["dense", "recovered_local", "recovered"]
-"""What enters a window, and what it should produce:
+"""Inputs and targets of a window:
 
-- `dense`: what the dense model has there, and what the dense window makes of it. Windows are independent;
-- `recovered_local`: what the recovered blocks before it produce, and what the dense window makes of that: the
-  window is repaired, and the error that enters it passed on;
-- `recovered`: what the recovered blocks before it produce, and what the dense model has behind it: the window
-  makes up for the error that enters it, too.
+- `dense`: hidden states of the dense model, and the dense window's output for them. Windows are independent;
+- `recovered_local`: outputs of the recovered blocks before the window, and the dense window's output for them. The
+  window is repaired, and passes on the error that enters it;
+- `recovered`: outputs of the recovered blocks before the window, and hidden states of the dense model behind it. The
+  window makes up for the error that enters it, too.
 """
 
 Observation = Need | Literal["cross"]
-"""What can be collected of the inputs of matrices; `cross`: Gram matrices of recovered and dense ones together."""
+"""Statistics of the inputs of matrices; `cross` are Gram matrices of recovered and dense inputs together."""
 
 
 class Activations:
@@ -43,19 +43,19 @@ class Activations:
         replay: The model, its weights dense in every block not yet entered.
         tokens: Calibration sequences, int64[num_sequences, seq_len].
         batch_size: Sequences per forward pass.
-        device: Where the model computes.
-        propagation: What enters, and what should come out.
-        tap: Whether to record attention, where a single block is entered.
-        starts: Blocks at which later windows begin, if windows overlap: what enters them is kept from the time when
-            the blocks before them were dense.
-        storage: Where the activations are kept, and in which precision.
+        device: Device that the model computes on.
+        propagation: Which inputs and targets windows have.
+        tap: Whether to record attention's outputs where a single block is entered.
+        starts: Indices of blocks at which later windows begin. If windows overlap, the inputs of these blocks are kept
+            from the time when the blocks before them were dense.
+        storage: Place and precision of the activations.
 
     Attributes:
-        hidden: What enters the current blocks, [num_sequences, seq_len, dim].
-        attention: What the attention submodule of the current block should return, and after `pass_attention`
-            what it does return; None where it is not recorded.
-        output: What the current blocks should return; None before `enter`.
-        recorded: What a window that ends elsewhere should return, after `record`.
+        hidden: Inputs of the current blocks, [num_sequences, seq_len, dim].
+        attention: Targets of the attention submodule of the current block, and after `pass_attention` its outputs;
+            None where they are not recorded.
+        output: Targets of the current blocks; None before `enter`.
+        recorded: Targets of a window that ends elsewhere, after `record`.
         blocks: Indices of the current blocks.
     """
 
@@ -81,40 +81,54 @@ class Activations:
         self.blocks: list[int] = []
         self._at = 0  # the block that `hidden` enters
         self._ahead = 0  # the block that the dense stream enters; weights are dense from here on
-        self._adds = False  # whether the current block adds what attention returns to what entered it
-        self._kept: dict[int, Tensor] = {}  # block -> what enters it, dense
+        self._adds = False  # whether the current block adds attention's output to its input
+        self._kept: dict[int, Tensor] = {}  # block -> its dense inputs
 
     @torch.no_grad()
     def _embed(self, tokens: Int[Tensor, "num seq"], dtype: torch.dtype | None) -> Float[Tensor, "num seq dim"]:
         for start in sampled(range(0, len(tokens), self.batch_size), "embed"):
             piece = self.replay.embed(tokens[start : start + self.batch_size].to(self.device))
             if start == 0:
-                self.dtype = piece.dtype  # in which the model computes
+                self.dtype = piece.dtype  # of the model's computation
                 hidden = self.storage.empty((len(tokens), *piece.shape[1:]), dtype or piece.dtype, self.device)
             hidden[start : start + self.batch_size] = piece
         return hidden
 
     def load(self, kept: Tensor, rows: slice | Int[Tensor, "batch"]) -> Tensor:
-        """Some sequences of what is kept, where the model computes and in the precision in which it does."""
+        """Load these sequences onto the compute device, in the model's dtype."""
         if isinstance(rows, slice):
             found = kept[rows]
         elif kept.device == self.device:
             found = kept[rows.to(self.device)]
-        else:  # one by one: put together first they would not be pinned, and copied twice
+        else:  # one by one: gathered first, they would not be pinned and would be copied twice
             found = torch.empty((len(rows), *kept.shape[1:]), dtype=kept.dtype, device=self.device)
             for room, row in zip(found, rows.tolist(), strict=True):
                 room.copy_(kept[row], non_blocking=True)
-        # The precision changes where the model computes: a copy that changed it would not go on beside anything.
+        # Cast on the compute device: a copy that casts, too, would not overlap with computation.
         return found.to(self.device, non_blocking=True).to(self.dtype)
 
+    def batch(self, window: Window, rows: slice | Int[Tensor, "batch"]) -> dict[str, Tensor]:
+        """Load inputs and target of `window`, in the current blocks, for some sequences.
+
+        Returns:
+            `hidden` and `target`, and `attention` where the window takes it, each [batch, seq, dim].
+        """
+        batch = {"hidden": self.load(self.hidden, rows)}
+        if window.takes_attention:
+            assert self.attention is not None, "enter one block first, with `tap`"
+            batch["attention"] = self.load(self.attention, rows)
+        kept = {"attention": self.attention, "output": self.output, "recorded": self.recorded}[window.target]
+        assert kept is not None, f"the target of {window.name} is there only once its blocks are entered"
+        return batch | {"target": self.load(kept, rows)}
+
     def batches(self, keys: Iterable[Key], load: Callable[[Key], Batch]) -> Iterator[tuple[Key, Batch]]:
-        """Each of `keys` with what `load` makes of it; loaded one ahead where that is a copy to a CUDA device."""
+        """Yield each key with its batch, which `load` makes; one batch ahead where that is a copy to a CUDA device."""
         if self._prefetch is not None:
             return self._prefetch.batches(keys, load)
         return ((key, load(key)) for key in keys)
 
     def rows(self) -> Iterator[slice]:
-        """All sequences in order, batch by batch."""
+        """Yield the rows of each batch, in order."""
         for start in range(0, len(self.hidden), self.batch_size):
             yield slice(start, start + self.batch_size)
 
@@ -122,17 +136,17 @@ class Activations:
     def enter(
         self, blocks: Sequence[int], matrices: Mapping[str, nn.Module] | None = None, need: Observation = "none"
     ) -> dict[str, InputStatistics]:
-        """Go on to consecutive `blocks`; nothing happens if they are current.
+        """Go on to consecutive `blocks`; do nothing if they are current.
 
         Blocks between the current ones and these are passed on the way, with the weights that they have now.
 
         Args:
             blocks: Indices; the first may lie among the current blocks, the last may not.
-            matrices: Of blocks that were never entered before, still dense: name -> linear map.
-            need: What to collect of what enters them; `cross` only with `recovered`.
+            matrices: Name -> linear map, of blocks that were never entered before and are still dense.
+            need: Statistics to collect of their inputs; `cross` only with `recovered`.
 
         Returns:
-            Name of each matrix -> statistics of what enters it.
+            Name of each matrix -> statistics of its inputs.
 
         Raises:
             FloatingPointError: If hidden states are no numbers, naming the block and the batch.
@@ -160,16 +174,33 @@ class Activations:
         return found
 
     def held(self) -> list[Held]:
-        """What is kept of all sequences; before `__init__` has ended, what there is."""
+        """List the copies of all sequences, for the memory ledger; those that exist, before `__init__` has ended."""
         own = vars(self)
         copies = [own.get(name) for name in ("hidden", "attention", "output", "recorded")]
         copies = [one for one in (*copies, *own.get("_kept", {}).values()) if one is not None]
-        return [Held("calibration", one, at_home=self.storage.is_home(one)) for one in copies]
+        return [Held("calibration", one, on_host=self.storage.is_on_host(one)) for one in copies]
+
+    def prepare(
+        self, window: Window, matrices: Mapping[str, nn.Module] | None = None, need: Need = "none"
+    ) -> dict[str, InputStatistics]:
+        """Complete inputs and target of `window`, whose blocks are entered and which is still dense.
+
+        Args:
+            window: The next window to recover.
+            matrices: Matrices of the window whose inputs are known only after attention is recovered.
+            need: Statistics to collect of their inputs.
+
+        Returns:
+            Name of each matrix -> statistics of its inputs.
+        """
+        if window.target == "recorded":
+            self.record(window)
+        return self.pass_attention(matrices, need) if window.takes_attention else {}
 
     @torch.no_grad()
     def record(self, window: Window) -> None:
-        """Compute what `window`, with the weights that it has now, makes of what enters the current blocks."""
-        self.recorded = None  # lets go of the last one
+        """Record the outputs of `window`, with its present weights, for the inputs of the current blocks."""
+        self.recorded = None  # frees the last one
         for rows, hidden in self._loaded(self.hidden, "record"):
             piece = window.forward(self.replay, hidden)
             if self.recorded is None:
@@ -180,16 +211,14 @@ class Activations:
     def pass_attention(
         self, matrices: Mapping[str, nn.Module] | None = None, need: Need = "none"
     ) -> dict[str, InputStatistics]:
-        """Replace what attention should return by what it does return, now that it is recovered.
-
-        Dense inputs stay dense: nothing happens then.
+        """Replace the targets of attention by its outputs, now that it is recovered; do nothing for dense inputs.
 
         Args:
-            matrices: Of the current block behind its attention, still dense.
-            need: What to collect of their inputs.
+            matrices: Matrices of the current block behind its attention, still dense.
+            need: Statistics to collect of their inputs.
 
         Returns:
-            Name of each matrix -> statistics of what enters it.
+            Name of each matrix -> statistics of its inputs.
         """
         if self.propagation == "dense":
             return {}
@@ -208,7 +237,7 @@ class Activations:
 
     @torch.no_grad()
     def compute(self) -> None:
-        """Compute what the current blocks return with the weights that they have now.
+        """Replace the targets of the current blocks by their outputs, with their present weights.
 
         Raises:
             FloatingPointError: If an output is no number, naming the block and the batch.
@@ -220,10 +249,10 @@ class Activations:
             source = self.output
 
     def _pass_dense(self, start: int, stop: int) -> None:
-        """Walk the one dense stream on, keeping what enters `start` and the starts behind it."""
+        """Walk the one dense stream on, and keep the inputs of block `start` and of the starts behind it."""
         assert start >= self._ahead or start in self._kept, f"walked in order: block {start} was not to be kept"
         stream = self.hidden if self.output is None else self.output
-        self.hidden = stream  # lets go of what entered the blocks before
+        self.hidden = stream  # frees the inputs of the blocks before
         for index in range(self._ahead, stop):
             output = stream
             if index == start or index in self.starts:
@@ -234,7 +263,7 @@ class Activations:
         self.hidden, self.output = self._kept.pop(start), stream
 
     def _pass_local(self, start: int, stop: int) -> None:
-        """What the dense blocks make of recovered hidden states."""
+        """Compute the dense blocks' outputs for recovered hidden states."""
         assert start >= self._ahead, "windows overlap: the dense weights are gone"
         self.output = self.output if self.output is not None else self._room()
         source = self.hidden
@@ -245,7 +274,7 @@ class Activations:
     def _pass_both(
         self, start: int, stop: int, matrices: dict[str, nn.Module], need: Observation
     ) -> dict[str, InputStatistics]:
-        """Walk the dense stream on, and send the recovered one through the dense blocks if it is to be observed."""
+        """Walk the dense stream on; send the recovered one through the dense blocks if its statistics are needed."""
         if self.output is None:
             self.output = self._room().copy_(self.hidden)
         for index in range(self._ahead, start):
@@ -271,10 +300,10 @@ class Activations:
         return found
 
     def _pass_rows(self, index: int, rows: slice, dense: Tensor) -> None:
-        """Send some sequences of the dense stream through a block, in place, and note what attention should return."""
+        """Send some sequences of the dense stream through a block, in place, and record the targets of attention."""
         assert self.output is not None
         if self.attention is not None and self._adds:
-            # So that the stream behind attention becomes the dense one: what entered is made up for.
+            # The stream behind attention then becomes the dense one: attention makes up for the error of its input.
             attention, output = self.replay.run_and_tap(index, dense)
             self.attention[rows] = attention + (dense - self.load(self.hidden, rows))
             self._require_finite(output, index, rows)
@@ -292,7 +321,7 @@ class Activations:
             output[rows] = self._run(index, rows, hidden, attention)
 
     def _run(self, index: int, rows: slice, hidden: Tensor, attention: Tensor | None) -> Tensor:
-        """Run one block on some sequences, and record its attention if there is room for it."""
+        """Run one block on some sequences, and record attention's outputs in `attention` unless that is None."""
         if attention is not None:
             attention[rows], output = self.replay.run_and_tap(index, hidden)
         else:
@@ -308,13 +337,13 @@ class Activations:
             )
 
     def _loaded(self, kept: Tensor, stage: str) -> Iterator[tuple[slice, Tensor]]:
-        """All of what is kept, batch by batch; a batch may be overwritten while it is in use, but none behind it.
+        """Yield the rows and hidden states of each batch; `stage` is the pass's name in the memory ledger.
 
-        `stage` is what an account of memory calls the pass over them.
+        A batch may be overwritten in `kept` while it is in use, but none behind it.
         """
         return sampled(self.batches(self.rows(), lambda rows: self.load(kept, rows)), stage)
 
     def _room(self, shape: Sequence[int] | None = None) -> Tensor:
-        """Room for one copy; of the hidden states, or of `shape` for each sequence."""
+        """Allocate a copy of the hidden states, or one of `shape` for each sequence."""
         shape = self.hidden.shape if shape is None else (len(self.hidden), *shape)
         return self.storage.empty(shape, self.hidden.dtype, self.device)

@@ -1,7 +1,7 @@
-"""Watching a model while somebody runs it.
+"""Collecting statistics of the inputs of matrices while a model runs.
 
-Matrices that read the same tensor (query, key and value; gate and up) share one accumulation, so a block costs four
-Gram matrices instead of seven; the sharing is seen in the first forward call, not read off an architecture.
+Matrices that read the same tensor (query, key and value; gate and up) share one sum, so a block costs four Gram
+matrices instead of seven. The first forward call shows which matrices share, for any architecture.
 """
 
 import weakref
@@ -45,7 +45,7 @@ def collect(matrices: dict[str, nn.Module], need: Need) -> Iterator[dict[str, In
 
 
 class SharedInput:
-    """One accumulation over a stream of inputs, and the latest of them."""
+    """One sum over a stream of inputs, and a reference to the latest of them."""
 
     def __init__(self, need: Need, in_features: int, device: torch.device) -> None:
         shape = (in_features, in_features) if need == "gram" else (in_features,)
@@ -77,10 +77,10 @@ class SharedInput:
 
 
 class Collector:
-    """Assigns matrices to shared inputs in their first call and holds them to it in later ones.
+    """Assigns matrices to shared inputs in their first call, and checks that later calls share alike.
 
     Attributes:
-        inputs: What error messages call the inputs.
+        inputs: Name of the inputs in error messages.
         input_of: Name of each matrix that was called -> its input.
     """
 
@@ -93,7 +93,7 @@ class Collector:
 
     @contextmanager
     def watching(self, matrices: dict[str, nn.Module]) -> Iterator[None]:
-        """See every forward call of `matrices` inside the context."""
+        """Collect from every forward call of `matrices` within the context."""
         hooks = [
             module.register_forward_pre_hook(partial(self.see, name), with_kwargs=True)
             for name, module in matrices.items()
@@ -125,7 +125,7 @@ class Collector:
             )
 
     def result(self, name: str) -> InputStatistics:
-        """The statistics of the matrix `name` once all calls were made."""
+        """Return the statistics of the matrix `name` after the last call."""
         if name not in self.input_of:
             raise ValueError(
                 f"statistics need at least one forward call, got none for `{name}`; run the part of the "
@@ -156,5 +156,5 @@ class Collector:
 
 
 def _version(x: Tensor) -> int | None:
-    """How often `x` was edited in place; unknown for inference tensors."""
+    """Count of the in-place edits of `x`; None for inference tensors, which have none."""
     return None if x.is_inference() else x._version

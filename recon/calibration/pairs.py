@@ -1,8 +1,8 @@
-"""Watching the same tokens go by twice: what enters a matrix in the dense model, and in the one that is recovered.
+"""Collecting statistics of two streams of the same tokens: the dense model's, and the recovered model's.
 
-A matrix that gets recovered inputs X and should return what the dense one makes of dense inputs X_d is a
-least-squares problem of X^T X, X_d^T X and X_d^T X_d. The sums are made batch by batch: of the inputs themselves only
-one batch's dense ones are held.
+A matrix that takes recovered inputs X and should return the dense matrix's output for dense inputs X_d poses a
+least-squares problem of X^T X, X_d^T X and X_d^T X_d. The sums are made batch by batch; of the inputs themselves only
+the dense ones of one batch are held.
 """
 
 from collections import deque
@@ -19,7 +19,7 @@ from recon.profiling.ledger import claim
 
 @contextmanager
 def collect_pairs(matrices: dict[str, nn.Module]) -> "Iterator[Pairs]":
-    """Accumulate the Gram and cross-Gram matrices of what enters `matrices` in two streams of the same tokens.
+    """Sum the Gram and cross-Gram matrices of the inputs of `matrices` in two streams of the same tokens.
 
     Matrices that share their input share the tensors of their statistics too; treat those as read-only.
 

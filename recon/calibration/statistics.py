@@ -1,4 +1,4 @@
-"""Statistics of the inputs X (tokens x in) of one matrix, and the precision in which they are summed."""
+"""Statistics of the inputs X (tokens x in) of one matrix, and the precision of their sums."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ class InputStatistics:
         num_tokens: Number of rows of X.
         sum_squares: sum_t X_tj^2 for each input j; None unless collected.
         gram: G = X^T X; None unless collected.
-        cross: C = X_d^T X, X_d being what enters the matrix in the dense model; None unless collected by pairs.
+        cross: C = X_d^T X, X_d being the inputs of the matrix in the dense model; None unless collected by pairs.
         dense_gram: G_d = X_d^T X_d; with `cross` only.
     """
 
@@ -42,7 +42,7 @@ class InputStatistics:
 
 @contextmanager
 def full_fp32(device: torch.device) -> Iterator[None]:
-    """Compute fp32 products in fp32: no autocast, no TF32, whatever the training around it has chosen.
+    """Compute fp32 products in fp32 within the context: no autocast, no TF32, whatever the caller has chosen.
 
     With TF32 a Gram matrix has three digits and conjugate gradients stall at 1e-3.
     """

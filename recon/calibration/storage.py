@@ -1,4 +1,4 @@
-"""Where hidden states are kept between two passes: on the device, in the host's memory, or in files."""
+"""Storage of hidden states between two passes: on the device, in the host's memory, or in files."""
 
 import math
 import shutil
@@ -16,31 +16,31 @@ from recon.basics.mapped import mapped
 from recon.basics.units import in_bytes, readable
 
 Place = Literal["device", "host", "disk", "auto"]
-"""Where a copy of the hidden states is kept:
+"""Place of a copy of the hidden states:
 
-- `device`: where the model computes;
+- `device`: on the device that the model computes on;
 - `host`: in the host's memory, pinned if the device is a CUDA device;
-- `disk`: in a file without a name, mapped into memory, of which the system keeps what it has room for;
+- `disk`: in an unnamed file that is mapped into memory, whose pages the system keeps as far as it has room;
 - `auto`: in the first of these whose budget has room for it.
 """
 
 
 class Budget:
-    """Bytes that copies of the hidden states may take, for `auto`. What a copy took is free again when it is gone.
+    """Bytes that copies of the hidden states may take, for `auto`. A copy's bytes are free again when it is deleted.
 
     Args:
-        device: On the device.
-        host: In the host's memory; no limit if None, and then nothing is kept on disk.
+        device: Bytes on the device.
+        host: Bytes in the host's memory; no limit if None, and then nothing is stored on disk.
     """
 
     def __init__(self, device: int, host: int | None = None) -> None:
         self.left: dict[Place, float] = {"device": device, "host": math.inf if host is None else host}
         self.left["disk"] = math.inf
-        self._home: set[int] = set()  # ids of the copies that are not on the device
+        self._on_host: set[int] = set()  # ids of the copies that are not on the device
 
     @classmethod
     def of(cls, place: Place, device: str | None, host: str | None) -> "Budget | None":
-        """What the options say; None where none is needed.
+        """Read the options; None for any place but `auto`.
 
         Args:
             place: `model.activations`.
@@ -67,34 +67,34 @@ class Budget:
         )
 
     def choose(self, nbytes: int) -> Place:
-        """The first place with room for so many bytes."""
+        """Return the first place with room for `nbytes` bytes."""
         return next(place for place, left in self.left.items() if nbytes <= left)
 
     def take(self, place: Place, tensor: Tensor) -> None:
-        """Count `tensor` there as long as it lives."""
+        """Count the bytes of `tensor` at its place as long as it lives."""
         self.left[place] -= tensor.nbytes
         if place != "device":
-            self._home.add(id(tensor))
+            self._on_host.add(id(tensor))
         weakref.finalize(tensor, self._free, place, tensor.nbytes, id(tensor)).atexit = False
 
-    def is_home(self, tensor: Tensor) -> bool:
-        """Whether this copy is not on the device."""
-        return id(tensor) in self._home
+    def is_on_host(self, tensor: Tensor) -> bool:
+        """Whether this copy is on the host or on disk."""
+        return id(tensor) in self._on_host
 
     def _free(self, place: Place, nbytes: int, key: int) -> None:
         self.left[place] += nbytes
-        self._home.discard(key)
+        self._on_host.discard(key)
 
 
 @dataclass(frozen=True)
 class Storage:
-    """Where and how hidden states are kept.
+    """Place and dtype of hidden states.
 
     Args:
         place: See `Place`.
-        dtype: Of what is kept; that in which the model computes if None.
-        budget: What `auto` goes by, shared by all copies that are there at a time.
-        directory: Where files are; the system's directory for temporary files if None.
+        dtype: Dtype of the copies; that of the model's computation if None.
+        budget: Budget for `auto`, shared by all copies that exist at a time.
+        directory: Directory of the files; the system's directory for temporary files if None.
     """
 
     place: Place = "device"
@@ -104,20 +104,20 @@ class Storage:
 
     @property
     def may_leave(self) -> bool:
-        """Whether what is kept may be elsewhere than where the model computes."""
+        """Whether copies may be elsewhere than on the compute device."""
         return self.place != "device"
 
-    def is_home(self, tensor: Tensor) -> bool:
-        """Whether a copy is in the host's memory, or mapped into it, whatever computes."""
-        return self.budget.is_home(tensor) if self.budget is not None else self.place != "device"
+    def is_on_host(self, tensor: Tensor) -> bool:
+        """Whether a copy is in the host's memory, or mapped into it, whichever device computes."""
+        return self.budget.is_on_host(tensor) if self.budget is not None else self.place != "device"
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Room for one copy.
+        """Allocate one copy.
 
         Args:
-            shape: Of the copy.
-            dtype: In which it is kept.
-            device: Where the model computes.
+            shape: Shape of the copy.
+            dtype: Dtype of the copy.
+            device: Device that the model computes on.
 
         Raises:
             OSError: If it is to be on disk and there is no room for it.

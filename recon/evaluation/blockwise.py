@@ -90,7 +90,7 @@ def measure_drift_blockwise(
 def _logits(replay: Replay, walk: Activations, tokens: Sequences) -> Iterator[tuple[Tensor, Tensor]]:
     """Token ids and logits of each batch, on the device, after the last block was entered."""
     replay.hold(())  # makes room for the head
-    with replay.around():
+    with replay.rest_onloaded():
         for start in range(0, len(tokens), walk.batch_size):
             rows = slice(start, start + walk.batch_size)
             ids = tokens[rows].to(replay.device)

@@ -1,9 +1,8 @@
-"""Where a causal language model keeps its blocks, their attention submodules and their prunable matrices.
+"""The anatomy of a causal language model: its blocks, their attention submodules and their prunable matrices.
 
-The only file that knows about architectures, and it knows none by name: everything is read from the
-module tree and three fields of the config. A model that cannot be read this way is refused with a list
-of what was found; no block and no matrix is ever skipped in silence. Embeddings and the head lie
-outside the blocks and are therefore never prunable.
+This file alone knows about architectures, and knows none by name: it reads the module tree and three fields of the
+config. It refuses a model that it cannot read and lists the modules that it found; no block and no matrix is ever
+skipped in silence. Embeddings and the head lie outside the blocks and are therefore never prunable.
 """
 
 from collections.abc import Container, Iterator, Sequence
@@ -39,12 +38,12 @@ class Block:
     matrices: dict[str, nn.Module]
 
     def weights_among(self, names: Container[str]) -> dict[str, nn.Module]:
-        """Parameter name -> linear map, for those of its matrices whose weight is one of `names`."""
+        """Return parameter name -> linear map, for those of its matrices whose weight is one of `names`."""
         matrices = {f"{name}.weight": module for name, module in self.matrices.items()}
         return {name: module for name, module in matrices.items() if name in names}
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """All floating-point parameters, under their names in `model.named_parameters()`."""
+        """Return all floating-point parameters, under their names in `model.named_parameters()`."""
         return {
             f"{self.name}.{name}": parameter
             for name, parameter in self.module.named_parameters()
@@ -85,7 +84,7 @@ class Anatomy:
         return cls(blocks)
 
     def prunable(self, exclude: Sequence[str] = ()) -> dict[str, nn.Module]:
-        """The weights that may be pruned.
+        """Find the weights that may be pruned.
 
         Args:
             exclude: Shell patterns (`fnmatch`, case-sensitive) of full module names to leave dense, such
@@ -119,7 +118,7 @@ class Anatomy:
 
 
 def _block_list(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
-    """Name and items of the shortest-named `ModuleList` as long as the config says the model is deep."""
+    """Find name and items of the `ModuleList` with the config's number of layers; of several, the shortest name's."""
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     lengths = {name: len(m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
     candidates = [name for name, length in lengths.items() if length and length == depth]
@@ -134,7 +133,7 @@ def _block_list(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
 
 
 def _attentions(names: list[str], modules: list[nn.Module]) -> list[tuple[str, nn.Module]]:
-    """Name and module of the one attention submodule of every block."""
+    """Find name and module of the one attention submodule of every block."""
     found = [list(_outermost_attentions(n, m)) for n, m in zip(names, modules, strict=True)]
     without = [
         f"{name} ({', '.join(f'{n}: {type(child).__name__}' for n, child in module.named_children())})"
@@ -158,7 +157,7 @@ def _attentions(names: list[str], modules: list[nn.Module]) -> list[tuple[str, n
 
 
 def _outermost_attentions(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Attention submodules below `module` that lie in no other one (GPT-Neo nests them)."""
+    """Yield the attention submodules below `module` that lie in no other one (GPT-Neo nests them)."""
     for inner, child in module.named_children():
         kind = type(child).__name__.lower()
         is_attention = "attention" in kind or "attn" in kind
@@ -213,6 +212,6 @@ def _refuse_unreadable_matrices(blocks: list[Block]) -> None:
 
 
 def _listed(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
+    """Join the first names, and the number of the others."""
     rest = len(names) - MAX_LISTED
     return ", ".join(names[:MAX_LISTED]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,6 +1,6 @@
-"""How a model calls its blocks: in which form they return, and with which arguments besides hidden states.
+"""The calls that a model makes to its blocks: their arguments besides hidden states, and the form of their outputs.
 
-Everything is learned by running the model once, cheaply; nothing is known about any architecture.
+Everything is learned by running the model once, cheaply, without knowledge of any architecture.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,10 +13,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from recon.basics.trees import map_tensors
 from recon.models.anatomy import Anatomy, Block
 
 Hidden: TypeAlias = Float[Tensor, "batch seq dim"]
+Outputs: TypeAlias = Float[Tensor, "batch seq _"]  # of any width, as matrices return them
 Tokens: TypeAlias = Int[Tensor, "batch seq"]
+
+PROBE_LENGTH = 4  # tokens of the sequence on which forms and dependencies are learned
 
 
 class Halt(Exception):
@@ -25,7 +29,7 @@ class Halt(Exception):
 
 @dataclass(frozen=True)
 class Form:
-    """What a module returns: a tensor (`length` is None), or a tuple that begins with it."""
+    """The form of a module's output: a tensor (`length` is None), or a tuple of `length` that begins with one."""
 
     length: int | None
 
@@ -42,13 +46,13 @@ class Form:
         )
 
     def wrap(self, tensor: Tensor) -> Tensor | tuple[Tensor | None, ...]:
-        """`tensor` in this form, None for the other elements (caches, attention weights)."""
+        """Return `tensor` in this form, with None for the other elements (caches, attention weights)."""
         return tensor if self.length is None else (tensor, *[None] * (self.length - 1))
 
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """All that the model passes to one of its blocks besides the hidden states.
+    """The arguments that the model passes to one of its blocks besides the hidden states.
 
     Args:
         args: Positional arguments after the hidden states.
@@ -80,8 +84,8 @@ class Call:
         return cls(tuple(args[1:]), rest, hidden_by_name), hidden
 
     def to(self, convert: Callable[[Tensor], Tensor]) -> "Call":
-        """The same call with its tensors as `convert` gives them."""
-        return Call(_converted(self.args, convert), _converted(self.kwargs, convert), self.hidden_by_name)
+        """Return the same call with its tensors converted."""
+        return Call(map_tensors(self.args, convert), map_tensors(self.kwargs, convert), self.hidden_by_name)
 
     def run(self, block: nn.Module, hidden: Tensor) -> Any:
         """Call `block` on `hidden` and return all that it returns."""
@@ -101,7 +105,7 @@ def record_calls(model: PreTrainedModel, anatomy: Anatomy, tokens: Tokens, form:
         model: Any model that `Anatomy` can read.
         anatomy: Its anatomy.
         tokens: Token ids of the shape to record.
-        form: What the blocks return.
+        form: Form of the blocks' outputs.
 
     Returns:
         One call a block.
@@ -141,14 +145,14 @@ def record_calls(model: PreTrainedModel, anatomy: Anatomy, tokens: Tokens, form:
 
 
 class Conversion:
-    """Puts tensors on a device, those of one dtype in another; one that several calls share stays shared.
+    """Moves tensors to a device and casts those of one dtype; a tensor that several calls share stays shared.
 
-    Blocks are passed the same mask and rotary embeddings: without this, each of them would get a copy.
+    Blocks are passed the same mask and rotary embeddings. Otherwise each of them would get a copy.
 
     Args:
-        device: Where they go.
-        before: The dtype that hidden states had when the calls were recorded.
-        after: The dtype that tensors get which had that one.
+        device: Device that tensors are moved to.
+        before: Dtype of the hidden states when the calls were recorded; tensors of this dtype are cast.
+        after: Dtype that they are cast to.
     """
 
     def __init__(self, device: torch.device, before: torch.dtype, after: torch.dtype) -> None:
@@ -156,27 +160,67 @@ class Conversion:
         self._done: dict[int, tuple[Tensor, Tensor]] = {}  # the tensor too, so that its id is not used again
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        """`tensor` there."""
+        """Return the converted `tensor`, the same for every call with it."""
         if id(tensor) not in self._done:
             dtype = self.after if tensor.dtype == self.before else tensor.dtype
             self._done[id(tensor)] = tensor, tensor.to(self.device, dtype)
         return self._done[id(tensor)][1]
 
 
-def _converted(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
-    """`value` with all tensors in it, at any depth of tuples, lists and dicts, converted."""
-    if isinstance(value, Tensor):
-        return convert(value)
-    if isinstance(value, dict):
-        return {key: _converted(item, convert) for key, item in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(_converted(item, convert) for item in value)
-    return value
+def embedding_weight(model: PreTrainedModel) -> Tensor:
+    """Return the weight of the input embeddings, whose device is the one that token ids must be on."""
+    return model.get_input_embeddings().get_parameter("weight")
+
+
+def arbitrary_tokens(model: PreTrainedModel, batch: int = 1, seq: int = PROBE_LENGTH) -> Tokens:
+    """Make token ids for passes in which only shapes count; none is padding, which some models warn about."""
+    padding = getattr(model.config.get_text_config(), "pad_token_id", None)
+    ids = torch.tensor([token for token in range(PROBE_LENGTH + 1) if token != padding])
+    tokens = ids[torch.arange(seq) % len(ids)].expand(batch, seq)
+    return tokens.to(embedding_weight(model).device)
+
+
+def first_of(output: Any) -> Tensor:
+    """Return the tensor of a module's output. Indexing a bare tensor would take its first sequence instead."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def of_all_tokens(name: str, calls: list[Tensor], hidden: Hidden) -> Outputs:
+    """Return the one output of a matrix as [batch, seq, dim]; many MLPs with experts see [batch * seq, dim].
+
+    Args:
+        name: Name of the matrix, for the message.
+        calls: All its outputs.
+        hidden: The hidden states that entered the block.
+
+    Raises:
+        ValueError: If there is not one output, or not one row a token.
+    """
+    batch, seq, _ = hidden.shape
+    shapes = [list(output.shape) for output in calls]
+    if len(calls) != 1 or tuple(shapes[0][:-1]) not in ((batch, seq), (batch * seq,)):
+        raise ValueError(
+            f"The matrices of a group must be called once, for all tokens, {name} returned {shapes or 'nothing'} for "
+            f"hidden states {list(hidden.shape)}, as experts do. Leave it out of the groups and exclude it from "
+            f"pruning, or choose scopes/submodule or scopes/block."
+        )
+    return calls[0].reshape(batch, seq, -1)
+
+
+def collecting(outputs: list[Any], halt: bool = False) -> Callable[[nn.Module, Any, Any], None]:
+    """Make a forward hook that appends the module's output to `outputs`, and ends the pass if `halt`."""
+
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        outputs.append(output)
+        if halt:
+            raise Halt
+
+    return hook
 
 
 @contextmanager
 def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Shadow `module.forward`, and give back what others (accelerate) may have set there before."""
+    """Shadow `module.forward` within the context; afterwards restore a forward that others (accelerate) have set."""
     previous = vars(module).get("forward")
     module.forward = forward
     try:
@@ -190,7 +234,7 @@ def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Switch dropout and layer drop off, whatever mode a trainer has put the model in."""
+    """Switch off dropout and layer drop within the context, whatever mode a trainer has put the model in."""
     training = [child for child in module.modules() if child.training]
     for child in training:
         child.training = False

@@ -1,20 +1,30 @@
 """Windows: the parts of a model that are recovered at once.
 
-No forward pass is rewritten here. An attention window is a tapped block, an MLP window a stubbed one (so
-norms, residuals and multipliers all come from the model), a block window one or more replayed blocks, a
-group window a block halted after some of its linear maps.
+A window answers for itself: how it is run, which hidden states enter it, which it should reproduce. No forward pass is
+rewritten. An attention window is a tapped block; an MLP window is a stubbed one, so norms, residuals and multipliers
+all come from the model; a block window is one or more replayed blocks; a group window is a block halted after some of
+its linear maps.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from recon.models.anatomy import MAX_LISTED, Anatomy, Block
 from recon.models.calls import Hidden
 from recon.models.replay import Outputs, Replay
+
+Target = Literal["attention", "output", "recorded"]
+"""Output that a window should reproduce:
+
+- `attention`: that of the attention submodule;
+- `output`: that of the last block;
+- `recorded`: that of the dense window, which is recorded before the window is pruned.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +37,18 @@ class Window(ABC):
         owned: The parameters that it trains, under their names in `model.named_parameters()`.
         shared: Parameters that it depends on but leaves frozen, since the other window of its block
             depends on them too.
+
+    Attributes:
+        target: Output that it should reproduce.
+        takes_attention: Whether it takes the output of the attention submodule as an input, which is known once
+            attention is recovered.
+        needs_dense_block: Whether the rest of its block must be dense while it is recovered. Windows of the block that
+            are recovered already then give their weights back only after the block's last window.
     """
+
+    target: ClassVar[Target] = "output"
+    takes_attention: ClassVar[bool] = False
+    needs_dense_block: ClassVar[bool] = False
 
     name: str
     blocks: list[Block]
@@ -39,30 +60,39 @@ class Window(ABC):
         """Indices of its blocks."""
         return [block.index for block in self.blocks]
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a report says about the window beside its errors; JSON."""
+        return {}
+
     @abstractmethod
     def forward(self, replay: Replay, hidden: Hidden, attention: Hidden | None = None) -> Outputs:
-        """What the window makes of its inputs.
+        """Compute the output of the window.
 
         Args:
             replay: The model that holds the window.
-            hidden: What enters its first block.
-            attention: What the attention submodule returned; only an `MLPWindow` reads it.
+            hidden: Hidden states that enter its first block.
+            attention: Output of the attention submodule; read only where the window `takes_attention`.
         """
 
 
 class AttentionWindow(Window):
     """One block up to the point where its attention submodule returns."""
 
+    target: ClassVar[Target] = "attention"
+
     def forward(self, replay: Replay, hidden: Hidden, attention: Hidden | None = None) -> Hidden:
-        """The output of the attention submodule."""
+        """Compute the output of the attention submodule."""
         return replay.tap(self.blocks[0].index, hidden)
 
 
 class MLPWindow(Window):
     """One block with the output of its attention submodule given."""
 
+    takes_attention: ClassVar[bool] = True
+
     def forward(self, replay: Replay, hidden: Hidden, attention: Hidden | None = None) -> Hidden:
-        """The output of the block; `attention` is required."""
+        """Compute the output of the block; `attention` is required."""
         if attention is None:
             raise ValueError(
                 f"Window {self.name} needs the output of {self.blocks[0].attention_name} as `attention`, got "
@@ -75,7 +105,7 @@ class BlockWindow(Window):
     """One or more consecutive blocks."""
 
     def forward(self, replay: Replay, hidden: Hidden, attention: Hidden | None = None) -> Hidden:
-        """The output of the last block."""
+        """Compute the output of the last block."""
         for block in self.blocks:
             hidden = replay.run(block.index, hidden)
         return hidden
@@ -85,15 +115,23 @@ class BlockWindow(Window):
 class GroupWindow(Window):
     """Some linear maps of one block.
 
-    All that lies between them in the block is used as it is at that moment and not trained.
+    The modules between them in the block are used as they are at that moment and not trained.
 
     Args:
         matrices: Full module names of the linear maps.
-        ends: Those on whose output no other of them depends.
+        ends: Those of them whose output no other of them reads.
     """
+
+    target: ClassVar[Target] = "recorded"
+    needs_dense_block: ClassVar[bool] = True
 
     matrices: list[str]
     ends: list[str]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Whether the group holds a non-linearity."""
+        return {"holds_nonlinearity": self.holds_nonlinearity}
 
     @property
     def holds_nonlinearity(self) -> bool:
@@ -101,7 +139,7 @@ class GroupWindow(Window):
         return len(self.ends) < len(self.matrices)
 
     def forward(self, replay: Replay, hidden: Hidden, attention: Hidden | None = None) -> Outputs:
-        """The outputs of the ends, side by side along the last dimension."""
+        """Compute the outputs of the ends, concatenated along the last dimension."""
         return torch.cat(replay.outputs(self.blocks[0].index, hidden, self.ends), dim=-1)
 
 
@@ -123,10 +161,10 @@ class Windows:
 
 
 def submodule_windows(replay: Replay) -> list[Window]:
-    """Attention and MLP window of every block, in the order of depth.
+    """Lay out the attention and the MLP window of every block, in the order of depth.
 
-    The attention window owns what its output depends on, the MLP window everything else in the block.
-    What both depend on (the input norm, where attention and MLP run in parallel) neither owns.
+    The attention window owns the parameters that its output depends on, the MLP window all others of the block. Neither
+    owns parameters that both depend on (the input norm, where attention and MLP run in parallel).
     """
     windows: list[Window] = []
     for block in replay.anatomy.blocks:
@@ -141,14 +179,14 @@ def submodule_windows(replay: Replay) -> list[Window]:
 
 
 def block_windows(anatomy: Anatomy, size: int, stride: int | None = None) -> list[BlockWindow]:
-    """Windows of `size` consecutive blocks that cover the model.
+    """Lay out windows of `size` consecutive blocks that cover the model.
 
     Args:
         anatomy: The blocks.
         size: Blocks a window, at least 1. The last window is shorter where fewer are left; a size beyond the
             depth gives one window over all blocks.
         stride: Blocks from one window's start to the next one's, `size` if None. Where it is smaller, windows
-            overlap and own the blocks that they share both.
+            overlap, and both own the blocks that they share.
     """
     if size < 1:
         raise ValueError(f"A block window holds at least one block, got size {size}.")
@@ -166,7 +204,7 @@ def block_windows(anatomy: Anatomy, size: int, stride: int | None = None) -> lis
 
 
 def group_windows(replay: Replay, groups: Sequence[Sequence[str]]) -> list[GroupWindow]:
-    """One window a block and group of linear maps, in the order of depth, then of `groups`.
+    """Lay out one window per block and group of linear maps, in the order of depth, then of `groups`.
 
     Each owns the weights and biases of its maps and nothing else. A block in which a group matches nothing has
     no window of this group.

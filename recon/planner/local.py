@@ -14,7 +14,7 @@ from torch import nn
 
 from recon.calibration.storage import Budget, Place
 from recon.models.replay import MAX_RECORDED_SHAPES
-from recon.models.windows import AttentionWindow, GroupWindow, MLPWindow, Window
+from recon.models.windows import Window
 from recon.planner.fake.model import FakeModel
 from recon.planner.options import PlanOptions
 from recon.planner.snapshot import (
@@ -190,7 +190,7 @@ def _loaded_bytes(fakes: FakeModels, options: PlanOptions) -> int:
 def _batch_bytes(stored: FakeModel, window: Window, options: PlanOptions) -> int:
     """Bytes of inputs and target of a training step, as loaded."""
     tokens = options.batch_size * options.seq_len
-    width = stored.dim * (1 + isinstance(window, MLPWindow)) + stored.features(window, options)
+    width = stored.dim * (1 + window.takes_attention) + stored.features(window, options)
     return tokens * width * stored.item
 
 
@@ -199,11 +199,10 @@ def _waiting(stored: FakeModel, window: Window, options: PlanOptions) -> int:
     of_block = [one for one in windows_to_recover(stored, options) if one.blocks == window.blocks]
     at = of_block.index(window)
     pruned = stored.prunable(options.exclude)
-    later = [name for one in of_block[at + 1 :] for name in one.owned if name in pruned]
+    known = [one for one in of_block[at + 1 :] if options.propagation == "dense" or not one.takes_attention]
+    later = [name for one in known for name in one.owned if name in pruned]
     total = numel(stored.parameters[name] for name in later) if options.start == "exact" else 0
-    if isinstance(window, AttentionWindow) and options.propagation != "dense":
-        total = 0  # the MLP's inputs are not known yet
-    if isinstance(window, GroupWindow):
+    if window.needs_dense_block:
         total += numel(stored.parameters[name] for one in of_block[: at + 1] for name in one.owned)
     return stored.item * total
 

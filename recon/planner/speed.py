@@ -13,15 +13,16 @@ from torch import Tensor
 
 from recon.calibration.statistics import full_fp32
 from recon.models.loading import ModelSource
-from recon.models.offload.blocks import Residence
-from recon.models.windows import BlockWindow, MLPWindow, Window
+from recon.models.offload.blocks import OffloadedBlocks
+from recon.models.windows import BlockWindow, Window
 from recon.planner.fake.model import FakeModel, only_first
 from recon.planner.fake.replay import Unverified
-from recon.planner.fake.step import distance, model_loss
+from recon.planner.fake.step import model_loss
 from recon.planner.flops import Kind
 from recon.planner.local import one_of_each
 from recon.planner.options import PlanOptions
 from recon.planner.prediction import Shape
+from recon.scopes.losses import window_loss
 from recon.solvers import ConjugateGradients, LeastSquares
 
 REPEATS = 5
@@ -78,7 +79,7 @@ class _FirstBlock:
         self.small = _smaller(options, self.fake, device, clock)
         self.stored = options.weights_dtype(shape.stored)
         self.model = source.hollow()
-        self.residence = Residence(self.model, device)
+        self.residence = OffloadedBlocks(self.model, device)
         self.block = self.residence.anatomy.blocks[0]
         self.fake_block = self.fake.anatomy.blocks[0]
         _fill(list(self.block.parameters().values()), self.stored)
@@ -158,7 +159,7 @@ class _FirstBlock:
 
         owned = window.owned + (outside if self.asked.train == "all" else [])
         steps = [self.fake.head(options) for options in (self.asked, self.small)]
-        with self.residence.around(), only_first(self.model, self.block):
+        with self.residence.rest_onloaded(), only_first(self.model, self.block):
             trained = self._trained(owned, loss)
         rest = self._speeds(steps[0].flops, steps[1].flops, steps[1].forward_flops, [trained])
         return {"training": blocks["training"], "rest": rest["training"], "held out": rest["held out"]}
@@ -205,11 +206,11 @@ class _FirstBlock:
     def _loss_of(self, window: Window, enters_grad: bool = False) -> Callable[[], Tensor]:
         dtype = next(iter(self.block.parameters().values())).dtype
         hidden = self._hidden(dtype).requires_grad_(enters_grad)
-        attention = self._hidden(dtype) if isinstance(window, MLPWindow) else None
+        attention = self._hidden(dtype) if window.takes_attention else None
         width = self.fake.features(window, self.small)
         target = torch.randn(*hidden.shape[:2], width, device=self.device)
         loss = self.small.loss if self.small.is_local else "mse"
-        return lambda: distance(window.forward(self.replay, hidden, attention).float(), target, loss)
+        return lambda: window_loss(window.forward(self.replay, hidden, attention).float(), target, loss)
 
     def _hidden(self, dtype: torch.dtype) -> Tensor:
         shape = self.small.batch_size, self.small.seq_len, self.fake.dim

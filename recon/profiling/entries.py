@@ -1,11 +1,11 @@
 """Parts of an account of memory: storages with a category and a side, their holders, and peaks."""
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from torch import Tensor, nn
+from torch import nn
 
 Category = Literal["weights", "gradients", "optimizer", "activations", "calibration", "gram", "masks", "other"]
 """`activations` are kept for the backward pass; `calibration` are hidden states of all sequences."""
@@ -16,7 +16,7 @@ Side = Literal["device", "host"]
 """Place of bytes:
 
 - `device`: the accelerator that computes. Without one, tensors count that would be on it;
-- `host`: the host's memory. Without an accelerator, tensors count that would stay there: they are *at home*.
+- `host`: the host's memory. Without an accelerator, tensors count that would stay there: they are *on the host*.
 """
 
 SIDES: tuple[Side, ...] = get_args(Side)
@@ -29,12 +29,12 @@ class Held:
     Args:
         category: Their category.
         tensors: The tensors, nested in containers, or None.
-        at_home: Whether they stay in the host's memory, with an accelerator too.
+        on_host: Whether they stay in the host's memory, with an accelerator too.
     """
 
     category: Category
     tensors: Any
-    at_home: bool = False
+    on_host: bool = False
 
 
 Holders = Mapping[type, Callable[[Any], Iterable[Held]]]
@@ -46,7 +46,7 @@ class Entry:
     """One storage, from its birth to its death."""
 
     nbytes: int
-    at_home: bool
+    on_host: bool
     category: Category | None
     stage: str
     seconds: float
@@ -57,7 +57,7 @@ class Entry:
     @property
     def side(self) -> Side:
         """The place of the storage."""
-        return "host" if self.at_home else "device"
+        return "host" if self.on_host else "device"
 
 
 @dataclass(frozen=True)
@@ -80,15 +80,3 @@ class Peak:
     def total(self) -> int:
         """Bytes of all categories."""
         return sum(self.categories.values())
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in nested containers."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for one in value.values():
-            yield from tensors_in(one)
-    elif isinstance(value, Iterable) and not isinstance(value, str | bytes):
-        for one in value:
-            yield from tensors_in(one)

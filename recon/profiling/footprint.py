@@ -4,13 +4,15 @@ The rest of a peak (activations, communication buffers, data) comes and goes wit
 partitions them: DeepSpeed's stage 1, 2 and 3 (Rajbhandari et al., arXiv 1910.02054, section 5).
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
+
+from recon.basics.trees import tensors_in
 
 PARTITION = "ds_tensor"
 """Attribute of a parameter under ZeRO-3 that holds this rank's part."""
@@ -97,19 +99,8 @@ def _chain(optimizer: Any) -> Iterator[Any]:
 def _storages(value: Any) -> dict[tuple[torch.device, int], int]:
     """Device and address -> bytes of every storage behind the tensors in nested containers."""
     found = {}
-    for tensor in _tensors(value):
+    for tensor in tensors_in(value):
         storage = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
         if storage.nbytes() > 0 and storage.device.type != "meta":
             found[storage.device, storage.data_ptr()] = storage.nbytes()
     return found
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for one in value.values():
-            yield from _tensors(one)
-    elif isinstance(value, list | tuple):
-        for one in value:
-            yield from _tensors(one)

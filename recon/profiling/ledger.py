@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from recon.profiling.entries import Category, Entry, Holders, Peak, Side, tensors_in
+from recon.basics.trees import tensors_in
+from recon.profiling.entries import Category, Entry, Holders, Peak, Side
 from recon.profiling.listener import Listener
 from recon.profiling.scan import Scanner
 from recon.profiling.sums import add_up
@@ -19,10 +20,10 @@ Item = TypeVar("Item")
 _open: "list[Ledger]" = []
 
 
-def claim(category: Category, *tensors: Tensor, at_home: bool = False) -> None:
+def claim(category: Category, *tensors: Tensor, on_host: bool = False) -> None:
     """Label `tensors` where they are made; nothing happens unless a ledger is open."""
     for ledger in _open:
-        ledger.label(category, tensors, at_home)
+        ledger.label(category, tensors, on_host)
 
 
 @contextmanager
@@ -167,18 +168,18 @@ class Ledger:
         """End the backward pass."""
         self.stage, self._is_backward, self._candidates = stage, False, None
 
-    def label(self, category: Category, tensors: Any, at_home: bool = False) -> None:
+    def label(self, category: Category, tensors: Any, on_host: bool = False) -> None:
         """Label the tensors in nested containers; earlier labels stay.
 
         Args:
             category: Their category.
             tensors: The tensors; unknown ones are live from now on.
-            at_home: Whether they stay on the host, with an accelerator too.
+            on_host: Whether they stay on the host, with an accelerator too.
         """
         for tensor in tensors_in(tensors):
             entry = self._entry(tensor, None)
             if entry is not None:
-                entry.at_home |= at_home
+                entry.on_host |= on_host
                 if entry.category in (None, "activations"):
                     entry.category = category
 
@@ -251,7 +252,7 @@ class Ledger:
         found = self._scanner.scan()
         self._shapes.update(one.shape for one in found.parameters if one.ndim == 2)
         for held in found.held:
-            self.label(held.category, held.tensors, held.at_home)
+            self.label(held.category, held.tensors, held.on_host)
         for tensor in found.tensors:
             self._entry(tensor, None)
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from recon.profiling.entries import CATEGORIES, SIDES, Category, Entry, Side, tensors_in
+from recon.basics.trees import tensors_in
+from recon.profiling.entries import CATEGORIES, SIDES, Category, Entry, Side
 
 NUM_OWNERS = 10
 

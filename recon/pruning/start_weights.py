@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from recon.basics.files import atomic_write
 from recon.distributed.parameters import whole
 from recon.models.anatomy import Block
-from recon.models.offload.blocks import Residence
+from recon.models.offload.blocks import OffloadedBlocks
 from recon.pruning.masks import Masks
 
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -136,8 +136,8 @@ def apply(model: nn.Module, masks: Masks, start: Mapping[str, Tensor] | None) ->
             parameter.copy_(weight)
 
 
-def amend_by(masks: Masks, start: Mapping[str, Tensor] | None, residence: Residence) -> Callable[[Block], None]:
-    """Make the function for `Residence.amend` that prunes each block and sets its survivors to `start`."""
+def amend_by(masks: Masks, start: Mapping[str, Tensor] | None, residence: OffloadedBlocks) -> Callable[[Block], None]:
+    """Make the function for `OffloadedBlocks.amend` that prunes each block and sets its survivors to `start`."""
 
     def amend(block: Block) -> None:
         apply(residence.model, masks.subset(name for name in block.parameters() if name in masks), start)

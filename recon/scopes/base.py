@@ -21,7 +21,7 @@ from recon.distributed.part import Share
 from recon.evaluation.perplexity import Evaluation
 from recon.models.anatomy import Anatomy
 from recon.models.loading import ModelSource, empty
-from recon.models.offload.blocks import Residence
+from recon.models.offload.blocks import OffloadedBlocks
 from recon.models.offload.opening import Offload, open_offloaded
 from recon.models.replay import Replay
 from recon.models.windows import Window
@@ -91,7 +91,7 @@ class Scope(L.LightningModule, ABC):
         self.save_dtype = save_dtype
         self.epochs, self.start = epochs, start
         self.offload: Offload = offload
-        self.residence: Residence | None = None  # of a model that is not on the device
+        self.residence: OffloadedBlocks | None = None  # of a model that is not on the device
         self._storage = ON_DEVICE
         self.start_weights: Mapping[str, torch.Tensor] | None = None  # of every mask; None for the dense survivors
         self.start_seconds = 0.0  # what it took to solve for them
@@ -204,7 +204,7 @@ class Scope(L.LightningModule, ABC):
 
     def result(self) -> tuple[PreTrainedModel, dict[str, torch.Tensor] | None]:
         """The recovered model in the precision to save, after the fit, and its weights if it is without them."""
-        if self.residence is None or self.residence.shards is None:
+        if self.residence is None or self.residence.disk_weights is None:
             return self.model if self.save_dtype is None else self.model.to(self.dtype_to_save), None  # pyright: ignore
         assert self.directory is not None
         state = self.residence.state(self.dtype_to_save if self.save_dtype else None, self.directory)
@@ -225,11 +225,11 @@ class Scope(L.LightningModule, ABC):
         Raises:
             ValueError: Naming the first parameter that has one.
         """
-        if self.residence is None or self.residence.shards is None:
+        if self.residence is None or self.residence.disk_weights is None:
             return masks.check(self.model)
         for block in self.residence.anatomy.blocks:
             if names := [name for name in block.parameters() if name in masks]:
-                self.residence.visit(block.index)
+                self.residence.onload(block.index)
                 masks.subset(names).check(self.model)
 
     def prepare(

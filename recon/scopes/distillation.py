@@ -2,23 +2,23 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from recon.calibration.statistics import InputStatistics
 from recon.models.linear import as_out_in, weight_out_in
-from recon.models.windows import GroupWindow, Window, Windows, block_windows, group_windows, submodule_windows
+from recon.models.windows import Window, Windows, block_windows, group_windows, submodule_windows
 from recon.scopes.base import StartName, warmup_and_linear_decay
 from recon.scopes.exact import solve
-from recon.scopes.local.module import Batch, LocalScope
+from recon.scopes.local.batches import Batch
+from recon.scopes.local.module import LocalScope
+from recon.scopes.local.window_error import outputs
 from recon.scopes.local.window_state import compiled
 from recon.scopes.lora import DEFAULT_LORA, Lora, attach, merge
+from recon.scopes.losses import WindowLoss, window_loss
 from recon.scopes.trainable import Parameters, chosen
-
-Loss = Literal["normalised", "mse", "cosine"]
 
 
 class Distillation(LocalScope):
@@ -31,8 +31,8 @@ class Distillation(LocalScope):
         epochs: Passes over the calibration sequences, for each window.
         loss: `normalised`, the squared error over the energy of the batch's target; `mse`, the mean squared error;
             `cosine`, one minus the cosine between output and target, mean over tokens.
-        parameters: What learns in a window: `all`; `weights`, matrices of linear maps; `vectors`, norms and biases;
-            `lora`, low-rank updates of the pruned matrices, which are merged into them when the window ends.
+        parameters: Parameters that learn in a window: `all`; `weights`, matrices of linear maps; `vectors`, norms and
+            biases; `lora`, low-rank updates of the pruned matrices, merged into them when the window ends.
         lora: Rank and alpha of these updates.
         lr: Peak learning rate of AdamW, for each window anew.
         weight_decay: AdamW's weight decay.
@@ -40,14 +40,14 @@ class Distillation(LocalScope):
         warmup: Share of a window's steps with a rising learning rate; it falls linearly to zero afterwards.
         start: As in `Scope`. `exact` takes a solve of each matrix on the inputs of its window; on the bundled
             model three epochs from it reach what four from `pruned` do.
-        compile: Whether what trains runs by torch.compile: a wait once, then faster steps; last digits differ.
+        compile: Whether to train with torch.compile: a wait once, then faster steps; last digits differ.
         **options: Batch size, and which model: see `LocalScope`.
     """
 
     def __init__(
         self,
         epochs: int = 4,
-        loss: Loss = "normalised",
+        loss: WindowLoss = "normalised",
         parameters: Parameters = "all",
         lora: Lora = DEFAULT_LORA,
         lr: float = 1e-3,
@@ -59,7 +59,7 @@ class Distillation(LocalScope):
         **options: Any,
     ) -> None:
         super().__init__(epochs=epochs, start=start, **options)
-        self.loss: Loss = loss
+        self.loss: WindowLoss = loss
         self.which_parameters: Parameters = parameters
         self.lora = lora
         self.lr, self.weight_decay, self.betas, self.warmup = lr, weight_decay, betas, warmup
@@ -67,12 +67,12 @@ class Distillation(LocalScope):
         self.compiles, self._compiled = compile, ExitStack()
 
     def label_notes(self) -> list[str]:
-        """Loss and parameters, too."""
+        """As `LocalScope.label_notes`, with loss and parameters."""
         notes = [] if self.loss == "normalised" else [self.loss]
         return super().label_notes() + notes + ([] if self.which_parameters == "all" else [self.which_parameters])
 
     def configure_optimizers(self):
-        """AdamW, the schedule beginning anew with each window."""
+        """Make AdamW, with a schedule that begins anew with each window."""
         if not self.windows:
             return []
         first = self.model.get_parameter(self.windows[0].owned[0])  # in place of a window's, until one begins
@@ -86,15 +86,15 @@ class Distillation(LocalScope):
 
     @torch.no_grad()
     def observe(self, statistics: dict[str, InputStatistics]) -> None:
-        """Solve each matrix for its start."""
+        """Solve each matrix for the weights that it starts from."""
         for name, found in statistics.items():
             module = self.model.get_submodule(name.removesuffix(".weight"))
             dense = weight_out_in(module)
             solution = solve(module, dense, found, self.masks[name], name)
-            self._starts[name] = as_out_in(module, solution.weight).to(dense.dtype)
+            self.block_masks.starts[name] = as_out_in(module, solution.weight).to(dense.dtype)
 
     def begin(self, window: Window) -> None:
-        """As `LocalScope.begin`; what learns in the window requires gradients from now on."""
+        """As `LocalScope.begin`; the parameters that learn require gradients from now on."""
         super().begin(window)
         parameters = {name: self.model.get_parameter(name) for name in window.owned}
         matrices = {f"{name}.weight" for block in window.blocks for name in block.matrices}
@@ -107,14 +107,10 @@ class Distillation(LocalScope):
             self._compiled = compiled(window.blocks)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """How far the window's output is from its target."""
+        """Return the loss of the window's output against its target."""
         assert self.window is not None
-        output, target = self.outputs(batch)
-        if self.loss == "cosine":
-            loss = 1 - F.cosine_similarity(output, target, dim=-1).mean()
-        else:
-            error = (output - target).square()
-            loss = error.mean() if self.loss == "mse" else error.sum() / target.square().sum()
+        output, target = outputs(self.replay, self.window, batch)
+        loss = window_loss(output, target, self.loss)
         where = f"window {self.window.name}, epoch {self._epoch}, batch {batch_idx}"
         self.log_loss("loss", loss, where, prog_bar=True, batch_size=len(batch["hidden"]))
         return loss
@@ -125,7 +121,7 @@ class Distillation(LocalScope):
         self._compiled.close()
         merge(self.model, self._adapters)
         self._adapters = []
-        return {"holds_nonlinearity": window.holds_nonlinearity} if isinstance(window, GroupWindow) else {}
+        return window.facts
 
 
 class SubmoduleDistillation(Distillation):
@@ -156,11 +152,11 @@ class SubmoduleDistillation(Distillation):
         self.taps = self.groups is None
 
     def label_notes(self) -> list[str]:
-        """How many groups, too."""
+        """As `Distillation.label_notes`, with the number of groups."""
         return super().label_notes() + ([] if self.groups is None else [f"{len(self.groups)} groups"])
 
     def build_windows(self) -> Sequence[Window]:
-        """Attention and MLP of every block, or the groups."""
+        """Lay out attention and MLP of every block, or the groups."""
         return submodule_windows(self.replay) if self.groups is None else group_windows(self.replay, self.groups)
 
 
@@ -170,7 +166,7 @@ class BlockDistillation(Distillation):
     Args:
         num_blocks: Blocks a window; the last window is shorter if the depth is no multiple of it.
         stride: Blocks from one window's start to the next one's; num_blocks if null. If it is smaller, windows overlap,
-            and blocks that two share are trained again, from where the first left them.
+            and the blocks that two of them share are trained again, from the weights that the first left.
         epochs: Passes over the calibration sequences, for each window.
         lr: Peak learning rate of AdamW, for each window anew.
         **options: More of the training, batch size, and which model: see `Distillation` and `LocalScope`.
@@ -192,7 +188,7 @@ class BlockDistillation(Distillation):
         self.num_blocks, self.stride = num_blocks, stride
 
     def require_independent(self, what: str) -> None:
-        """Overlapping windows are refused, too."""
+        """As `LocalScope.require_independent`; refuses overlapping windows, too."""
         super().require_independent(what)
         if self.stride not in (None, self.num_blocks):
             raise ValueError(
@@ -202,13 +198,13 @@ class BlockDistillation(Distillation):
 
     @property
     def label_stem(self) -> str:
-        """Says how many blocks a window holds, if more than one."""
+        """Name of the scope, with the number of blocks in a window if it is more than one."""
         return "block" if self.num_blocks == 1 else f"block x{self.num_blocks}"
 
     def label_notes(self) -> list[str]:
-        """The stride, too."""
+        """As `Distillation.label_notes`, with the stride."""
         return ([] if self.stride in (None, self.num_blocks) else [f"stride {self.stride}"]) + super().label_notes()
 
     def build_windows(self) -> Sequence[Window]:
-        """Consecutive blocks."""
+        """Lay out windows of consecutive blocks."""
         return block_windows(self.replay.anatomy, self.num_blocks, self.stride)

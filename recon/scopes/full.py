@@ -9,7 +9,6 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -24,6 +23,7 @@ from recon.pruning.interleaved import Interleaved
 from recon.pruning.masks import Masks
 from recon.scopes.base import Scope, check_finite, warmup_and_linear_decay
 from recon.scopes.lora import DEFAULT_LORA, Lora, attach, merge, merge_state
+from recon.scopes.losses import ModelLoss, cross_entropy, distillation, next_token_logits
 from recon.scopes.trainable import Parameters, chosen
 
 FROZEN = "frozen"
@@ -59,7 +59,7 @@ class FullRetraining(Scope):
     def __init__(
         self,
         epochs: int = 4,
-        loss: Literal["cross_entropy", "distillation"] = "cross_entropy",
+        loss: ModelLoss = "cross_entropy",
         temperature: float = 1.0,
         train: Literal["blocks", "all"] = "blocks",
         parameters: Parameters = "all",
@@ -274,11 +274,9 @@ class FullRetraining(Scope):
         }
 
     def _loss(self, input_ids: Tensor) -> Tensor:
-        logits = self.model(input_ids=input_ids, use_cache=False).logits[:, :-1].float().flatten(0, 1)
+        logits = next_token_logits(self.model(input_ids=input_ids, use_cache=False).logits)
         if self.loss == "cross_entropy":
-            return F.cross_entropy(logits, input_ids[:, 1:].flatten())
+            return cross_entropy(logits, input_ids)
         with torch.no_grad():
-            target = self._teacher[0](input_ids=input_ids, use_cache=False).logits[:, :-1].float().flatten(0, 1)
-        t = self.temperature
-        student, teacher = F.log_softmax(logits / t, dim=-1), F.log_softmax(target / t, dim=-1)
-        return F.kl_div(student, teacher, log_target=True, reduction="batchmean") * t * t
+            target = next_token_logits(self._teacher[0](input_ids=input_ids, use_cache=False).logits)
+        return distillation(logits, target, self.temperature)

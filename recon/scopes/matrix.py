@@ -19,19 +19,18 @@ from recon.solvers import ConjugateGradients, GradientDescent, LeastSquares, Sol
 
 
 class MatrixReconstruction(LocalScope):
-    """The surviving weights of every matrix that best reproduce its dense outputs.
+    """Finds the surviving weights of every matrix that best reproduce its dense outputs.
 
-    That is a convex problem which the Gram matrix of the inputs holds completely, whatever the number of tokens.
-    Conjugate gradients solve it without a learning rate. The matrices of a block make one window, so that the
-    model is walked only once.
+    This is a convex problem. The Gram matrix of the inputs states it completely, for any number of tokens, and
+    conjugate gradients solve it without a learning rate. The matrices of a block make one window, so that the hidden
+    states walk through the model only once.
 
     Args:
         solver: `ConjugateGradients`, exact; `ADMMSolver`; or `GradientDescent`, steps of AdamW on the same problem, as
             published comparisons of scopes have it.
         start: First iterate, `pruned` or `moved`. Where the solver is exact the end is the same, but for weights that
             the inputs do not determine.
-        propagation: As in `LocalScope`; with `recovered` the inputs are those of the recovered model, the outputs to
-            reproduce those of the dense one.
+        propagation: As in `LocalScope`; with `recovered`, inputs of the recovered model and outputs of the dense one.
         **options: Batch size, and which model: see `LocalScope`.
     """
 
@@ -53,21 +52,21 @@ class MatrixReconstruction(LocalScope):
         self._began = 0.0
 
     def label_notes(self) -> list[str]:
-        """A solver that is not exact, too."""
+        """As `LocalScope.label_notes`, and a solver that is not exact."""
         notes = [] if isinstance(self.solver, ConjugateGradients) else [str(self.solver)]
         return super().label_notes() + notes
 
     @property
     def needs(self) -> Observation:
-        """Gram matrices; with dense outputs for recovered inputs, of both together."""
+        """Gram matrices; of dense and recovered inputs together where dense outputs meet recovered inputs."""
         return "cross" if self.propagation == "recovered" else "gram"
 
     def build_windows(self) -> Sequence[Window]:
-        """One window a block."""
+        """Lay out one window per block."""
         return block_windows(self.replay.anatomy, 1)
 
     def configure_optimizers(self):
-        """None, unless the solver is a gradient method."""
+        """Make AdamW and its schedule where the solver is a gradient method; none elsewhere."""
         if not isinstance(self.solver, GradientDescent) or not self.windows:
             return []
         settings = self.solver
@@ -77,7 +76,7 @@ class MatrixReconstruction(LocalScope):
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def train_dataloader(self) -> list[int]:
-        """One step a window, or as many as a gradient method takes: all that they need is in the Gram matrices."""
+        """Number the steps of a window: one, or those of a gradient method. All data is in the Gram matrices."""
         return list(range(self.solver.steps if isinstance(self.solver, GradientDescent) else 1))
 
     def observe(self, statistics: dict[str, InputStatistics]) -> None:
@@ -95,7 +94,7 @@ class MatrixReconstruction(LocalScope):
             self.learn(self._problems)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
-        """Solve every matrix of the block, or return how far all are from their dense outputs."""
+        """Solve every matrix of the block, or return the mean error of their outputs for a gradient step."""
         if not isinstance(self.solver, GradientDescent):
             with followed("solve"):
                 return self._solve(self.solver)

@@ -31,7 +31,7 @@ from recon.pruning.prune import Pruning, prune
 from recon.pruning.start_weights import amend_by
 from recon.scopes import BlockDistillation, FullRetraining, MatrixReconstruction, SubmoduleDistillation
 from recon.scopes.local.module import LocalScope
-from recon.scopes.local.window_state import Widened
+from recon.scopes.local.window_state import Upcast
 from recon.scopes.lora import Lora
 from tests.scopes.test_scopes import Kill, Killed, Spy
 from tests.support.families import DEPTH, tiny, token_ids
@@ -158,7 +158,7 @@ def test_a_walk_has_one_block_on_the_device(offload: Any, tmp_path: Path, monkey
     assert residence.device_bytes() == 3 * block
     replay.keep([1])
     assert residence.device_bytes() == block
-    with replay.around():
+    with replay.rest_onloaded():
         outside = sum(p.nbytes for p in residence.model.parameters()) - DEPTH * block
         assert residence.device_bytes() >= block + outside
     replay.hold(())
@@ -260,7 +260,7 @@ def test_a_bf16_model_is_trained_in_fp32(kind: str, offload: str, tmp_path: Path
 def test_that_is_better_than_training_in_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"name": save_tiny("llama", tmp_path), "start": "pruned", "epochs": 8, "lr": 3e-4, "dtype": "bfloat16"}
     ours, _ = fitted(KINDS["block"](**options), tmp_path / "fp32")
-    monkeypatch.setattr(Widened, "widen", lambda self, blocks: None)
+    monkeypatch.setattr(Upcast, "upcast", lambda self, blocks: None)
     plain, _ = fitted(KINDS["block"](**options), tmp_path / "bf16")
     assert all(ours[name]["after"] < plain[name]["after"] for name in plain)
 

@@ -130,6 +130,16 @@ def test_submodule_windows_cover_every_block_parameter_once(model: PreTrainedMod
             assert f"{name}.weight" in owner.owned
 
 
+def test_windows_say_what_enters_them_and_what_they_reproduce(llama: Replay) -> None:
+    attention, mlp = submodule_windows(llama)[:2]
+    block, group = block_windows(llama.anatomy, 1)[0], group_windows(llama, [["*.q_proj", "*.k_proj"]])[0]
+    windows = (attention, mlp, block, group)
+    assert [window.target for window in windows] == ["attention", "output", "output", "recorded"]
+    assert [window.takes_attention for window in windows] == [False, True, False, False]
+    assert [window.needs_dense_block for window in windows] == [False, False, False, True]
+    assert [window.facts for window in windows] == [{}, {}, {}, {"holds_nonlinearity": False}]
+
+
 def test_block_windows_of_two_over_three_blocks() -> None:
     anatomy = Anatomy.of(tiny("llama"))
     windows = block_windows(anatomy, 2)

@@ -11,7 +11,7 @@ from torch.nn.modules import module as torch_module
 from torch.utils.checkpoint import checkpoint
 
 from recon.profiling import ledger as account
-from recon.profiling.entries import CATEGORIES, Held, tensors_in
+from recon.profiling.entries import CATEGORIES, Held
 from recon.profiling.ledger import Ledger, claim, followed, sampled
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -242,15 +242,15 @@ def test_inference_mode_and_listening_may_be_nested(inference: bool, ledger: Led
     assert torch._C._len_torch_dispatch_stack() == 0
 
 
-def test_what_stays_at_home_is_on_the_hosts_side(ledger: Ledger) -> None:
-    home, here = torch.ones(100), torch.ones(10)
+def test_what_stays_on_the_host_is_on_its_side(ledger: Ledger) -> None:
+    host_copy, here = torch.ones(100), torch.ones(10)
     ledger.open("")
-    ledger.label("weights", [home], at_home=True)
+    ledger.label("weights", [host_copy], on_host=True)
     ledger.label("weights", [here])
-    copy = home.clone()
+    copy = host_copy.clone()
     claim("weights", copy)
     ledger.listen()
-    copy = home.clone()
+    copy = host_copy.clone()
     peaks = ledger.close()
     assert peaks["host"].categories["weights"] == peaks["host"].total == 400
     assert peaks["device"].categories["weights"] == 440
@@ -312,11 +312,6 @@ def test_live_entries_know_the_module_that_made_them(ledger: Ledger) -> None:
     assert entry.module is not None
     assert entry.module() is model[2]
     assert entry.nbytes == 4 * ROWS * 4
-
-
-def test_tensors_in_nested_containers() -> None:
-    a, b, c = torch.ones(1), torch.ones(2), torch.ones(3)
-    assert list(tensors_in({"x": [a, (b, None)], "y": c, "name": "text"})) == [a, b, c]
 
 
 @pytest.mark.gpu

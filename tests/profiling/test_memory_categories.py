@@ -99,7 +99,7 @@ def test_offloaded_windows_have_one_block_on_the_device(offload: Any, activation
     phases = run(scope, tmp_path)
     block = 4 * (9216 + 2 * 32)
     # Embedding, head, last norm, inverse frequencies as they are and as they were; without data a number a parameter.
-    at_home = 4 * (2 * 96 * 32 + 32) + 2 * 4 * 4 + (3 * block if offload == "host" else 3 * 9 * 4)
+    on_host = 4 * (2 * 96 * 32 + 32) + 2 * 4 * 4 + (3 * block if offload == "host" else 3 * 9 * 4)
     for window in scope.windows:
         device, host = (phases[f"window {window.name}"]["categories"][side] for side in SIDES)
         num = len(window.owned)
@@ -110,9 +110,9 @@ def test_offloaded_windows_have_one_block_on_the_device(offload: Any, activation
         assert (host["masks"], host["other"]) == (PACKED_MASKS, TOKENS)
         assert device["calibration"] == (0 if activations == "host" else 2 * HIDDEN)
         if offload == "disk" and window is scope.windows[0]:  # the host had most when two weights were there to be read
-            assert host["weights"] == at_home + 2 * 4 * 64 * 32
+            assert host["weights"] == on_host + 2 * 4 * 64 * 32
         else:
-            assert host["weights"] == at_home
+            assert host["weights"] == on_host
             assert host["calibration"] == 2 * HIDDEN - device["calibration"]
 
 

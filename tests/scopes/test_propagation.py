@@ -58,7 +58,7 @@ class Watching:
             begin(window)
             scope.window = window
             self.seen[window.name] = {
-                name: t.clone() for name, t in scope.batch(scope.calibration, slice(None)).items()
+                name: t.clone() for name, t in scope.calibration.batch(window, slice(None)).items()
             }
             scope.window = None
 

@@ -1,4 +1,4 @@
-"""The weights of a model in its safetensors files, read when they are asked for and never held."""
+"""The weights of a model in its safetensors files, read one at a time and never kept in memory."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,15 +12,15 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-"""A whole model in one file; where its weights are, if there are several."""
+"""The file of a model in one file, and the index of one in several."""
 
 
-class Shards:
-    """Name of a weight in the model -> where it is written.
+class DiskWeights:
+    """Finds the weights of a model in its files, by their names in the model.
 
     Args:
-        directory: In Hugging Face format, with one safetensors file or several and their index.
-        model: Has the names and shapes of the weights; its own values are not looked at.
+        directory: Model in Hugging Face format, with one safetensors file or several and their index.
+        model: Gives the names and shapes of the weights; its values are not read.
 
     Raises:
         ValueError: If the directory has no such files, or lacks a weight of `model` under its name, or has it in
@@ -46,7 +46,7 @@ class Shards:
         return name in self._places
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Name and weight, as it is stored, file by file; the weight is good until the next one is asked for."""
+        """Yield name and stored weight, file by file; the weight is valid until the next is yielded."""
         by_file: dict[Path, list[str]] = {}
         for name in names:
             by_file.setdefault(self._places[name][0], []).append(name)
@@ -55,8 +55,8 @@ class Shards:
                 for name in members:
                     yield name, file.get_tensor(self._places[name][1])
 
-    def note(self, names: Iterable[str], path: Path) -> None:
-        """From now on read `names` from the file at `path`, which has them under these names."""
+    def redirect(self, names: Iterable[str], path: Path) -> None:
+        """Read `names` from the file at `path` from now on, which holds them under these names."""
         self._places |= {name: (path, name) for name in names}
 
     def _require_shapes(self, state: Mapping[str, Tensor]) -> None:
@@ -75,7 +75,10 @@ class Shards:
 
 
 def _names(keys: Iterable[str], model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, str]:
-    """Key in a file -> name in the model, as `from_pretrained` finds it; without those whose values it changes, too."""
+    """Map each key in the files to its name in the model, as `from_pretrained` does.
+
+    Keys whose values it would convert are left out.
+    """
     transforms = get_model_conversion_mapping(model)
     renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
     converters = [one for one in transforms if isinstance(one, WeightConverter)]
@@ -88,7 +91,7 @@ def _names(keys: Iterable[str], model: PreTrainedModel, state: dict[str, Tensor]
 
 
 def _files(directory: Path) -> dict[str, Path]:
-    """Name of each stored tensor -> its file."""
+    """Map the name of each stored tensor to its file."""
     if (directory / INDEX).exists():
         places = json.loads((directory / INDEX).read_text())["weight_map"]
         return {key: directory / file for key, file in places.items()}

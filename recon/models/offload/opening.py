@@ -1,4 +1,4 @@
-"""Models whose blocks are not on the device: opened from their source, with their blocks on the host or on disk."""
+"""Opening a model with its blocks on the host or on disk."""
 
 import shutil
 from pathlib import Path
@@ -10,32 +10,34 @@ from transformers import GenerationConfig, PreTrainedModel
 from recon.basics.files import locked
 from recon.models.anatomy import Anatomy
 from recon.models.loading import ModelSource
-from recon.models.offload.blocks import Residence
-from recon.models.offload.disk_weights import Shards
+from recon.models.offload.blocks import OffloadedBlocks
+from recon.models.offload.disk_weights import DiskWeights
 
 Offload = Literal["none", "host", "disk"]
-"""Where a model is that is recovered window by window:
+"""Place of a model that is recovered window by window:
 
 - `none`: on the device;
-- `host`: in the host's memory, blocks on the device only while they are needed;
-- `disk`: blocks are read from the safetensors files of the model when they are needed, and forgotten afterwards.
+- `host`: in the host's memory; a block is on the device only while it is needed;
+- `disk`: in its safetensors files; a block is read when it is needed, and dropped afterwards.
 """
 
 
-def open_offloaded(source: ModelSource, offload: Offload, device: torch.device, dense: Path | None = None) -> Residence:
-    """Load a model with its blocks at home.
+def open_offloaded(
+    source: ModelSource, offload: Offload, device: torch.device, dense: Path | None = None
+) -> OffloadedBlocks:
+    """Load a model with its blocks on the host or on disk.
 
     Args:
         source: The model.
-        offload: Where home is; not `none`.
-        device: Where blocks are to compute.
+        offload: Place of the blocks, `host` or `disk`.
+        device: Device that blocks compute on.
         dense: Directory for the weights of a model that no files hold, if blocks are to be read from disk.
 
     Raises:
         ValueError: If there is no such model, or it cannot be read from disk block by block.
     """
     if offload == "host":
-        return Residence(source.model(), device)
+        return OffloadedBlocks(source.model(), device)
     if not source.is_stored:
         if dense is None:
             raise ValueError(
@@ -44,11 +46,11 @@ def open_offloaded(source: ModelSource, offload: Offload, device: torch.device, 
             )
         source = _written(source, dense)
     model, files = source.hollow(), source.files()
-    shards = Shards(files, model)
-    _fill(model, shards)
+    disk_weights = DiskWeights(files, model)
+    _fill(model, disk_weights)
     if (files / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(files)
-    return Residence(model, device, shards)
+    return OffloadedBlocks(model, device, disk_weights)
 
 
 def _written(source: ModelSource, directory: Path) -> ModelSource:
@@ -62,9 +64,10 @@ def _written(source: ModelSource, directory: Path) -> ModelSource:
 
 
 @torch.no_grad()
-def _fill(model: PreTrainedModel, shards: Shards) -> None:
-    """Read what lies outside the blocks, and buffers that are stored."""
+def _fill(model: PreTrainedModel, disk_weights: DiskWeights) -> None:
+    """Read all weights outside the blocks, and the stored buffers."""
     parameters = {name for block in Anatomy.of(model).blocks for name in block.parameters()}
     state = model.state_dict(keep_vars=True)
-    for name, value in shards.read(name for name in state if name in shards and name not in parameters):
+    names = [name for name in state if name in disk_weights and name not in parameters]
+    for name, value in disk_weights.read(names):
         state[name].data = value.to(state[name].dtype, copy=True)

@@ -18,27 +18,26 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from recon.basics.trees import map_tensors, tensors_in
 from recon.models.anatomy import Anatomy, Block
 from recon.models.linear import weight_out_in
 from recon.models.windows import (
     BlockWindow,
-    GroupWindow,
-    MLPWindow,
     Window,
     block_windows,
     group_windows,
     submodule_windows,
 )
 from recon.planner.fake.replay import Unverified
-from recon.planner.fake.step import Step, checkpointed, distance, model_loss, take_step
+from recon.planner.fake.step import Step, checkpointed, model_loss, take_step
 from recon.planner.fake.tracker import Tracker
 from recon.planner.options import PlanOptions
 from recon.planner.snapshot import numel
 from recon.pruning.masks import Masks
 from recon.scopes.lora import A, B, Lora, attach, merge
+from recon.scopes.losses import window_loss
 from recon.scopes.trainable import chosen
 
 UNPACKED = "transformers.masking_utils.find_packed_sequence_indices"
@@ -109,7 +108,8 @@ class FakeModel:
 
         def describe() -> tuple[str, str]:
             call = self.replay._calls_for(self._hidden(options))[block.index]
-            return str(block.module), str([_shape(one) for one in (call.args, call.kwargs)])
+            given = map_tensors((call.args, call.kwargs), lambda one: (list(one.shape), str(one.dtype)))
+            return str(block.module), str(given)
 
         with self.faked():
             return self._once(("kind", block.index, options.batch_size, options.seq_len), describe)
@@ -241,9 +241,9 @@ class FakeModel:
 
         def loss(batch: list[Tensor]) -> Tensor:
             batch += [torch.empty(target_shape, dtype=loaded), torch.empty(shape, dtype=loaded)]
-            batch += [torch.empty(shape, dtype=loaded)] if isinstance(window, MLPWindow) else []
+            batch += [torch.empty(shape, dtype=loaded)] if window.takes_attention else []
             with self._casting(options):
-                return distance(output(batch[1:]), batch[0].float(), options.loss)
+                return window_loss(output(batch[1:]), batch[0].float(), options.loss)
 
         key = "window", self.kind(window, options), options.loss, loaded, *_sizes(options)
         with self.faked():
@@ -257,7 +257,7 @@ class FakeModel:
             with torch.no_grad():
                 return window.forward(self.replay, hidden, hidden).shape[-1]
 
-        if not isinstance(window, GroupWindow):
+        if window.target != "recorded":
             return self.dim
         with self.faked():
             return self._once(("features", window.name), run)
@@ -337,7 +337,7 @@ class FakeModel:
             merge(self.model, adapters)
 
     def _given(self, options: PlanOptions) -> list[Tensor]:
-        return _tensors([(call.args, call.kwargs) for call in self.replay._calls_for(self._hidden(options))])
+        return tensors_in([(call.args, call.kwargs) for call in self.replay._calls_for(self._hidden(options))])
 
     def _hidden(self, options: PlanOptions) -> Tensor:
         return torch.empty((options.batch_size, options.seq_len, self.dim), dtype=self.dtype)
@@ -367,17 +367,3 @@ def only_first(model: PreTrainedModel, first: Block) -> Iterator[None]:
 def _sizes(options: PlanOptions) -> tuple[Any, ...]:
     learns = options.parameters, options.lora_rank, options.masked, options.exclude, options.accumulate > 1
     return options.batch_size, options.seq_len, options.precision, options.autocasts, *learns
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [one for one in tree_leaves(value) if isinstance(one, Tensor)]
-
-
-def _shape(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return list(value.shape), str(value.dtype)
-    if isinstance(value, tuple | list):
-        return [_shape(one) for one in value]
-    if isinstance(value, dict):
-        return {key: _shape(one) for key, one in value.items()}
-    return value

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from recon.planner.fake.tracker import Tracker
+from recon.scopes.losses import cross_entropy, distillation, next_token_logits
 
 KEPT, GRADIENTS = "activations", "gradients"
 
@@ -95,24 +95,11 @@ def checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def distance(output: Tensor, target: Tensor, loss: str) -> Tensor:
-    """The loss of a window, with the temporaries that `recon.scopes.distillation` has."""
-    if loss == "cosine":
-        return 1 - F.cosine_similarity(output, target, dim=-1).mean()
-    error = (output - target).square()
-    return error.mean() if loss == "mse" else error.sum() / target.square().sum()
-
-
 def model_loss(logits_of: Callable[[Tensor], Tensor], tokens: Tensor, loss: str) -> Tensor:
-    """The loss of full retraining, with the temporaries that `recon.scopes.full` has; the teacher is the model."""
-
-    def logits() -> Tensor:
-        return logits_of(tokens)[:, :-1].float().flatten(0, 1)
-
-    own = logits()
+    """Compute the loss of full retraining; the model is its own teacher."""
+    own = next_token_logits(logits_of(tokens))
     if loss == "cross_entropy":
-        return F.cross_entropy(own, tokens[:, 1:].flatten())
+        return cross_entropy(own, tokens)
     with torch.no_grad():
-        target = logits()
-    student, teacher = F.log_softmax(own / 1.0, dim=-1), F.log_softmax(target / 1.0, dim=-1)
-    return F.kl_div(student, teacher, log_target=True, reduction="batchmean")
+        target = next_token_logits(logits_of(tokens))
+    return distillation(own, target)

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
+
+from recon.basics.trees import tensors_in
 
 OTHER = "other"
 
@@ -51,9 +52,8 @@ class Tracker(TorchDispatchMode):
         """Run an operator and count what it returns."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._see(tensor)
+        for tensor in (out,) if isinstance(out, Tensor) else tensors_in(out):
+            self._see(tensor)
         if formula := FORMULAS.get(func._overloadpacket):
             self.flops += int(formula(*args, **kwargs, out_val=out))
         if self.now.total() > self.peak.total():

@@ -1,17 +1,17 @@
-"""Recovered windows in the run directory, from which a restarted run, and other processes, take them."""
+"""Recovered windows in the run directory, from which a restarted run, and other processes, load them."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import nn
 
 from recon.basics.files import atomic_write
+from recon.models.offload.disk_weights import DiskWeights
 from recon.models.windows import Window
 
 
@@ -20,27 +20,40 @@ class WindowFiles:
     """One file for each finished window; it appears whole or not at all.
 
     Args:
-        directory: Where they are; nothing is written, and nothing is there, if None.
+        directory: Directory of the files; nothing is written or found if None.
+        disk_weights: Weights of a model on disk, which are read from these files once a window is there.
     """
 
     directory: Path | None = None
+    disk_weights: DiskWeights | None = None
 
     def path(self, window: Window) -> Path:
-        """Where `window` is, or will be."""
+        """Return the path of the file of `window`, written or not."""
         assert self.directory is not None
         return self.directory / f"{window.name}.safetensors"
 
     def __contains__(self, window: Window) -> bool:
         return self.directory is not None and self.path(window).exists()
 
-    def write(self, window: Window, weights: dict[str, Tensor], result: dict[str, Any]) -> None:
-        """Keep recovered weights, and what else came of recovery, which must be JSON."""
-        if self.directory is not None:
-            with atomic_write(self.path(window)) as temporary:
-                save_file(weights, temporary, {"result": json.dumps(result)})
+    def write(self, window: Window, model: nn.Module, result: dict[str, Any]) -> None:
+        """Write the recovered weights of `window` in `model`, and other results, which must be JSON."""
+        if self.directory is None:
+            return
+        weights = {name: model.get_parameter(name).detach().cpu().contiguous() for name in window.owned}
+        with atomic_write(self.path(window)) as temporary:
+            save_file(weights, temporary, {"result": json.dumps(result)})
+        self._redirect(window)
 
-    @contextmanager
-    def read(self, window: Window) -> Iterator[tuple[Iterator[tuple[str, Tensor]], dict[str, Any]]]:
-        """The weights of a window, read one at a time, and its result."""
+    @torch.no_grad()
+    def load(self, window: Window, model: nn.Module) -> dict[str, Any]:
+        """Load the recovered weights of `window` into `model`, one at a time, and return the other results."""
         with safe_open(self.path(window), framework="pt") as file:
-            yield ((name, file.get_tensor(name)) for name in window.owned), json.loads(file.metadata()["result"])
+            for name in window.owned:
+                model.get_parameter(name).copy_(file.get_tensor(name))
+            result = json.loads(file.metadata()["result"])
+        self._redirect(window)
+        return result
+
+    def _redirect(self, window: Window) -> None:
+        if self.disk_weights is not None:
+            self.disk_weights.redirect(window.owned, self.path(window))

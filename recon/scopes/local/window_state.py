@@ -1,4 +1,4 @@
-"""What a window changes while it is under way: parked weights, fp32 precision, compiled code."""
+"""Changes to the model while a window is recovered: withheld weights, fp32 precision, gradients, compiled code."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -11,58 +11,72 @@ from recon.models.calls import forward_replaced
 from recon.models.windows import Window
 
 
-class Parking:
-    """Holds the recovered weights of finished groups while the model has dense ones in their place.
+class WithheldWeights:
+    """Recovered weights that the model gets only when its whole block is recovered.
+
+    Until then the model has the dense weights in their place, for windows that `needs_dense_block`. Other windows pass
+    through unchanged.
 
     Args:
-        model: Holds the windows.
+        model: The model that holds the windows.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._dense: dict[str, Tensor] = {}
-        self._parked: dict[str, Tensor] = {}
+        self._withheld: dict[str, Tensor] = {}
 
     def __contains__(self, name: object) -> bool:
-        return name in self._parked
+        return name in self._withheld
 
     def keep_dense(self, window: Window) -> None:
-        """Copy the weights of `window`, still dense."""
-        self._dense = {name: self.model.get_parameter(name).detach().clone() for name in window.owned}
+        """Copy the weights of `window`, still dense, before it is pruned or loaded."""
+        if window.needs_dense_block:
+            self._dense = {name: self.model.get_parameter(name).detach().clone() for name in window.owned}
 
     @torch.no_grad()
-    def park(self, window: Window) -> None:
-        """Exchange the weights of `window` for the dense ones."""
+    def withhold(self, window: Window) -> None:
+        """Exchange the recovered weights of `window` for the dense ones."""
+        if not window.needs_dense_block:
+            return
         for name in window.owned:
             parameter = self.model.get_parameter(name)
-            self._parked[name] = parameter.detach().clone()
+            self._withheld[name] = parameter.detach().clone()
             parameter.copy_(self._dense.pop(name))
 
     @torch.no_grad()
-    def clear(self) -> None:
+    def hand_over(self) -> None:
         """Give the model all recovered weights."""
-        for name, weight in self._parked.items():
+        for name, weight in self._withheld.items():
             self.model.get_parameter(name).copy_(weight)
-        self._parked.clear()
+        self._withheld.clear()
 
 
-class Widened:
-    """Parameters that are wider than the model's own precision for a while."""
+class Upcast:
+    """The fp32 precision of the blocks that are trained, in a model of any other precision."""
 
     def __init__(self) -> None:
         self._own: list[tuple[nn.Parameter, torch.dtype]] = []
 
-    def widen(self, blocks: Sequence[Block]) -> None:
-        """Have all parameters of these blocks in fp32 until `narrow`."""
+    def upcast(self, blocks: Sequence[Block]) -> None:
+        """Convert all parameters of these blocks to fp32 until `restore`; fp64 stays as it is."""
         self._own = [(parameter, parameter.dtype) for block in blocks for parameter in block.parameters().values()]
         for parameter, dtype in self._own:
             parameter.data = parameter.data.to(torch.promote_types(dtype, torch.float32))
 
-    def narrow(self) -> None:
-        """Round to the model's own precision, in which a window is written and what follows sees it."""
+    def restore(self) -> None:
+        """Round to the model's own precision, in which a window is written and the following windows see it."""
         for parameter, dtype in self._own:
             parameter.data = parameter.data.to(dtype)
         self._own.clear()
+
+
+def freeze(optimizer: torch.optim.Optimizer) -> None:
+    """Freeze the parameters of an optimizer; drop their gradients and its state, so memory does not grow with depth."""
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    optimizer.state.clear()
 
 
 def compiled(blocks: Sequence[Block]) -> ExitStack:

@@ -1,0 +1,37 @@
+"""The batches that a window is trained on."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+Batch = dict[str, Tensor]
+"""Inputs of a window (`hidden`, and `attention` where it takes that) and `target`, each [batch, seq, dim]."""
+
+
+class WindowBatches:
+    """Batches of the window under way, in a new order every epoch.
+
+    Args:
+        num_sequences: Calibration sequences.
+        batch_size: Sequences per batch; the last one of an epoch may be smaller.
+        seed: Gives the seed of an epoch's order when the epoch begins.
+        load: Makes the batches of these rows.
+    """
+
+    def __init__(
+        self,
+        num_sequences: int,
+        batch_size: int,
+        seed: Callable[[], int],
+        load: Callable[[Sequence[Int[Tensor, "batch"]]], Iterable[Batch]],
+    ) -> None:
+        self.num_sequences, self.batch_size, self.seed, self.load = num_sequences, batch_size, seed, load
+
+    def __len__(self) -> int:
+        return -(-self.num_sequences // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        order = torch.randperm(self.num_sequences, generator=torch.Generator().manual_seed(self.seed()))
+        yield from self.load(order.split(self.batch_size))

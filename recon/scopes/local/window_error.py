@@ -1,0 +1,42 @@
+"""The output of a window beside its target, and the held-out error that is reported for it."""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from recon.calibration.activations import Activations
+from recon.models.replay import Replay
+from recon.models.windows import Window
+from recon.profiling.ledger import sampled
+from recon.scopes.base import check_finite
+from recon.scopes.local.batches import Batch
+
+
+def outputs(replay: Replay, window: Window, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Run `window` on the inputs of a batch.
+
+    Returns:
+        Its output and its target, [batch, seq, dim] in fp32.
+    """
+    dtype = next(iter(window.blocks[0].parameters().values())).dtype
+    inputs = {name: one.to(dtype) for name, one in batch.items() if name != "target"}
+    output = window.forward(replay, inputs["hidden"], inputs.get("attention"))
+    return output.float(), batch["target"].float()
+
+
+@torch.no_grad()
+def held_out_error(replay: Replay, window: Window, held_out: Activations) -> float:
+    """Compute the squared error of a window's output on held-out sequences, relative to its target's energy.
+
+    Raises:
+        FloatingPointError: If it is no number, naming the window and the batch.
+    """
+    sums = torch.zeros(2, dtype=torch.float64)
+    batches = held_out.batches(held_out.rows(), partial(held_out.batch, window))
+    for rows, batch in sampled(batches, "held-out error"):
+        output, target = outputs(replay, window, batch)
+        error = (output - target).square().sum()
+        check_finite(error, f"window {window.name}, held-out batch that begins with sequence {rows.start}")
+        sums += torch.stack((error, target.square().sum())).cpu()
+    return float(sums[0] / sums[1])
