@@ -99,8 +99,6 @@ class Scope(L.LightningModule, ABC):
         self.dtype_to_save: torch.dtype
         self.data: TokenData
         self.masks = Masks({})
-        self.windows: Sequence[Window] = []
-        self.own_windows: Sequence[Window] = []  # those of this process
         self.directory: Path | None = None
         self.phases = Phases()
         self.evaluation: Evaluation | None = None  # of the recovered model, where only the fit holds it in parts
@@ -121,6 +119,16 @@ class Scope(L.LightningModule, ABC):
     @abstractmethod
     def max_epochs(self) -> int:
         """How many Lightning epochs the fit takes."""
+
+    @property
+    def windows(self) -> Sequence[Window]:
+        """The windows that are recovered one by one; none in a scope without windows."""
+        return ()
+
+    @property
+    def own_windows(self) -> Sequence[Window]:
+        """The windows that this process recovers."""
+        return ()
 
     @property
     def storage(self) -> Storage:
