@@ -45,6 +45,7 @@ def measure(
     baseline, meter = resident_bytes(), PeakMeter()
     meter.start()
     model, data.tokenizer = source.load(device)
+    data.require(["test"], model)
     if masks is not None:
         masks.validate_for(model)
         masks.apply(model)
@@ -63,7 +64,7 @@ def measure(
         peak_host_bytes=peaks.host_bytes,
         peak_device_bytes=peaks.device_allocated_bytes,
         baseline_host_bytes=baseline,
-        protocol=evaluation.protocol,
+        protocol=evaluation.protocol | data.carving("test"),
         environment=environment(device),
     )
 
@@ -114,6 +115,7 @@ def measure_pruned(
     meter.start()
     say(f"load {source.name}")
     model, data.tokenizer = source.load(device)
+    data.require(("train", "test", "validation") if drift else ("train", "test"), model)
     tokens = data.tokens("train")
     started = time.monotonic()
     masks = prune_to(run.masks, model, tokens, criterion, pattern, pruning, say)
@@ -138,7 +140,7 @@ def measure_pruned(
         baseline_host_bytes=baseline,
         seconds=seconds,
         run_dir=str(run.path),
-        protocol=evaluation.protocol,
+        protocol=evaluation.protocol | data.carving("test"),
         environment=environment(device),
         drift=asdict(drifted) if drifted else {},
     )

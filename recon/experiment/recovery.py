@@ -127,6 +127,7 @@ def recover(
         say(f"load {scope.source.name}")
         with ranks.rank_zero_first():
             scope.load(data)
+            data.require(("train", "validation") if share else ("train", "validation", evaluate_on), scope.model)
             masks, moved, interleaved = Masks({}), None, None
             if criterion is not None and pattern is not None:
                 phases.enter("prune")
@@ -144,8 +145,6 @@ def recover(
             if scope.offload != "none" or (scope.start == "exact" and ranks.rank() == 0):
                 scope.to(device)
             scope.prepare(data, masks, run.path, moved, say, interleaved)
-        for split in ("train", "validation"):
-            data.tokens(split)  # now: to tokenise is no part of recovery's seconds
         if merge:
             _require_complete(scope, run)
         missing = scope.missing(scope.own_windows) if isinstance(scope, LocalScope) else []
@@ -206,7 +205,7 @@ def recover(
         mask_violations=violations,
         seconds=seconds,
         train_tokens=scope.train_tokens,
-        protocol=recovered.protocol,
+        protocol=recovered.protocol | data.carving(evaluate_on),
         run_dir=str(run.path),
         # The seconds of a resumed run are those of its last start.
         environment=environment(device) | {"resumed": resumed} | layout,

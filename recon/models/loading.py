@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from recon.basics.seeds import isolated_seed
+from recon.models.weight_files import refuse_gguf, require_format, require_prunable, weight_places
 
 BUNDLED = Path(__file__).parent / "bundled"
 
@@ -75,6 +76,8 @@ class ModelSource:
             )
         if self.shape is not None and "model_type" not in self.shape:
             raise ValueError(f"model.shape needs a model_type, for example llama, got only {', '.join(self.shape)}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"model.seed must be from 0 to {2**63 - 1}, got {self.seed}")
 
     def model(self, device: torch.device | None = None) -> PreTrainedModel:
         """Load (or make) the model in evaluation mode, without a cache, on `device` (the CPU if None).
@@ -87,6 +90,7 @@ class ModelSource:
         else:
             dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
             options = {"dtype": dtype, "weights_only": True, "output_loading_info": True}
+            self._config_and_dtype()  # refuses what no weights need to be read for
             model, loaded = self._load(AutoModelForCausalLM, "model.name", self.name, self.revision, **options)
             if missing := sorted(loaded["missing_keys"]):  # transformers fills them with random numbers
                 raise ValueError(
@@ -182,13 +186,14 @@ class ModelSource:
         """Load the tokenizer.
 
         Raises:
-            ValueError: If there is none, with what was tried.
+            ValueError: If there is none, with what was tried, or it has no tokens.
         """
-        if self.tokenizer is not None:
-            return self._load(AutoTokenizer, "model.tokenizer", self.tokenizer, None)
-        if self.shape is not None:
-            return self._load(AutoTokenizer, "model.tokenizer", "bundled", None)
-        return self._load(AutoTokenizer, "model.name", self.name, self.revision)
+        option, name, revision = "model.name", self.name, self.revision
+        if self.tokenizer is not None or self.shape is not None:
+            option, name, revision = "model.tokenizer", self.tokenizer or "bundled", None
+        tokenizer = self._load(AutoTokenizer, option, name, revision)
+        _require_tokens(tokenizer, option, name)
+        return tokenizer
 
     def identity(self) -> dict[str, Any]:
         """What identifies the weights: a digest of local files, a hub name with its revision, or a shape."""
@@ -220,8 +225,12 @@ class ModelSource:
             raise ValueError(f"model.revision belongs to names on the hub, got {revision!r} with the directory {path}")
         if path is None:
             _ask_hub_once(option, name, revision)
+        elif auto is not AutoTokenizer:
+            require_format(path, option)
+        if path is not None and auto is AutoModelForCausalLM and not weight_places(path, option):
+            raise ValueError(f"{option} needs a directory with model.safetensors or its parts, got {path} without them")
         try:
-            return auto.from_pretrained(
+            loaded: Any = auto.from_pretrained(
                 path or name,
                 revision=revision or "main",
                 trust_remote_code=self.trust_remote_code,
@@ -234,6 +243,9 @@ class ModelSource:
                 f"{option} needs `bundled`, a directory in Hugging Face format or a hub name; "
                 f"{where} could not be read as {auto.__name__}: {_said(error)}{cure}"
             ) from error
+        if auto is AutoConfig:
+            require_prunable(loaded, path or name, option)
+        return loaded
 
 
 def _no_shape(error: Exception) -> ValueError:
@@ -269,6 +281,22 @@ def _said(error: Exception) -> str:
     return shorten(f"{error}", 500) or type(error).__name__
 
 
+def _require_tokens(tokenizer: PreTrainedTokenizerBase, option: str, name: str) -> None:
+    """Check that `tokenizer` has tokens beside the special ones: without its files transformers makes an empty one.
+
+    Raises:
+        ValueError: If it has not; all text would become nothing, or unknown tokens.
+    """
+    special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}  # pyright: ignore
+    vocabulary = tokenizer.get_vocab()
+    if len(vocabulary.keys() - special) < 2:  # some empty ones have a word separator
+        raise ValueError(
+            f"{option} needs a tokenizer with a vocabulary, got {name}, which gives an empty "
+            f"{type(tokenizer).__name__} of {len(vocabulary)} special tokens; copy the missing files, such as "
+            f"tokenizer.json, or give model.tokenizer"
+        )
+
+
 def _require_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Check that every id of `tokenizer` has an embedding in `model`.
 
@@ -276,9 +304,10 @@ def _require_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
         ValueError: If it has not; the model would fail with an index error in its first forward pass.
     """
     embeddings = model.get_input_embeddings().get_parameter("weight").shape[0]
-    if len(tokenizer) > embeddings:
+    needed = max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)
+    if needed > embeddings:
         raise ValueError(
-            f"the tokenizer's ids need {len(tokenizer)} embeddings, the model has {embeddings}; "
+            f"the tokenizer's ids need {needed} embeddings, the model has {embeddings}; "
             f"give the model's own tokenizer as model.tokenizer"
         )
 
@@ -289,6 +318,7 @@ def _directory(option: str, name: str) -> Path | None:
     if name and path.is_dir():
         return path
     if not name or path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        refuse_gguf(path, option)
         what = "is a file" if name and path.exists() else "does not exist"
         raise ValueError(
             f"{option} needs `bundled`, a directory in Hugging Face format or a hub name, got {name!r}, which {what}"
