@@ -117,17 +117,21 @@ class TextSource(ABC):
         return part_of(rows, *self._range(split))
 
 
-def bucket(key: str | bytes | None) -> int:
+def bucket(key: str | None) -> int:
     """One of 100 hash buckets, which decides the split of a document."""
-    content = key if isinstance(key, bytes) else (key or "").encode()
-    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big") % 100
+    return bucket_of_digest(hashlib.sha256((key or "").encode()).digest())
+
+
+def bucket_of_digest(digest: bytes) -> int:
+    """The bucket of a document whose key has this sha256."""
+    return int.from_bytes(digest[:8], "big") % 100
 
 
 class StandardLibrary(TextSource):
     """The source code of this Python's standard library, tests excluded: text that every machine has.
 
-    Files fall into splits by a hash of their path below the library, so that the split survives Python
-    versions. The text itself differs between versions, so perplexities compare only within one.
+    Files fall into splits by a hash of their path below the library, which is the same in all Python
+    versions. The text differs between versions, so perplexities compare only within one.
     """
 
     key = "path"
@@ -137,7 +141,7 @@ class StandardLibrary(TextSource):
         return "the Python standard library"
 
     def load(self, split: Split) -> Documents:
-        """The paths of all library files; the splits are carved out of them, `documents` reads them."""
+        """The paths of all library files; `documents` reads them."""
         root, found = _library(), []
         for folder, folders, names in os.walk(root):
             folders[:] = [name for name in folders if name not in NOT_LIBRARY]  # os.walk then leaves them out
@@ -147,7 +151,7 @@ class StandardLibrary(TextSource):
         return Dataset.from_dict({"path": [path.relative_to(root).as_posix() for path in sorted(found)]})
 
     def documents(self, split: Split) -> Documents:
-        """As `TextSource.documents`; a file is read when it is asked for, so the text is never all in memory."""
+        """As `TextSource.documents`; each file is read when its row is, so memory never holds all of the text."""
         paths = super().documents(split)
         assert isinstance(paths, Dataset)
         return paths.with_transform(_read_library_files)

@@ -1,11 +1,12 @@
 """Local files as a source of text: plain text, JSON, CSV and Parquet."""
 
 import hashlib
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from recon.data.damage import damage
-from recon.data.sources import Documents, Split, TextSource, bucket, read, text_of
+from recon.data.sources import Documents, Split, TextSource, bucket_of_digest, read, text_of
 
 BUILDERS = {
     "txt": "text",
@@ -93,8 +94,12 @@ class TextFiles(TextSource):
     def _whole(self, split: Split) -> list[Path]:
         """The files of train whose contents' hash puts them into `split`; equal files share a split."""
         buckets = self._buckets(split)
+        return [file for file, bucket in self._bucket_of_file.items() if bucket in buckets]
+
+    @cached_property
+    def _bucket_of_file(self) -> dict[Path, int]:
         self._kind("train")
-        return [file for file in self.files["train"] if _content_bucket(file) in buckets]
+        return {file: bucket_of_digest(_digest(file)) for file in self.files["train"]}
 
     def _is_text(self, split: Split) -> bool:
         return {_builder(file) for file in self.files[split]} == {"text"}
@@ -140,8 +145,7 @@ class TextFiles(TextSource):
             for file in files:
                 digest.update(f"{split} {file.name}".encode())
                 if file.is_file():  # if not, `load` says so
-                    with file.open("rb") as stream:
-                        digest.update(hashlib.file_digest(stream, "sha256").digest())
+                    digest.update(_digest(file))
         return {"source": "TextFiles", "column": self.column, "sha256": digest.hexdigest()}
 
 
@@ -153,5 +157,6 @@ def _option(split: Split) -> str:
     return "data.source.paths" if split == "train" else f"data.source.{split}_paths"
 
 
-def _content_bucket(file: Path) -> int:
-    return bucket(file.read_bytes())
+def _digest(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()

@@ -40,12 +40,12 @@ UNREADABLE = (
     StrictDataclassError,
     UnpicklingError,
 )
-"""What transformers raises on a missing, damaged or foreign model."""
+"""Errors of transformers on a missing, damaged or foreign model."""
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Which model, from where, in which precision.
+    """A model by its source and the precision of its weights.
 
     Args:
         name: `bundled`, a directory in Hugging Face format, a name on the hub, or `random`. An existing
@@ -53,7 +53,7 @@ class ModelSource:
         shape: For `random`: the model's configuration, `model_type` included.
         dtype: Precision of the weights: float32, bfloat16, float16, or `auto` for the stored one.
         revision: Commit, tag or branch of a hub model.
-        tokenizer: Where the tokenizer is, if not with the model; for `random` the bundled one by default.
+        tokenizer: Source of the tokenizer, if it is not with the model; for `random` the bundled one by default.
         trust_remote_code: Run code that comes with the model. Off, because it can do anything.
         seed: Decides the weights of a `random` model.
     """
@@ -90,7 +90,7 @@ class ModelSource:
         else:
             dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
             options = {"dtype": dtype, "weights_only": True, "output_loading_info": True}
-            self._config_and_dtype()  # refuses what no weights need to be read for
+            self._config_and_dtype()  # refuses a model by its configuration before its weights are read
             model, loaded = self._load(AutoModelForCausalLM, "model.name", self.name, self.revision, **options)
             if missing := sorted(loaded["missing_keys"]):  # transformers fills them with random numbers
                 raise ValueError(
@@ -112,10 +112,10 @@ class ModelSource:
         return empty(AutoModelForCausalLM, config, dtype, self.trust_remote_code)
 
     def hollow(self) -> PreTrainedModel:
-        """The model with its buffers, in evaluation mode, without a cache, each parameter NaN in a single number.
+        """The model with its buffers, in evaluation mode, without a cache; each parameter is a single NaN, expanded.
 
-        What is computed with such a parameter shows it, and it can be given data by `parameter.data = ...`, which one
-        on the meta device refuses.
+        Results computed with such a parameter are NaN. `parameter.data = ...` gives it data, which parameters on the
+        meta device refuse.
 
         Raises:
             ValueError: If there is no such model, with what was tried.
@@ -152,7 +152,7 @@ class ModelSource:
         except UNREADABLE as error:
             raise ValueError(
                 f"model.name needs `bundled`, a directory in Hugging Face format or a hub name; there is no directory "
-                f"{self.name}, and the files of the hub name could not be had: {_said(error)}"
+                f"{self.name}, and the files of that hub name could not be downloaded: {_said(error)}"
             ) from error
 
     def _config_and_dtype(self) -> tuple[PreTrainedConfig, torch.dtype]:
@@ -196,7 +196,7 @@ class ModelSource:
         return tokenizer
 
     def identity(self) -> dict[str, Any]:
-        """What identifies the weights: a digest of local files, a hub name with its revision, or a shape."""
+        """Identity of the weights: a digest of local files, a hub name with its revision, or a shape."""
         if self.shape is not None:
             return {"shape": self.shape, "seed": self.seed, "dtype": self.dtype}
         path = _directory("model.name", self.name)
@@ -262,7 +262,7 @@ def empty(kind: Any, config: PreTrainedConfig, dtype: torch.dtype, trust_remote_
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Modules made within have parameters on the meta device, and buffers as ever: some are computed when made."""
+    """Modules made within have parameters on the meta device and real buffers, since some compute them when made."""
     register = nn.Module.register_parameter
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -327,17 +327,17 @@ def _directory(option: str, name: str) -> Path | None:
 
 
 def _ask_hub_once(option: str, name: str, revision: str | None) -> None:
-    """Fail at once where the hub cannot be reached: transformers would go on trying for half a minute to ten.
+    """Fail at once if the hub cannot be reached; transformers would retry for half a minute to ten minutes.
 
     Raises:
-        ValueError: If the model is not in the cache and no connection comes about.
+        ValueError: If the model is not in the cache and no connection can be made.
     """
     try:
         if not isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
             get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision))
     except (OSError, ValueError):
         return  # an answer, or offline mode: transformers says what it means
-    except Exception as error:  # of the hub's HTTP library, which is another one from release to release
+    except Exception as error:  # of the hub's HTTP library, which changes between releases
         raise ValueError(
             f"{option} needs `bundled`, a directory in Hugging Face format or a hub name; there is no directory "
             f"{name}, and the Hugging Face hub cannot be reached ({_said(error)}); correct the path, or download "

@@ -1,5 +1,6 @@
 """What can be known before a model is pruned: sizes of all splits, tokens that are text, embeddings, positions."""
 
+import json
 import logging
 
 import pytest
@@ -98,6 +99,17 @@ SHAPE = (
     "{model_type: llama, vocab_size: 2048, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, "
     "num_attention_heads: 2, num_key_value_heads: 2, max_position_embeddings: 64}"
 )
+
+
+def test_the_report_of_a_run_on_one_text_file_says_that_it_was_cut(tmp_path):
+    (tmp_path / "book.txt").write_text(" ".join(f"word{index}" for index in range(4000)))
+    options = ["--data.num_sequences=4", "--data.seq_len=16", "--data.num_validation=2", "--data.num_test=3"]
+    source = ["-c", "data/files", f"--data.source.paths=[{tmp_path}/book.txt]"]
+    model = ["--model.name=random", "--model.shape", SHAPE, "--summary=false"]
+    fit = ["fit", "-c", "scopes/matrix", "--trainer.accelerator=cpu", "--run_dir", str(tmp_path / "run")]
+    assert main([*fit, *source, *options, *model]) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["protocol"]["held_out"] == "95 to 100 % of the train text, by position"
 
 
 @pytest.mark.parametrize("command", ["fit", "prune"])

@@ -58,7 +58,7 @@ def test_a_text_file_falls_into_one_split_as_a_whole(tmp_path):
     assert all(files)
     assert sum(map(len, files)) == 80 == len(set.union(*files))
     assert all(len(words) == 2 * len(names) for words, names in zip(splits, files, strict=True))
-    expected = {f"f{Path(path).stem}" for path in paths if sources.bucket(Path(path).read_bytes()) < 5}
+    expected = {f"f{Path(path).stem}" for path in paths if sources.bucket(Path(path).read_text()) < 5}
     assert files[2] == expected
     assert source.carving("test") == "5 % of train by a hash of each file"
 
