@@ -132,6 +132,7 @@ def prune(
             texts.write(run.text)
         if not run.masks.exists():
             shell, data.tokenizer = live.load(choose_device(parsed.device))
+            data.require(["train"], shell)
             tokens = data.tokens("train")
             prune_to(run.masks, shell, tokens, built.criterion, built.pattern, built.pruning, run.moved)
         stack.pop_all()  # the file lives as long as the masks

@@ -1,4 +1,4 @@
-"""A DataLoader that a resumed run enters where the killed one left it."""
+"""A DataLoader that continues, in a resumed run, at the batch where the killed one stopped."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -8,26 +8,26 @@ from torch.utils.data import DataLoader
 
 
 class ResumableLoader(DataLoader):
-    """A DataLoader that remembers, in its state dict, how many batches of the epoch it has given.
+    """A DataLoader whose state dict counts the batches given in this epoch.
 
-    Lightning saves and restores that state with a checkpoint. The batches before are drawn again and dropped:
-    the tokens lie in memory.
+    Lightning saves and restores that state with a checkpoint. A resumed epoch draws the earlier batches again and
+    drops them, which costs little: the tokens lie in memory.
     """
 
     given = 0
     _skip = 0
 
     def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The batches of an epoch; of the first one after `load_state_dict`, those that are left."""
+        """The batches of an epoch; after `load_state_dict`, the remaining batches of that epoch."""
         self.given, self._skip = self._skip, 0
         for batch in islice(super().__iter__(), self.given, None):
             self.given += 1
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """How many batches of this epoch were given."""
+        """The number of batches given in this epoch."""
         return {"given": self.given}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Leave out as many batches in the next epoch."""
+        """Skip that number of batches in the next epoch."""
         self._skip = state["given"] % len(self)

@@ -1,6 +1,7 @@
 """The data of a run as Lightning knows it: token sequences for training, held-out validation and test."""
 
 import hashlib
+from collections.abc import Iterable
 from typing import Literal
 
 import lightning as L
@@ -8,19 +9,26 @@ import torch.distributed as dist
 from jaxtyping import Int64
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from recon.data.checks import require_embeddings, require_positions, require_text
 from recon.data.loader import ResumableLoader
-from recon.data.sources import HELD_OUT_PERCENT, Split, StandardLibrary, TextSource
+from recon.data.sources import Split, StandardLibrary, TextSource
 from recon.data.tokens import sequences
+
+LARGEST = 2**31 - 1
+"""Of every size: a typing error is refused before it is asked of memory."""
+
+LARGEST_SEED = 2**32 - 1
+"""Numpy takes no larger one."""
 
 
 class TokenData(L.LightningDataModule):
     """Token sequences of one length: calibration from train, held-out validation, test.
 
-    Calibration is what pruning and recovery see; validation is what held-out errors and learning rates
-    are measured on; test is what perplexity is measured on and nothing else sees. The choice of
-    validation and test sequences does not depend on the seed, so runs with several seeds share them.
+    Pruning and recovery use the calibration sequences. Held-out errors and learning rates are measured on
+    validation. Perplexity is measured on test, which nothing else sees. The choice of validation and test
+    sequences does not depend on the seed, so runs with several seeds share them.
 
     Args:
         source: Where the text comes from.
@@ -43,15 +51,15 @@ class TokenData(L.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("num_sequences", num_sequences),
-            ("num_validation", num_validation),
-            ("num_test", num_test),
-        ):
-            if value is not None and value < 1:
-                raise ValueError(f"data.{name} must be at least 1 (or null for all), got {value}")
-        if seq_len < 2 or batch_size < 1:
-            raise ValueError(f"data.seq_len must be >= 2 and data.batch_size >= 1, got {seq_len} and {batch_size}")
+        sizes = {"num_sequences": num_sequences, "num_validation": num_validation, "num_test": num_test}
+        for name, value in sizes.items():
+            if value is not None and not 1 <= value <= LARGEST:
+                raise ValueError(f"data.{name} must be from 1 to {LARGEST} (or null for all), got {value}")
+        for name, value, least in (("seq_len", seq_len, 2), ("batch_size", batch_size, 1)):
+            if not least <= value <= LARGEST:
+                raise ValueError(f"data.{name} must be from {least} to {LARGEST}, got {value}")
+        if not 0 <= seed <= LARGEST_SEED:
+            raise ValueError(f"data.seed must be from 0 to {LARGEST_SEED}, got {seed}")
         self.source = source or StandardLibrary()
         self.num = {"train": num_sequences, "validation": num_validation, "test": num_test}
         self.seq_len = seq_len
@@ -65,7 +73,7 @@ class TokenData(L.LightningDataModule):
         """The sequences of `split`, tokenised at the first call.
 
         Raises:
-            ValueError: If the split holds too few tokens.
+            ValueError: If the split cannot be read, or holds too few tokens.
         """
         if split not in self._tokens:
             assert self.tokenizer is not None, "set TokenData.tokenizer first: tokens are the tokenizer's"
@@ -76,12 +84,50 @@ class TokenData(L.LightningDataModule):
                 self.num[split],
                 seed=self.seed if split == "train" else 0,
                 separator=self.source.separator,
-                origin=f"the {split} split of {self.source}{self._carved(split)}",
+                origin=self._origin(split),
             )
         return self._tokens[split]
 
-    def _carved(self, split: Split) -> str:
-        return "" if self.source.has(split) else f" (it has none: {len(HELD_OUT_PERCENT[split])} % of train by hash)"
+    def require(self, splits: Iterable[Split], model: PreTrainedModel) -> None:
+        """Load and tokenise `splits` now, and check that `model` can take their sequences.
+
+        A run calls this before its first expensive step.
+
+        Args:
+            splits: All that the run will ask for.
+            model: Loaded, or without weights; its embeddings and positions are looked at.
+
+        Raises:
+            ValueError: With all faults at once: splits with too few tokens, sequences without text, ids without an
+                embedding, sequences longer than the model's table of positions.
+        """
+        faults: dict[str, None] = {}  # each once: splits of one file have its faults in common
+        for split in dict.fromkeys(splits):
+            try:
+                tokens, origin = self.tokens(split), self._origin(split)
+                require_embeddings(tokens, model, origin)
+                if self.tokenizer is not None:
+                    require_text(tokens, self.tokenizer, origin)
+            except ValueError as error:
+                faults[str(error)] = None
+        try:
+            require_positions(self.seq_len, model)
+        except ValueError as error:
+            faults[str(error)] = None
+        if faults:
+            raise ValueError("; and ".join(faults))
+
+    def carving(self, split: Split) -> dict[str, str]:
+        """How `split` was cut out of the train text, for the protocol of a report.
+
+        Empty if it consists of documents of its own, or of documents chosen by hash.
+        """
+        is_cut = self.source.is_continuous and not self.source.has(split)
+        return {"held_out": self.source.carving(split)} if is_cut else {}
+
+    def _origin(self, split: Split) -> str:
+        carving = self.source.carving(split)
+        return f"the {split} split of {self.source}{f' (it has none: {carving})' if carving else ''}"
 
     def fingerprint(self, split: Split) -> str:
         """Sha256 over the token ids of `split`."""
@@ -109,12 +155,12 @@ class TokenData(L.LightningDataModule):
         return DataLoader(_Sequences(self.tokens("test")), batch_size=self.batch_size)
 
     def evaluation_dataloader(self) -> DataLoader:
-        """Batches of the split `evaluate_on`, which a run sets: what its perplexity is measured on."""
+        """Batches of the split `evaluate_on`, which a run sets for its perplexity."""
         return self.test_dataloader() if self.evaluate_on == "test" else self.val_dataloader()
 
 
 class _Sequences(Dataset):
-    """Rows of a token matrix as the dicts that causal language models take."""
+    """Rows of a token matrix as dicts for a causal language model."""
 
     def __init__(self, tokens: Int64[Tensor, "num seq_len"]) -> None:
         self.tokens = tokens

@@ -1,8 +1,9 @@
-"""Where text comes from: one interface over the standard library, local files, saved and hub data sets.
+"""Sources of text: one interface over the standard library, saved and hub data sets; local files have their own module.
 
-A source yields documents of one of three splits. Splits that a source does not have of its own are carved
-out of its train split by a hash of each document's key (a path, or the text itself), so a document stays
-in its split when others come and go, and never stands in two.
+A source yields documents of one of three splits. Splits that a source lacks are carved out of its train split, in one
+of two ways. Independent documents are divided by a hash of their key (a path, or the text itself): a document stays in
+its split when others come and go, and never stands in two. One continuous text is cut by position into three
+contiguous parts, because its pieces are not independent of each other.
 """
 
 import hashlib
@@ -18,38 +19,50 @@ from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 from datasets import DatasetDict as DatasetsByName
 from datasets.exceptions import DatasetsError
 
+from recon.data.cutting import part_of
+
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 Documents = Dataset | IterableDataset
 
+UNREADABLE = (DatasetsError, OSError, ValueError, RuntimeError, KeyError, IndexError, TypeError)
+"""What `datasets` raises on missing, damaged or foreign data; RuntimeError where they come with a script."""
+
 HELD_OUT_PERCENT: dict[Split, range] = {"test": range(0, 5), "validation": range(5, 10)}
-"""Which of 100 hash buckets a carved split takes; train keeps the rest."""
+"""Hash buckets, of 100, that a carved split takes; their number is its share of a text cut by position."""
 
 
 class TextSource(ABC):
     """Documents of a train, a validation and a test split.
 
     Attributes:
-        separator: Text put between documents when they are joined, for documents that are pieces of one
-            text, such as lines; None puts the tokenizer's end-of-sequence token there.
-        key: The column whose hash decides in which split a document falls, where splits are carved. The
-            text itself by default, so that equal documents share a split.
+        separator: Text between joined documents, for documents that are pieces of one text, such as lines; None puts
+            the tokenizer's end-of-sequence token there.
+        key: The column whose hash decides the split of a document, where splits are carved. The text itself by
+            default, so that equal documents share a split.
+        unit: The noun for what is hashed.
     """
 
     separator: str | None = None
     key: str = "text"
+    unit: str = "document"
 
     @abstractmethod
     def load(self, split: Split) -> Documents:
-        """Rows of the source's own `split` with columns `text` and `key`; asked for only if it `has` it."""
+        """Rows of the source's own `split` with columns `text` and `key`; called only if it `has` that split."""
 
     @abstractmethod
     def identity(self) -> dict[str, str]:
-        """What identifies the text, found without reading all of it: for fingerprints."""
+        """Identity of the text for fingerprints, found without reading all of it."""
 
     def has(self, split: Split) -> bool:
         """Whether the source has `split` of its own."""
         return split == "train"
+
+    @property
+    def is_continuous(self) -> bool:
+        """Whether the train split is one text, to be cut by position, and not a set of independent documents."""
+        return self.separator is not None
 
     def documents(self, split: Split) -> Documents:
         """Documents of `split` with a column `text`, carved out of train where the source has no such split.
@@ -57,36 +70,78 @@ class TextSource(ABC):
         Raises:
             ValueError: If the source has neither the split nor a train split to carve it from.
         """
-        carved: list[Split] = [name for name in SPLITS if name != "train" and not self.has(name)]
+        carved = self._carved()
         if self.has(split) and not (split == "train" and carved):
             return self.load(split)
         if not self.has("train"):
             raise ValueError(f"{self} has neither a {split} split nor a train split to carve it from")
+        return self._cut(split) if self.is_continuous else self._chosen(split)
+
+    def carving(self, split: Split) -> str:
+        """How `split` is carved out of train, for reports and messages; empty if the source has it."""
+        if self.has(split):
+            return ""
+        begin, end = self._range(split)
+        if self.is_continuous:
+            return f"{begin} to {end} % of the train text, by position"
+        return f"{end - begin} % of train by a hash of each {self.unit}"
+
+    def _carved(self) -> list[Split]:
+        return [name for name in SPLITS if name != "train" and not self.has(name)]
+
+    def _buckets(self, split: Split) -> set[int]:
         if split == "train":
-            buckets = set(range(100)).difference(*(HELD_OUT_PERCENT[name] for name in carved))
-        else:
-            buckets = set(HELD_OUT_PERCENT[split])
-        return self.load("train").filter(lambda key: _bucket(key) in buckets, input_columns=self.key)
+            return set(range(100)).difference(*(HELD_OUT_PERCENT[name] for name in self._carved()))
+        return set(HELD_OUT_PERCENT[split])
+
+    def _range(self, split: Split) -> tuple[int, int]:
+        """First and last per cent of `split` in a text cut by position: train, validation, test."""
+        sizes = {name: len(self._buckets(name)) for name in SPLITS if name == "train" or name in self._carved()}
+        before = sum(sizes[name] for name in SPLITS[: SPLITS.index(split)] if name in sizes)
+        return before, before + sizes[split]
+
+    def _chosen(self, split: Split) -> Documents:
+        """The documents of train whose hash puts them into `split`."""
+        buckets = self._buckets(split)
+        return self.load("train").filter(lambda key: bucket(key) in buckets, input_columns=self.key)
+
+    def _cut(self, split: Split) -> Documents:
+        """The contiguous part of train that is `split`."""
+        rows = self.load("train")
+        if isinstance(rows, IterableDataset):
+            raise ValueError(
+                f"data.source.separator makes {self} one text, to be cut into splits by position, which needs its "
+                f"length, got streaming: true; set data.source.streaming: false, or name a {split} split in "
+                f"data.source.splits"
+            )
+        return part_of(rows, *self._range(split))
 
 
-def _bucket(key: str | None) -> int:
-    return int.from_bytes(hashlib.sha256((key or "").encode()).digest()[:8], "big") % 100
+def bucket(key: str | None) -> int:
+    """One of 100 hash buckets, which decides the split of a document."""
+    return bucket_of_digest(hashlib.sha256((key or "").encode()).digest())
+
+
+def bucket_of_digest(digest: bytes) -> int:
+    """The bucket of a document whose key has this sha256."""
+    return int.from_bytes(digest[:8], "big") % 100
 
 
 class StandardLibrary(TextSource):
     """The source code of this Python's standard library, tests excluded: text that every machine has.
 
-    Files fall into splits by a hash of their path below the library, so that the split survives Python
-    versions. The text itself differs between versions, so perplexities compare only within one.
+    Files fall into splits by a hash of their path below the library, which is the same in all Python
+    versions. The text differs between versions, so perplexities compare only within one.
     """
 
     key = "path"
+    unit = "file"
 
     def __str__(self) -> str:
         return "the Python standard library"
 
     def load(self, split: Split) -> Documents:
-        """The paths of all library files; the splits are carved out of them, `documents` reads them."""
+        """The paths of all library files; `documents` reads them."""
         root, found = _library(), []
         for folder, folders, names in os.walk(root):
             folders[:] = [name for name in folders if name not in NOT_LIBRARY]  # os.walk then leaves them out
@@ -96,7 +151,7 @@ class StandardLibrary(TextSource):
         return Dataset.from_dict({"path": [path.relative_to(root).as_posix() for path in sorted(found)]})
 
     def documents(self, split: Split) -> Documents:
-        """As `TextSource.documents`; a file is read when it is asked for, so the text is never all in memory."""
+        """As `TextSource.documents`; each file is read when its row is, so memory never holds all of the text."""
         paths = super().documents(split)
         assert isinstance(paths, Dataset)
         return paths.with_transform(_read_library_files)
@@ -115,96 +170,6 @@ def _library() -> Path:
 
 def _read_library_files(rows: dict[str, list[str]]) -> dict[str, list[str]]:
     return {"text": [(_library() / path).read_text(encoding="utf-8", errors="replace") for path in rows["path"]]}
-
-
-BUILDERS = {
-    "txt": "text",
-    "text": "text",
-    "json": "json",
-    "jsonl": "json",
-    "csv": "csv",
-    "parquet": "parquet",
-}
-OPTIONS: dict[str, dict[str, Any]] = {
-    "text": {"sample_by": "paragraph"},
-    "csv": {"keep_default_na": False},  # else a document that reads "NA" or "None" is lost
-}
-
-
-class TextFiles(TextSource):
-    """Local text, json, jsonl, csv or parquet files.
-
-    Args:
-        paths: Files of the train split, and of the splits for which no files are given.
-        validation_paths: Files of the validation split; carved out of `paths` if empty.
-        test_paths: Files of the test split; carved out of `paths` if empty.
-        column: The column that holds the text (ignored for text files, whose documents are paragraphs).
-        separator: Text between documents; the tokenizer's end-of-sequence token if not given.
-    """
-
-    def __init__(
-        self,
-        paths: list[str],
-        validation_paths: list[str] | None = None,
-        test_paths: list[str] | None = None,
-        column: str = "text",
-        separator: str | None = None,
-    ) -> None:
-        given = {"train": paths, "validation": validation_paths or [], "test": test_paths or []}
-        self.files = {split: [Path(path).expanduser() for path in files] for split, files in given.items()}
-        self.paths, self.validation_paths, self.test_paths = paths, validation_paths, test_paths
-        self.column = column
-        self.separator = separator
-        files = [path.resolve() for paths_of_split in self.files.values() for path in paths_of_split]
-        if not files:
-            raise ValueError("data.source.paths needs at least one file, got none")
-        twice = sorted({str(path) for path in files if files.count(path) > 1})
-        if twice:
-            raise ValueError(f"data.source needs every file in one split, and once, got {', '.join(twice)} twice")
-
-    def __str__(self) -> str:
-        files = [str(path) for paths in self.files.values() for path in paths]
-        return f"the files {', '.join(files[:3])}{', ...' if len(files) > 3 else ''}"
-
-    def has(self, split: Split) -> bool:
-        """Whether files were given for `split`."""
-        return bool(self.files[split])
-
-    def load(self, split: Split) -> Documents:
-        """Read the files given for `split`.
-
-        Raises:
-            ValueError: If a file is missing, empty, of an unknown kind, or lacks the column.
-        """
-        files = self.files[split]
-        option = "data.source.paths" if split == "train" else f"data.source.{split}_paths"
-        for file in files:
-            if not file.is_file():
-                what = "is a directory" if file.is_dir() else "does not exist"
-                raise ValueError(f"{option} needs existing files, got {file}, which {what}")
-            if file.stat().st_size == 0:
-                raise ValueError(f"{option} needs files with text, got {file}, which is empty (0 bytes)")
-        builders = {BUILDERS.get(file.suffix.removeprefix(".").lower()) for file in files}
-        (builder, *others) = builders
-        if builder is None or others:
-            raise ValueError(
-                f"{option} needs files of one kind out of {', '.join(f'.{suffix}' for suffix in sorted(BUILDERS))}, "
-                f"got {', '.join(sorted({file.suffix or file.name for file in files}))}; rename or convert them"
-            )
-        options = OPTIONS.get(builder, {})
-        rows = _load_dataset(option, builder, data_files=[str(file) for file in files], split="train", **options)
-        return _text(rows, "text" if builder == "text" else self.column, str(self))
-
-    def identity(self) -> dict[str, str]:
-        """A digest of the files' contents."""
-        digest = hashlib.sha256()
-        for split, files in self.files.items():
-            for file in files:
-                digest.update(f"{split} {file.name}".encode())
-                if file.is_file():  # if not, `load` says so
-                    with file.open("rb") as stream:
-                        digest.update(hashlib.file_digest(stream, "sha256").digest())
-        return {"source": "TextFiles", "column": self.column, "sha256": digest.hexdigest()}
 
 
 class SavedDataset(TextSource):
@@ -227,9 +192,10 @@ class SavedDataset(TextSource):
     def _by_split(self) -> dict[str, Dataset]:
         try:
             saved = load_from_disk(self.path)
-        except (OSError, ValueError) as error:  # a file is missing, or is not what it should be
+        except UNREADABLE as error:
             raise ValueError(
-                f"data.source.path needs a directory written by `datasets`' save_to_disk, got {self.path}: {error}"
+                f"data.source.path needs a directory with rows, written by `datasets`' save_to_disk, got {self.path}: "
+                f"{shorten(f'{type(error).__name__}: {error}', 500)}; save the data set again"
             ) from error
         splits = saved if isinstance(saved, DatasetsByName) else {"train": saved}
         return {str(name): rows for name, rows in splits.items()}
@@ -240,7 +206,7 @@ class SavedDataset(TextSource):
 
     def load(self, split: Split) -> Documents:
         """Documents of the saved `split`."""
-        return _text(self._by_split()[split], self.column, str(self))
+        return text_of(self._by_split()[split], self.column, str(self))
 
     def identity(self) -> dict[str, str]:
         """`datasets`' own fingerprints of the splits."""
@@ -256,7 +222,7 @@ class HubDataset(TextSource):
         name: Configuration of the data set, for example `en`.
         revision: Commit, tag or branch; give a commit for reproducible runs.
         column: The column that holds the text.
-        splits: Which of the hub's splits serves as ours; those not named are carved out of train.
+        splits: The hub's split for each of ours; those not named are carved out of train.
         streaming: Read on demand instead of downloading the whole data set.
         separator: Text between documents; the tokenizer's end-of-sequence token if not given.
     """
@@ -278,6 +244,8 @@ class HubDataset(TextSource):
         self.splits = splits or {split: split for split in SPLITS}
         self.streaming = streaming
         self.separator = separator
+        if not path:
+            raise ValueError("data.source.path needs the name of a data set on the hub, got an empty one")
         unknown = set(self.splits) - set(SPLITS)
         if unknown:
             raise ValueError(f"data.source.splits maps {', '.join(SPLITS)}, got {', '.join(sorted(unknown))}")
@@ -291,7 +259,7 @@ class HubDataset(TextSource):
 
     def load(self, split: Split) -> Documents:
         """Documents of the hub's split that serves as `split`."""
-        rows = _load_dataset(
+        rows = read(
             "data.source.path, .name and .splits",
             self.path,
             self.name,
@@ -299,7 +267,7 @@ class HubDataset(TextSource):
             revision=self.revision,
             streaming=self.streaming,
         )
-        return _text(rows, self.column, str(self))
+        return text_of(rows, self.column, str(self))
 
     def identity(self) -> dict[str, str]:
         """Name, configuration and revision, as given."""
@@ -307,20 +275,29 @@ class HubDataset(TextSource):
         return {"source": "HubDataset", "column": self.column, **given}
 
 
-def _load_dataset(option: str, path: str, name: str | None = None, **options: Any) -> Documents:
-    """`datasets.load_dataset`, with errors that say which of our options to look at."""
+def read(option: str, path: str, name: str | None = None, **options: Any) -> Documents:
+    """`datasets.load_dataset`, with errors that name our options.
+
+    Raises:
+        ValueError: If the data set cannot be read.
+    """
     try:
         return load_dataset(path, name, **options)
-    except (DatasetsError, OSError, ValueError) as error:
-        reason = error.__cause__ or error  # what went wrong while reading is wrapped in an error that does not say it
-        what = options.get("data_files") or path
+    except UNREADABLE as error:
+        reason = error.__cause__ or error  # `datasets` wraps the error of the reader in one that does not say it
+        what = ", ".join(options.get("data_files") or [path])
+        cure = "; give data.source.revision: refs/convert/parquet" if "scripts are no longer" in f"{reason}" else ""
         raise ValueError(
-            f"{option} must name a data set that can be read, got {what}: {shorten(str(reason), 500)}"
+            f"{option} must name a data set that can be read, got {what}: {shorten(f'{reason}', 500)}{cure}"
         ) from error
 
 
-def _text(rows: Documents, column: str, source: str) -> Documents:
-    """`rows` with `column` as their only one, called `text`."""
+def text_of(rows: Documents, column: str, source: str) -> Documents:
+    """`rows` with `column` as their only one, called `text`.
+
+    Raises:
+        ValueError: If there is no such column, or it holds no text.
+    """
     names = rows.column_names or list(next(iter(rows), {}))
     if column not in names:
         raise ValueError(

@@ -2,16 +2,17 @@
 
 from array import array
 from collections.abc import Iterator
+from textwrap import shorten
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from recon.data.sources import Documents
+from recon.data.sources import UNREADABLE, Documents
 
 POOL = 32
-"""Sequences are chosen from about this many times as many, so that one long document is not all of them."""
+"""Size of the pool that sequences are drawn from, relative to their number: one long document does not fill it."""
 
 
 def sequences(
@@ -26,9 +27,9 @@ def sequences(
     """Cut documents into sequences of `seq_len` tokens and choose `num_sequences` of them.
 
     Documents are shuffled with the seed, joined, and cut without gaps or overlap, so no sequence holds
-    padding; the sequences are then drawn without replacement from a pool 32 times as large (or from all
-    the text, where there is less). With a separator the documents are pieces of one text and are joined
-    in their own order, empty ones included, as published WikiText-2 numbers do. With
+    padding; the sequences are then drawn without replacement from a pool 32 times as large, or from all
+    the text if it is shorter. With a separator the documents are pieces of one text, and are joined
+    in their own order, empty ones included, as in published WikiText-2 numbers. With
     `num_sequences=None` all of the text is cut, in its own order.
 
     Args:
@@ -41,13 +42,15 @@ def sequences(
         origin: What to call the text in an error.
 
     Raises:
-        ValueError: If the text has too few tokens, with the numbers.
+        ValueError: If the text cannot be read to its end, or has too few tokens, with the numbers.
     """
     wanted = None if num_sequences is None else num_sequences * POOL * seq_len
     if num_sequences is not None and separator is None:
         documents = documents.shuffle(seed=seed)
     ids = array("i")  # 4 bytes a token: the pool is the most memory that this takes
-    for piece in _token_ids(documents, tokenizer, separator):
+    # Few documents at a time, since the tokenizer's own record of a token takes hundreds of bytes. Lines that are
+    # joined with a separator are short, and every border between two batches can fall within one token.
+    for piece in _token_ids(_batches(documents, 16 if separator is None else 10_000, origin), tokenizer, separator):
         ids.extend(piece)
         if wanted is not None and len(ids) >= wanted:
             break
@@ -64,13 +67,26 @@ def sequences(
     return pool[choice[:num_sequences]].long()
 
 
-def _token_ids(documents: Documents, tokenizer: PreTrainedTokenizerBase, separator: str | None) -> Iterator[list[int]]:
+def _batches(documents: Documents, size: int, origin: str) -> Iterator[list[str]]:
+    """Texts of `size` documents at a time; a stream meets damaged data and lost connections only here."""
+    batches = iter(documents.iter(batch_size=size))
+    while True:
+        try:
+            rows = next(batches, None)
+        except UNREADABLE as error:
+            reason = shorten(f"{error.__cause__ or error}", 500)
+            raise ValueError(f"{origin} must be readable to its end, got {type(error).__name__}: {reason}") from error
+        if rows is None:
+            return
+        yield [text or "" for text in rows["text"]]  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+def _token_ids(
+    batches: Iterator[list[str]], tokenizer: PreTrainedTokenizerBase, separator: str | None
+) -> Iterator[list[int]]:
     """Token ids of the joined documents, piece by piece."""
     end: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]  # pyright: ignore[reportAssignmentType]
-    # Few documents at a time, since the tokenizer's own record of a token takes hundreds of bytes. Lines that are
-    # joined with a separator are short, and every border between two batches can fall within what were one token.
-    for rows in documents.iter(batch_size=16 if separator is None else 10_000):
-        texts = [text or "" for text in rows["text"]]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    for texts in batches:
         if separator is not None and any(texts):
             yield _encode(tokenizer, [separator.join(texts) + separator])[0]
         elif any(texts):

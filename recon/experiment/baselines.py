@@ -47,6 +47,7 @@ def measure(
     """
     costs = _Costs(device)
     model, data.tokenizer = source.load(device)
+    data.require(["test"], model)
     if masks is not None:
         masks.validate_for(model)
         masks.apply(model)
@@ -109,6 +110,7 @@ def measure_pruned(
     costs = _Costs(device)
     log.info(f"load {source.name}")
     model, data.tokenizer = source.load(device)
+    data.require(("train", "test", "validation") if options.drift else ("train", "test"), model)
     tokens = data.tokens("train")
     started = time.monotonic()
     masks = prune_to(run.masks, model, tokens, options.criterion, options.pattern, options.pruning, run.moved)
@@ -158,7 +160,7 @@ class _Costs:
             model=source.name,
             seed=data.seed,
             perplexity=evaluation.perplexity,
-            protocol=evaluation.protocol,
+            protocol=evaluation.protocol | data.carving("test"),
             peak_host_bytes=self._peaks.host_bytes,
             peak_device_bytes=self._peaks.device_allocated_bytes,
             baseline_host_bytes=self._baseline,

@@ -9,6 +9,7 @@ import logging
 import lightning as L
 
 from recon.data import TokenData
+from recon.data.sources import Split
 from recon.distributed import ranks
 from recon.distributed.part import Share
 from recon.experiment.directory import RunDirectory
@@ -95,6 +96,8 @@ def _load(job: Job) -> None:
     job.scope.phases.enter(PhaseName.LOAD)
     log.info(f"load {job.scope.source.name}")
     job.scope.load(job.data)
+    measured: tuple[Split, ...] = () if job.options.part is not None else (job.options.evaluate_on,)
+    job.data.require(("train", "validation", *measured), job.scope.model)
 
 
 def _prepare(job: Job, selection: Selection) -> None:

@@ -31,7 +31,7 @@ def build_report(job: Job, training: Training, measured: Measurement) -> Report:
         mask_violations=measured.violations,
         seconds=training.seconds,
         train_tokens=scope.train_tokens,
-        protocol=measured.recovered.protocol,
+        protocol=measured.recovered.protocol | job.data.carving(job.options.evaluate_on),
         run_dir=str(job.run.path),
         environment=environment(job.device) | {"resumed": training.resumed} | training.layout,
         ranks=training.peaks,

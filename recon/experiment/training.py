@@ -43,8 +43,6 @@ def train(job: Job, resumed: bool) -> Training:
         ValueError: If the last checkpoint is that of another run, or windows to merge are missing.
     """
     scope, run = job.scope, job.run
-    for split in ("train", "validation"):
-        job.data.tokens(split)  # now: to tokenise is no part of recovery's seconds
     if job.options.merge:
         require_complete(job)
     num_own, num_missing = len(scope.own_windows), len(scope.missing(scope.own_windows))

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from recon.basics.seeds import isolated_seed
+from recon.models.weight_files import refuse_gguf, require_format, require_prunable, weight_places
 
 BUNDLED = Path(__file__).parent / "bundled"
 
@@ -39,12 +40,12 @@ UNREADABLE = (
     StrictDataclassError,
     UnpicklingError,
 )
-"""What transformers raises on a missing, damaged or foreign model."""
+"""Errors of transformers on a missing, damaged or foreign model."""
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Which model, from where, in which precision.
+    """A model by its source and the precision of its weights.
 
     Args:
         name: `bundled`, a directory in Hugging Face format, a name on the hub, or `random`. An existing
@@ -52,7 +53,7 @@ class ModelSource:
         shape: For `random`: the model's configuration, `model_type` included.
         dtype: Precision of the weights: float32, bfloat16, float16, or `auto` for the stored one.
         revision: Commit, tag or branch of a hub model.
-        tokenizer: Where the tokenizer is, if not with the model; for `random` the bundled one by default.
+        tokenizer: Source of the tokenizer, if it is not with the model; for `random` the bundled one by default.
         trust_remote_code: Run code that comes with the model. Off, because it can do anything.
         seed: Decides the weights of a `random` model.
     """
@@ -75,6 +76,8 @@ class ModelSource:
             )
         if self.shape is not None and "model_type" not in self.shape:
             raise ValueError(f"model.shape needs a model_type, for example llama, got only {', '.join(self.shape)}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"model.seed must be from 0 to {2**63 - 1}, got {self.seed}")
 
     @property
     def is_stored(self) -> bool:
@@ -96,6 +99,7 @@ class ModelSource:
         else:
             dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
             options = {"dtype": dtype, "weights_only": True, "output_loading_info": True}
+            self._config_and_dtype()  # refuses a model by its configuration before its weights are read
             model, loaded = self._load(AutoModelForCausalLM, "model.name", self.name, self.revision, **options)
             if missing := sorted(loaded["missing_keys"]):  # transformers fills them with random numbers
                 raise ValueError(
@@ -117,10 +121,10 @@ class ModelSource:
         return empty(AutoModelForCausalLM, config, dtype, self.trust_remote_code)
 
     def hollow(self) -> PreTrainedModel:
-        """The model with its buffers, in evaluation mode, without a cache, each parameter NaN in a single number.
+        """The model with its buffers, in evaluation mode, without a cache; each parameter is a single NaN, expanded.
 
-        What is computed with such a parameter shows it, and it can be given data by `parameter.data = ...`, which one
-        on the meta device refuses.
+        Results computed with such a parameter are NaN. `parameter.data = ...` gives it data, which parameters on the
+        meta device refuse.
 
         Raises:
             ValueError: If there is no such model, with what was tried.
@@ -157,7 +161,7 @@ class ModelSource:
         except UNREADABLE as error:
             raise ValueError(
                 f"model.name needs `bundled`, a directory in Hugging Face format or a hub name; there is no directory "
-                f"{self.name}, and the files of the hub name could not be had: {_said(error)}"
+                f"{self.name}, and the files of that hub name could not be downloaded: {_said(error)}"
             ) from error
 
     def _config_and_dtype(self) -> tuple[PreTrainedConfig, torch.dtype]:
@@ -191,16 +195,17 @@ class ModelSource:
         """Load the tokenizer.
 
         Raises:
-            ValueError: If there is none, with what was tried.
+            ValueError: If there is none, with what was tried, or it has no tokens.
         """
-        if self.tokenizer is not None:
-            return self._load(AutoTokenizer, "model.tokenizer", self.tokenizer, None)
-        if self.shape is not None:
-            return self._load(AutoTokenizer, "model.tokenizer", "bundled", None)
-        return self._load(AutoTokenizer, "model.name", self.name, self.revision)
+        option, name, revision = "model.name", self.name, self.revision
+        if self.tokenizer is not None or self.shape is not None:
+            option, name, revision = "model.tokenizer", self.tokenizer or "bundled", None
+        tokenizer = self._load(AutoTokenizer, option, name, revision)
+        _require_tokens(tokenizer, option, name)
+        return tokenizer
 
     def identity(self) -> dict[str, Any]:
-        """What identifies the weights: a digest of local files, a hub name with its revision, or a shape."""
+        """Identity of the weights: a digest of local files, a hub name with its revision, or a shape."""
         if self.shape is not None:
             return {"shape": self.shape, "seed": self.seed, "dtype": self.dtype}
         path = _directory("model.name", self.name)
@@ -229,8 +234,12 @@ class ModelSource:
             raise ValueError(f"model.revision belongs to names on the hub, got {revision!r} with the directory {path}")
         if path is None:
             _ask_hub_once(option, name, revision)
+        elif auto is not AutoTokenizer:
+            require_format(path, option)
+        if path is not None and auto is AutoModelForCausalLM and not weight_places(path, option):
+            raise ValueError(f"{option} needs a directory with model.safetensors or its parts, got {path} without them")
         try:
-            return auto.from_pretrained(
+            loaded: Any = auto.from_pretrained(
                 path or name,
                 revision=revision or "main",
                 trust_remote_code=self.trust_remote_code,
@@ -243,6 +252,9 @@ class ModelSource:
                 f"{option} needs `bundled`, a directory in Hugging Face format or a hub name; "
                 f"{where} could not be read as {auto.__name__}: {_said(error)}{cure}"
             ) from error
+        if auto is AutoConfig:
+            require_prunable(loaded, path or name, option)
+        return loaded
 
 
 def _no_shape(error: Exception) -> ValueError:
@@ -259,7 +271,7 @@ def empty(kind: Any, config: PreTrainedConfig, dtype: torch.dtype, trust_remote_
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Modules made within have parameters on the meta device, and buffers as ever: some are computed when made."""
+    """Modules made within have parameters on the meta device and real buffers, since some compute them when made."""
     register = nn.Module.register_parameter
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -278,6 +290,22 @@ def _said(error: Exception) -> str:
     return shorten(f"{error}", 500) or type(error).__name__
 
 
+def _require_tokens(tokenizer: PreTrainedTokenizerBase, option: str, name: str) -> None:
+    """Check that `tokenizer` has tokens beside the special ones: without its files transformers makes an empty one.
+
+    Raises:
+        ValueError: If it has not; all text would become nothing, or unknown tokens.
+    """
+    special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}  # pyright: ignore
+    vocabulary = tokenizer.get_vocab()
+    if len(vocabulary.keys() - special) < 2:  # some empty ones have a word separator
+        raise ValueError(
+            f"{option} needs a tokenizer with a vocabulary, got {name}, which gives an empty "
+            f"{type(tokenizer).__name__} of {len(vocabulary)} special tokens; copy the missing files, such as "
+            f"tokenizer.json, or give model.tokenizer"
+        )
+
+
 def require_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Check that every id of `tokenizer` has an embedding in `model`.
 
@@ -285,9 +313,10 @@ def require_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
         ValueError: If it has not; the model would fail with an index error in its first forward pass.
     """
     embeddings = model.get_input_embeddings().get_parameter("weight").shape[0]
-    if len(tokenizer) > embeddings:
+    needed = max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)
+    if needed > embeddings:
         raise ValueError(
-            f"the tokenizer's ids need {len(tokenizer)} embeddings, the model has {embeddings}; "
+            f"the tokenizer's ids need {needed} embeddings, the model has {embeddings}; "
             f"give the model's own tokenizer as model.tokenizer"
         )
 
@@ -298,6 +327,7 @@ def _directory(option: str, name: str) -> Path | None:
     if name and path.is_dir():
         return path
     if not name or path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        refuse_gguf(path, option)
         what = "is a file" if name and path.exists() else "does not exist"
         raise ValueError(
             f"{option} needs `bundled`, a directory in Hugging Face format or a hub name, got {name!r}, which {what}"
@@ -306,17 +336,17 @@ def _directory(option: str, name: str) -> Path | None:
 
 
 def _ask_hub_once(option: str, name: str, revision: str | None) -> None:
-    """Fail at once where the hub cannot be reached: transformers would go on trying for half a minute to ten.
+    """Fail at once if the hub cannot be reached; transformers would retry for half a minute to ten minutes.
 
     Raises:
-        ValueError: If the model is not in the cache and no connection comes about.
+        ValueError: If the model is not in the cache and no connection can be made.
     """
     try:
         if not isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
             get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision))
     except (OSError, ValueError):
         return  # an answer, or offline mode: transformers says what it means
-    except Exception as error:  # of the hub's HTTP library, which is another one from release to release
+    except Exception as error:  # of the hub's HTTP library, which changes between releases
         raise ValueError(
             f"{option} needs `bundled`, a directory in Hugging Face format or a hub name; there is no directory "
             f"{name}, and the Hugging Face hub cannot be reached ({_said(error)}); correct the path, or download "

@@ -147,7 +147,8 @@ class FullRetraining(Scope):
         """Load the dense model, or only its shape if it is to be partitioned, and give `data` its tokenizer."""
         if not self.partitioned:
             return super().load(data)
-        self.model, data.tokenizer = self.source.skeleton(), self.source.load_tokenizer()
+        self.model = self.source.skeleton()
+        data.tokenizer = self.source.tokenizer_for(self.model)
         self.dtype_to_save = self._dtype_to_save(self.model)
 
     def prepare(

@@ -77,12 +77,12 @@ def hub(monkeypatch, streaming=False, **options) -> HubDataset:
 # --- sources -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("suffix", ["txt", "text", "json", "jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "parquet"])
 def test_every_kind_of_file_gives_the_same_text(tmp_path, suffix):
     source = TextFiles([write(tmp_path, suffix)])
-    assert texts_of(source, "train") == [text for text in TEXTS if sources._bucket(text) >= 10]
-    assert texts_of(source, "validation") == [text for text in TEXTS if 5 <= sources._bucket(text) < 10]
-    assert texts_of(source, "test") == [text for text in TEXTS if sources._bucket(text) < 5]
+    assert texts_of(source, "train") == [text for text in TEXTS if sources.bucket(text) >= 10]
+    assert texts_of(source, "validation") == [text for text in TEXTS if 5 <= sources.bucket(text) < 10]
+    assert texts_of(source, "test") == [text for text in TEXTS if sources.bucket(text) < 5]
 
 
 def test_saved_and_hub_data_sets_give_the_same_text_as_files(tmp_path, monkeypatch):
@@ -98,31 +98,33 @@ def test_saved_and_hub_data_sets_give_the_same_text_as_files(tmp_path, monkeypat
 
 
 def test_carved_splits_are_disjoint_and_complete(tmp_path):
-    source = TextFiles([write(tmp_path, "txt")])
+    source = TextFiles([write(tmp_path, "jsonl")])
     splits = [texts_of(source, split) for split in sources.SPLITS]
     assert sorted(chain(*splits)) == sorted(TEXTS)
     assert all(splits)
-    assert splits == [texts_of(TextFiles([write(tmp_path, "txt")]), split) for split in sources.SPLITS]
+    assert splits == [texts_of(TextFiles([write(tmp_path, "jsonl")]), split) for split in sources.SPLITS]
 
 
 def test_equal_documents_share_a_split(tmp_path):
-    source = TextFiles([write(tmp_path, "txt", TEXTS + TEXTS)])
+    source = TextFiles([write(tmp_path, "jsonl", TEXTS + TEXTS)])
     splits = [set(texts_of(source, split)) for split in sources.SPLITS]
     assert sum(map(len, splits)) == len(set(TEXTS))
 
 
 def test_a_document_stays_in_its_split_when_others_go(tmp_path):
-    before, after = (TextFiles([write(tmp_path, "txt", texts, name=str(len(texts)))]) for texts in (TEXTS, TEXTS[::2]))
+    before, after = (
+        TextFiles([write(tmp_path, "jsonl", texts, name=str(len(texts)))]) for texts in (TEXTS, TEXTS[::2])
+    )
     for split in sources.SPLITS:
         assert texts_of(after, split) == [text for text in texts_of(before, split) if text in TEXTS[::2]]
 
 
 def test_files_given_for_a_split_are_that_split(tmp_path):
-    train, test = write(tmp_path, "txt", TEXTS[:100], name="a"), write(tmp_path, "txt", TEXTS[100:], name="b")
+    train, test = write(tmp_path, "jsonl", TEXTS[:100], name="a"), write(tmp_path, "jsonl", TEXTS[100:], name="b")
     source = TextFiles([train], test_paths=[test])
     assert texts_of(source, "test") == TEXTS[100:]
     assert sorted(texts_of(source, "train") + texts_of(source, "validation")) == sorted(TEXTS[:100])
-    assert len(texts_of(source, "validation")) == sum(5 <= sources._bucket(text) < 10 for text in TEXTS[:100])
+    assert len(texts_of(source, "validation")) == sum(5 <= sources.bucket(text) < 10 for text in TEXTS[:100])
     assert texts_of(TextFiles([], test_paths=[test]), "test") == TEXTS[100:]
     with pytest.raises(ValueError, match=r"neither a train split nor a train split"):
         TextFiles([], test_paths=[test]).documents("train")
@@ -137,7 +139,7 @@ def test_home_directory_is_expanded(tmp_path, monkeypatch):
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
 def test_another_column(tmp_path, suffix):
     source = TextFiles([write(tmp_path, suffix, column="body")], column="body")
-    assert len(texts_of(source, "train")) == sum(sources._bucket(text) >= 10 for text in TEXTS)
+    assert len(texts_of(source, "train")) == sum(sources.bucket(text) >= 10 for text in TEXTS)
     assert source.documents("train").column_names == ["text"]
 
 
@@ -167,8 +169,11 @@ def test_rows_without_text_are_passed_over(tmp_path, tokenizer):
         (["nosuffix"], "got nosuffix; rename or convert"),
         (["corpus.txt", "corpus.jsonl"], r"got \.jsonl, \.txt; rename or convert"),
         (["corpus.txt", "corpus.txt"], "every file in one split, and once, got .*corpus.txt twice"),
-        (["broken.jsonl"], "data.source.paths must name a data set that can be read, got .*broken.jsonl.*: "),
-        (["latin.txt"], "must name a data set that can be read, got .*latin.txt.*utf-8"),
+        (
+            ["broken.jsonl"],
+            r"paths needs files that can be read, got .*broken.jsonl, line 2: it is no JSON \(.*; correct",
+        ),
+        (["latin.txt"], r"got .*latin.txt, line 1: it is not UTF-8 \(byte 0xe4\); convert the file"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path, paths, message):
@@ -221,7 +226,7 @@ def test_saved_data_set_with_splits(tmp_path):
 @pytest.mark.parametrize("path", ["missing", "folder"])
 def test_directory_that_holds_no_data_set(tmp_path, path):
     (tmp_path / "folder").mkdir()
-    with pytest.raises(ValueError, match=f"directory written by `datasets`' save_to_disk, got .*{path}"):
+    with pytest.raises(ValueError, match=f"directory with rows, written by `datasets`' save_to_disk, got .*{path}"):
         SavedDataset(str(tmp_path / path)).documents("train")
 
 
@@ -297,7 +302,7 @@ def test_library_file_stays_in_its_split_whatever_it_and_the_others_hold(library
 def test_split_of_a_path_is_what_it_was():
     # Golden: python -c "import hashlib; print(int(hashlib.sha256(b'ast.py').hexdigest()[:16], 16) % 100)"
     golden = {"ast.py": 96, "json/decoder.py": 93, "statistics.py": 4, "struct.py": 1, "doctest.py": 8, "getpass.py": 5}
-    assert {path: sources._bucket(path) for path in golden} == golden
+    assert {path: sources.bucket(path) for path in golden} == golden
     for split, held_out in (("train", range(10, 100)), ("validation", range(5, 10)), ("test", range(5))):
         paths = {row["path"] for row in StandardLibrary().documents(split).with_format(None)}
         assert {path for path in golden if golden[path] in held_out} == paths & set(golden)
@@ -407,7 +412,7 @@ def test_text_of_empty_rows(tokenizer, separator):
 def make(tmp_path, tokenizer):
     def make(**options) -> TokenData:
         sizes = {"num_sequences": 10, "seq_len": 8, "num_validation": 2, "num_test": 3, "batch_size": 4}
-        data = TokenData(TextFiles([write(tmp_path, "txt")]), **{**sizes, **options})
+        data = TokenData(TextFiles([write(tmp_path, "jsonl")]), **{**sizes, **options})
         data.tokenizer = tokenizer
         return data
 
@@ -417,11 +422,15 @@ def make(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_sequences": 0}, "data.num_sequences must be at least 1 .*, got 0"),
-        ({"num_validation": -1}, "data.num_validation must be at least 1 .*, got -1"),
-        ({"num_test": 0}, "data.num_test must be at least 1 .*, got 0"),
-        ({"seq_len": 1}, "data.seq_len must be >= 2 .* got 1 and 4"),
-        ({"batch_size": 0}, "data.batch_size >= 1, got 8 and 0"),
+        ({"num_sequences": 0}, "data.num_sequences must be from 1 to 2147483647 .*, got 0"),
+        ({"num_validation": -1}, "data.num_validation must be from 1 .*, got -1"),
+        ({"num_test": 0}, "data.num_test must be from 1 .*, got 0"),
+        ({"seq_len": 1}, "data.seq_len must be from 2 to .*, got 1"),
+        ({"batch_size": 0}, "data.batch_size must be from 1 to .*, got 0"),
+        ({"num_sequences": 10**12}, "data.num_sequences must be from 1 to 2147483647 .*, got 1000000000000"),
+        ({"seq_len": 2**31}, "data.seq_len must be from 2 to 2147483647, got 2147483648"),
+        ({"seed": -1}, "data.seed must be from 0 to 4294967295, got -1"),
+        ({"seed": 2**32}, "data.seed must be from 0 to 4294967295, got 4294967296"),
     ],
 )
 def test_sizes_that_make_no_sense(make, options, message):
@@ -466,11 +475,12 @@ def test_calibration_sees_no_held_out_document(make):
 
 def test_too_few_tokens_names_the_split_and_where_it_comes_from(make):
     with pytest.raises(
-        ValueError, match=r"the validation split of the files .*\(it has none: 5 % of train by hash\) holds"
+        ValueError,
+        match=r"the validation split of the files .*\(it has none: 5 % of train by a hash of each document\) holds",
     ):
         make(num_validation=1000).tokens("validation")
     with pytest.raises(
-        ValueError, match=r"10000 sequences of 8 tokens need 80000 tokens, the train split of the files .*t holds"
+        ValueError, match=r"10000 sequences of 8 tokens need 80000 tokens, the train split of the files .*l holds"
     ):
         make(num_sequences=10_000).tokens("train")
 

@@ -1,6 +1,5 @@
 """The weights of a model in its safetensors files, read one at a time and never kept in memory."""
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -11,8 +10,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-"""The file of a model in one file, and the index of one in several."""
+from recon.models.weight_files import FLOATS, INDEX, SINGLE, weight_places
 
 
 class DiskWeights:
@@ -28,7 +26,12 @@ class DiskWeights:
     """
 
     def __init__(self, directory: Path, model: PreTrainedModel) -> None:
-        files = _files(directory)
+        files = weight_places(directory, "model.offload: disk")
+        if not files:
+            raise ValueError(
+                f"model.offload: disk reads {SINGLE} or the files in {INDEX}, {directory} has neither; load the model "
+                f"and save it again with save_pretrained, or choose model.offload: host"
+            )
         state = model.state_dict(keep_vars=True)
         names = _names(files, model, state)
         self._places = {name: (files[key], key) for key, name in names.items() if name in state}
@@ -66,11 +69,17 @@ class DiskWeights:
         for path, members in by_file.items():
             with safe_open(path, framework="pt") as file:
                 for name in members:
-                    shape = torch.Size(file.get_slice(self._places[name][1]).get_shape())
+                    stored = file.get_slice(self._places[name][1])
+                    shape = torch.Size(stored.get_shape())
                     if shape != state[name].shape:
                         raise ValueError(
                             f"model.offload: disk needs weights in the model's own shapes, got {list(shape)} for "
-                            f"{name} {list(state[name].shape)} in {path}; choose model.offload: host"
+                            f"{name} {list(state[name].shape)} in {path}; correct config.json or copy the model again"
+                        )
+                    if state[name].is_floating_point() and stored.get_dtype() not in FLOATS:
+                        raise ValueError(
+                            f"model.offload: disk needs floating-point weights, got {stored.get_dtype()} for {name} in "
+                            f"{path}; write the model again with save_pretrained"
                         )
 
 
@@ -88,17 +97,3 @@ def _names(keys: Iterable[str], model: PreTrainedModel, state: dict[str, Tensor]
         if converted_by is None:
             names[key] = name
     return names
-
-
-def _files(directory: Path) -> dict[str, Path]:
-    """Map the name of each stored tensor to its file."""
-    if (directory / INDEX).exists():
-        places = json.loads((directory / INDEX).read_text())["weight_map"]
-        return {key: directory / file for key, file in places.items()}
-    if (directory / SINGLE).exists():
-        with safe_open(directory / SINGLE, framework="pt") as file:
-            return dict.fromkeys(file.keys(), directory / SINGLE)
-    raise ValueError(
-        f"model.offload: disk reads {SINGLE} or the files in {INDEX}, {directory} has neither; load the model and save "
-        f"it again with save_pretrained, or choose model.offload: host"
-    )
