@@ -4,8 +4,7 @@ A `Report` is one cell of a comparison, `Results` are all of its cells; both are
 tables and the pictures read nothing else. Importing this package imports neither torch nor matplotlib.
 """
 
-from recon.report.drift import draw_drift
-from recon.report.plots.pareto import draw_pareto
+from recon.report.pictures import draw_drift, draw_pareto
 from recon.report.schema import SCOPES, Report, Results
 from recon.report.table import markdown_table, print_table
 

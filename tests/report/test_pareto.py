@@ -16,8 +16,8 @@ from matplotlib.transforms import Bbox
 from recon.report import Report, Results, draw_pareto
 from recon.report.groups import group_cells
 from recon.report.plots.geometry import boxes_overlap, segments_cross, segments_enter
-from recon.report.plots.pareto import pareto_front
-from recon.report.plots.picture import LOOKS, draw_group, plain_style
+from recon.report.plots.pareto import draw_group, pareto_front
+from recon.report.plots.style import LOOKS, plain_style
 
 # perplexity, seconds, MiB
 REALISTIC = {
