@@ -10,11 +10,12 @@ from contextlib import contextmanager
 from mmap import ALLOCATIONGRANULARITY, mmap
 from os import SEEK_END
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
-from torch import Tensor
+
+if TYPE_CHECKING:
+    import torch
 
 
 @contextmanager
@@ -83,7 +84,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def mapped(file: IO[bytes], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def mapped(file: IO[bytes], shape: Sequence[int], dtype: "torch.dtype") -> "torch.Tensor":
     """An uninitialised tensor at the end of `file`, whose pages the system reads and writes back as it sees fit.
 
     A file without a name (`tempfile.TemporaryFile`) may be closed at once: its content goes with the last tensor in
@@ -93,6 +94,8 @@ def mapped(file: IO[bytes], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         OSError: If the disk has no room for all of it. Without reserving it the process would be killed where it
             first writes to a page that the disk has no room for.
     """
+    import torch  # reports are read without it
+
     length = math.prod(shape) * dtype.itemsize
     start = -(-file.seek(0, SEEK_END) // ALLOCATIONGRANULARITY) * ALLOCATIONGRANULARITY
     if hasattr(os, "posix_fallocate"):

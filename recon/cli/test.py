@@ -1,6 +1,5 @@
 """`recon test`: the perplexity of any model or run directory."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,7 @@ def main(args: list[str]) -> int:
     if (path / "report.json").is_file():
         report = _of_run(report, path)
     if run is not None:
-        replace(report, run_dir=str(run.path)).save(run.report)
+        report.replace(run_dir=str(run.path)).save(run.report)
     console = Console(highlight=False, soft_wrap=True)
     if config.summary:
         print_table(Results([report]), console)
@@ -64,8 +63,7 @@ def _of_run(report: Report, path: Path) -> Report:
     """`report`, named as the run in `path` is; compared with its references if they were measured alike."""
     held = Report.load(path / "report.json")
     alike = held.protocol == report.protocol
-    return replace(
-        report,
+    return report.replace(
         scope=held.scope,
         label=held.label,
         model=held.model,

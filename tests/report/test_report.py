@@ -99,6 +99,28 @@ def test_json_is_strict(tmp_path: Path) -> None:
     assert Report.load(tmp_path / "report.json").perplexity is None
 
 
+def test_a_report_is_frozen_and_a_changed_copy_is_validated() -> None:
+    original = report("matrix")
+    with pytest.raises(ValueError, match="frozen"):
+        original.perplexity = 3.0  # pyright: ignore[reportAttributeAccessIssue]
+    assert original.replace(seed=3) == report("matrix", seed=3)
+    with pytest.raises(ValueError, match="seed"):
+        original.replace(seed="3")
+
+
+def test_peaks_go_by_name() -> None:
+    assert report().peaks == {"host": 620 * 2**20, "device": None}
+    assert report(peak_device_bytes=7).peaks["device"] == 7
+
+
+def test_a_file_without_the_later_fields_still_loads(tmp_path: Path) -> None:
+    payload = report().to_dict()
+    for name in ("model_sparsity", "disk_bytes", "references"):
+        del payload[name]
+    (tmp_path / "report.json").write_text(json.dumps(payload))
+    assert Report.load(tmp_path / "report.json") == report()
+
+
 def test_the_label_defaults_to_the_scope() -> None:
     assert report("matrix").label == "matrix"
     assert report("block", label="block x2").label == "block x2"
@@ -107,10 +129,10 @@ def test_the_label_defaults_to_the_scope() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"scope": "layer"}, r"one of dense, pruned, matrix, submodule, block, full; got 'layer'"),
-        ({"status": "done"}, r"one of ok, failed; got 'done'"),
+        ({"scope": "layer"}, r"must be one of dense, .*, full .*input_value='layer'"),
+        ({"status": "done"}, r"status\n  Input should be 'ok' or 'failed' .*input_value='done'"),
         ({"status": "failed"}, r"must say why"),
-        ({"seconds": math.nan}, r"seconds must be finite; got nan for scope 'block'"),
+        ({"seconds": math.nan}, r"seconds\n  Input should be a finite number .*input_value=nan"),
     ],
 )
 def test_impossible_reports_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -121,7 +143,7 @@ def test_impossible_reports_are_refused(changes: dict[str, Any], message: str) -
 def test_from_dict_needs_only_what_has_no_default() -> None:
     payload = {"scope": "block", "model": "m", "criterion": "c", "pattern": "p", "seed": 0}
     assert Report.from_dict(payload) == Report(**payload)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="lacks seed"):
+    with pytest.raises(ValueError, match=r"report: it lacks `seed`$"):
         Report.from_dict({key: payload[key] for key in payload if key != "seed"})
 
 
@@ -135,18 +157,27 @@ def test_whole_numbers_are_read_as_floats() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"perplexty": 3.0}, "page.json has the unknown fields perplexty; known are scope, model"),
+        ({"perplexty": 3.0}, "page.json is no valid report: `perplexty` is an unknown field"),
         (
             {"perplexity": "12"},
-            r"`perplexity` of page.json must be of type float \| None; got '12' of type str",
+            "page.json .*`perplexity` must be a valid number, got '12' of type str",
         ),
-        ({"seed": True}, "`seed` of page.json must be of type int; got True of type bool"),
-        ({"protocol": []}, "`protocol` of page.json must be of type dict"),
+        ({"seed": True}, "page.json .*`seed` must be a valid integer, got True of type bool"),
+        ({"protocol": []}, "page.json .*`protocol` must be a valid dictionary"),
     ],
 )
 def test_from_dict_names_what_is_wrong(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as raised:
         Report.from_dict(report().to_dict() | changes, source="page.json")
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_every_fault_is_named_in_one_line() -> None:
+    with pytest.raises(
+        ValueError, match=r"^page\.json .*`seed`.*; `status` must be 'ok' or 'failed', got 1.*; `x` is"
+    ) as raised:
+        Report.from_dict(report().to_dict() | {"x": 1, "seed": None, "status": 1}, source="page.json")
+    assert len(str(raised.value).splitlines()) == 1
 
 
 # --- Results
@@ -177,12 +208,12 @@ def test_missing_results_name_the_path_and_the_cure(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("{", "strict JSON"),
-        ("[]", "must be of type dict; got"),
+        ("[]", r"results\.json must hold a JSON object as recon writes it; got \[\] of type list"),
         ('{"cells": [NaN]}', "NaN is not strict JSON"),
-        ('{"cells": [1]}', "cell 0 of .*results.json must be of type dict; got 1"),
-        ('{"cells": {}}', "`cells` of .*results.json must be of type list"),
-        ('{"cells": [], "extra": 1}', "unknown fields extra"),
-        ('{"cells": [{"scope": "full"}]}', "cell 0 of .*results.json lacks model, criterion, pattern, seed"),
+        ('{"cells": [1]}', r"results.json .*`cells\[0\]` must be a valid dictionary .*, got 1"),
+        ('{"cells": {}}', "results.json .*`cells` must be a valid list"),
+        ('{"cells": [], "extra": 1}', "`extra` is an unknown field"),
+        ('{"cells": [{"scope": "full"}]}', r"results.json .*lacks `cells\[0\].model`; .*`cells\[0\].seed`$"),
     ],
 )
 def test_broken_results_are_refused(tmp_path: Path, text: str, message: str) -> None:
