@@ -361,7 +361,8 @@ def _evaluate_blockwise(replay: Replay, scope: Scope, data: TokenData) -> Evalua
 
 
 def _written(scope: Scope, run: RunDirectory) -> ModelSource:
-    return ModelSource(str(run.model), dtype="auto", trust_remote_code=scope.source.trust_remote_code)
+    # Computed as the dense model is, or their perplexities would differ by more than their weights do.
+    return ModelSource(str(run.model), dtype=scope.source.dtype, trust_remote_code=scope.source.trust_remote_code)
 
 
 def _throughput(trainer: L.Trainer) -> dict[str, float | None]:

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from textwrap import shorten
@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from recon.basics.seeds import isolated_seed
+from recon.models.stored import dtype_of
 
 BUNDLED = Path(__file__).parent / "bundled"
 
@@ -50,7 +51,8 @@ class ModelSource:
         name: `bundled`, a directory in Hugging Face format, a name on the hub, or `random`. An existing
             directory wins over the hub; `./bundled` and `./random` are directories too.
         shape: For `random`: the model's configuration, `model_type` included.
-        dtype: Precision of the weights: float32, bfloat16, float16, or `auto` for the stored one.
+        dtype: Precision of the weights in memory, in which everything is computed: float32, bfloat16, float16, or
+            `auto` for the stored one. A model is written in its stored precision, whatever it was loaded in.
         revision: Commit, tag or branch of a hub model.
         tokenizer: Where the tokenizer is, if not with the model; for `random` the bundled one by default.
         trust_remote_code: Run code that comes with the model. Off, because it can do anything.
@@ -150,6 +152,19 @@ class ModelSource:
                 f"model.name needs `bundled`, a directory in Hugging Face format or a hub name; there is no directory "
                 f"{self.name}, and the files of the hub name could not be had: {_said(error)}"
             ) from error
+
+    def stored_dtype(self) -> torch.dtype:
+        """The precision of the source's files, in which a recovered model is written; `dtype` for a random model.
+
+        That is the precision of most weights in its safetensors files; without such files, or if their precision is
+        none that recon computes in, the `dtype` of its configuration, float32 by default.
+
+        Raises:
+            ValueError: If there is no such model, with what was tried.
+        """
+        if self.shape is not None:
+            return torch.float32 if self.dtype == "auto" else getattr(torch, self.dtype)
+        return dtype_of(self.files()) or replace(self, dtype="auto")._config_and_dtype()[1]
 
     def _config_and_dtype(self) -> tuple[PreTrainedConfig, torch.dtype]:
         if self.shape is not None:
