@@ -26,6 +26,7 @@ from recon.experiment import checkpoints
 from recon.experiment.directory import RunDirectory, save_model
 from recon.experiment.environment import environment
 from recon.experiment.peaks import largest, peaks_of
+from recon.experiment.sizes import offloaded_parameters, source_size, sparsities, written_sizes
 from recon.models.loading import ModelSource
 from recon.models.offload.opening import DENSE, open_offloaded
 from recon.models.replay import Replay
@@ -120,7 +121,7 @@ def recover(
         say = lambda line: None  # noqa: E731
     phases = scope.phases = Phases(trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
     device = trainer.strategy.root_device
-    dense, pruned = None, None
+    dense, pruned, references = None, None, {}
     predicted = predict()
     with phases.run(run.path if share is None else run.part(share), device):
         phases.enter("load")
@@ -139,7 +140,7 @@ def recover(
                     moved = moved_with(run.masks, masks)
             if baselines and masks and ranks.rank() == 0:
                 phases.enter("evaluate dense and pruned")
-                dense, pruned = _baselines(scope, data, masks, moved, run, device, say)
+                dense, pruned, references = _baselines(scope, data, masks, moved, run, device, say)
             phases.enter("prepare")
             if scope.offload != "none" or (scope.start == "exact" and ranks.rank() == 0):
                 scope.to(device)
@@ -185,7 +186,7 @@ def recover(
         del model, state, scope.model
         if baselines and interleaved is not None:
             phases.enter("evaluate dense and pruned")
-            dense, pruned = _baselines(scope, data, masks, None, run, device, say)
+            dense, pruned, references = _baselines(scope, data, masks, None, run, device, say)
         phases.enter("evaluate")
         recovered, violations = _measure_written(scope, data, masks, run, device)
         drifted = None
@@ -203,6 +204,8 @@ def recover(
         dense_perplexity=dense and dense.perplexity,
         pruned_perplexity=pruned and pruned.perplexity,
         sparsity=masks.sparsity if masks else 0.0,
+        **written_sizes(run.model),
+        references=references,
         mask_violations=violations,
         seconds=seconds,
         train_tokens=scope.train_tokens,
@@ -308,21 +311,25 @@ def _baselines(
     run: RunDirectory,
     device: torch.device,
     say: Callable[[str], None],
-) -> tuple[Evaluation, Evaluation]:
-    """Perplexity of the dense and the pruned model, on a copy that does not outlive the call."""
+) -> tuple[Evaluation, Evaluation, dict[str, dict[str, Any]]]:
+    """Perplexities and zeros of the dense and the pruned model, on a copy that does not outlive the call."""
     if scope.offload == "none":
         model = scope.source.model(device)
         dense = evaluate(model, data.evaluation_dataloader(), data.evaluate_on)
+        zeros = [sparsities(model.named_parameters(), masks)]
         apply(model, masks, moved)
         pruned = evaluate(model, data.evaluation_dataloader(), data.evaluate_on)
+        zeros.append(sparsities(model.named_parameters(), masks))
     else:
         replay = _reopened(scope, scope.source, run, device)
         dense = _evaluate_blockwise(replay, scope, data)
         assert replay.residence is not None
+        zeros = [sparsities(offloaded_parameters(replay.residence), masks)]
         replay.residence.amend = amend_by(masks, moved, replay.residence)
         pruned = _evaluate_blockwise(replay, scope, data)
+        zeros.append(sparsities(offloaded_parameters(replay.residence), masks))
     say(f"{data.evaluate_on} perplexity  dense {dense.perplexity:.3f}  pruned {pruned.perplexity:.3f}")
-    return dense, pruned
+    return dense, pruned, {"dense": zeros[0] | source_size(scope.source), "pruned": zeros[1]}
 
 
 def _measure_written(

@@ -185,7 +185,7 @@ def plan(comparison: Comparison, model: dict[str, Any], describe: Callable[[type
             chosen.append(f"--pruning.allocation={json.dumps(allocation)}")
             of_pattern += f", {describe(Allocation, allocation)}"
         common = [*of_model, *text, *chosen, "--seed_everything", str(seed)]
-        pruned = cell("pruned", ["prune", *common, *silent])
+        pruned = cell("pruned", ["prune", *common, "--baselines", "false", *silent])
         masks = ["--masks", str(pruned.directory / "masks.safetensors")]
         of_criterion = describe(Criterion, criterion)
         yield Group(model, of_criterion, of_pattern, seed, dense, pruned, partial(fit, common, masks))
