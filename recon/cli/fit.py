@@ -1,5 +1,6 @@
 """`recon fit`: prune a model and recover it at one scope, configured by LightningCLI."""
 
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,8 @@ from recon.experiment.directory import RunDirectory, digest
 from recon.experiment.environment import versions
 from recon.experiment.recovery import recover
 from recon.planner.prediction import forecast
-from recon.report import Results, print_table
+from recon.report import Results, print_table, table_console, with_references
+from recon.report.log import LOG, log_to
 from recon.scopes import FullRetraining, Scope
 from recon.scopes.local.module import LocalScope
 
@@ -34,6 +36,7 @@ NOT_FINGERPRINTED = (
     "evaluate_on",
     "drift",
     "summary",
+    "verbose",
     "trainer",
     "checkpoint_every_n_steps",
 )
@@ -97,6 +100,7 @@ class FitCLI(LightningCLI):
             help="Optimizer steps between two checkpoints of full retraining.",
         )
         parser.add_argument("--summary", type=bool, default=True, help="Print the report as a table in the end.")
+        parser.add_argument("--verbose", action="store_true", help="Add tables of memory, predictions and drift.")
         add_pruning_arguments(parser)
         parser.link_arguments("seed_everything", "data.seed")
 
@@ -177,8 +181,15 @@ def run(args: list[str], merge: bool = False) -> int:
         trainer.callbacks.append(Checkpoints(directory.checkpoints, cli.config.checkpoint_every_n_steps))  # pyright: ignore[reportAttributeAccessIssue]
     exclude = () if built.pruning is None else tuple(built.pruning.exclude)
     console = Console(highlight=False, soft_wrap=True)
+
+    def say(line: str) -> None:
+        console.print(line)
+        logging.getLogger("recon").info(line)
+
+    log = (directory.path if cli.share is None else directory.part(cli.share)) / LOG
+    logged = log_to(log)(recover) if first else recover
     try:
-        report = recover(
+        report = logged(
             scope,
             data,
             trainer,
@@ -190,7 +201,7 @@ def run(args: list[str], merge: bool = False) -> int:
             cli.config.baselines,
             cli.config.evaluate_on,
             cli.config.drift,
-            console.print,
+            say,
             cli.share,
             merge,
             partial(forecast, scope, data, trainer, exclude, masked=built.pattern is not None),
@@ -208,7 +219,7 @@ def run(args: list[str], merge: bool = False) -> int:
     if report is None:
         return 0
     if cli.config.summary:
-        print_table(Results([report]), console)
+        print_table(Results(with_references(report)), table_console(), cli.config.verbose)
     path = directory.path
     console.print(f"run directory {path}: model/, report.json, memory.json; tensorboard --logdir {path}/logs")
     return 0
