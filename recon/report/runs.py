@@ -30,10 +30,11 @@ NOT_OF_REFERENCES: dict[str, Any] = {
 def with_references(report: Report) -> list[Report]:
     """The dense and the pruned model that a run was compared with, as far as it measured them, and the run itself."""
     rows = []
+    known = {"pruned_perplexity": report.perplexity} if report.scope == "pruned" else {}
     for scope in ("dense", "pruned"):
         perplexity = getattr(report, f"{scope}_perplexity")
         if perplexity is not None and report.scope not in (scope, "dense"):
-            measured = NOT_OF_REFERENCES | report.references.get(scope, {})
+            measured = NOT_OF_REFERENCES | known | report.references.get(scope, {})
             rows.append(report.replace(scope=scope, label=scope, perplexity=perplexity, run_dir="", **measured))
     return [*rows, report]
 

@@ -42,9 +42,9 @@ def outcome(cell: Cell, prefix: str, say: Callable[[str], None]) -> Report | str
 
 
 def _run(cell: Cell, prefix: str, say: Callable[[str], None]) -> str | None:
-    """Run a cell, repeating its lines behind `prefix` and keeping them in its `log.txt`; why it failed, if it did."""
+    """Run a cell, repeat its lines behind `prefix`, keep them in its `output.txt`; the reason if it failed."""
     cell.directory.mkdir(parents=True, exist_ok=True)
-    log_file = cell.directory / "log.txt"
+    log_file = cell.directory / "output.txt"
     command = [sys.executable, "-m", "recon", *cell.command]
     with (
         log_file.open("w") as log,
