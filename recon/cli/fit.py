@@ -179,6 +179,9 @@ def run(args: list[str], merge: bool = False) -> int:
         trainer.loggers = [TensorBoardLogger(str(directory.path), name="logs", version=version)]
     if isinstance(scope, FullRetraining):
         trainer.callbacks.append(Checkpoints(directory.checkpoints, cli.config.checkpoint_every_n_steps))  # pyright: ignore[reportAttributeAccessIssue]
+    for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+        if not cli.config.verbose and hasattr(callback, "print_table"):
+            callback.print_table = False
     exclude = () if built.pruning is None else tuple(built.pruning.exclude)
     console = Console(highlight=False, soft_wrap=True)
 

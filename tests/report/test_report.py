@@ -13,7 +13,15 @@ from rich.console import Console
 from recon.report import SCOPES, Report, Results, markdown_table, print_table
 from recon.report.groups import group_cells
 
-PERPLEXITIES = {"dense": 10.0, "pruned": 20.0, "matrix": 14.0, "submodule": 12.0, "block": 11.5, "full": 21.0}
+PERPLEXITIES = {
+    "dense": 10.0,
+    "sparse": 10.5,
+    "pruned": 20.0,
+    "matrix": 14.0,
+    "submodule": 12.0,
+    "block": 11.5,
+    "full": 21.0,
+}
 
 
 def report(scope: str = "block", **changes: Any) -> Report:
@@ -48,9 +56,9 @@ def failed(scope: str = "block", **changes: Any) -> Report:
     return report(scope, **(values | {"status": "failed", "error": "out of memory"} | changes))
 
 
-def printed(results: Results, width: int = 80) -> str:
+def printed(results: Results, width: int = 80, verbose: bool = False) -> str:
     file = io.StringIO()
-    print_table(results, Console(file=file, width=width))
+    print_table(results, Console(file=file, width=width), verbose)
     return file.getvalue()
 
 
@@ -188,7 +196,7 @@ def test_saved_results_come_back_equal_from_file_and_directory(tmp_path: Path) -
     results.save(tmp_path / "results.json")
     assert Results.load(tmp_path / "results.json") == results
     assert Results.load(str(tmp_path)) == results
-    assert json.loads((tmp_path / "results.json").read_text())["cells"][2]["recovered"] == 0.6
+    assert json.loads((tmp_path / "results.json").read_text())["cells"][3]["recovered"] == 0.6
 
 
 def test_a_single_run_reads_as_results_of_one_cell(tmp_path: Path) -> None:
@@ -272,10 +280,11 @@ def test_no_number_is_ever_cut_or_wrapped(width: int) -> None:
         assert re.search(expected, text, re.MULTILINE), text
 
 
-def test_the_widest_table_fits_80_columns() -> None:
-    cells = [report(scope, seed=seed, peak_device_bytes=9 * 2**30) for scope in SCOPES for seed in (0, 1, 2)]
+def test_the_widest_table_fits_100_columns() -> None:
+    sizes = {"peak_device_bytes": 9 * 2**30, "model_sparsity": 0.4, "disk_bytes": 9 * 2**30}
+    cells = [report(scope, seed=seed, **sizes) for scope in SCOPES for seed in (0, 1, 2)]
     cells.append(failed(seed=3))
-    assert max(len(line) for line in printed(Results(cells)).splitlines()) <= 80
+    assert max(len(line) for line in printed(Results(cells)).splitlines()) <= 100
 
 
 def test_each_group_is_a_section() -> None:
@@ -290,7 +299,7 @@ def test_markdown_holds_the_strings_of_the_printed_table() -> None:
     assert "| submodule \\| x | 12.00 | 80.0 | 50.0 | 620 | 33.0 | 131 | ok |" in text.splitlines()
     rows = [re.split(r"(?<!\\)\|", line) for line in text.splitlines() if line.startswith("|")]
     assert {len(row) for row in rows} == {10}
-    assert len(rows) == 2 + 7
+    assert len(rows) == 2 + len(SCOPES) + 1
     assert "- block x9 (seed 0) failed in runs/demo/block: out of memory" in text
 
 
@@ -347,7 +356,7 @@ def sharded(strategy: str, *ranks: dict[str, Any], seed: int = 0, **changes: Any
 
 def memory_rows(results: Results, width: int = 80) -> list[str]:
     """The second table's lines, each with its runs of spaces folded."""
-    lines = printed(results, width).split("memory per process (MiB)\n")[1].splitlines()
+    lines = printed(results, width, verbose=True).split("memory per process (MiB)\n")[1].splitlines()
     return [" ".join(line.split()) for line in lines]
 
 
@@ -386,7 +395,9 @@ def test_what_is_not_known_of_a_split_is_not_made_up() -> None:
 
 
 def test_memory_per_process_is_a_table_of_markdown_too() -> None:
-    text = markdown_table(Results([sharded("fsdp2", process(6, 6, 12, host=50), process(6, 6, 12, host=40))]))
+    results = Results([sharded("fsdp2", process(6, 6, 12, host=50), process(6, 6, 12, host=40))])
+    assert "memory" not in markdown_table(results)
+    text = markdown_table(results, verbose=True)
     title, table = text.split("\n\n")[-3:-1]
     assert title == "**memory per process (MiB)**"
     header, _, row = table.splitlines()
@@ -398,4 +409,4 @@ def test_memory_per_process_is_a_table_of_markdown_too() -> None:
 
 @pytest.mark.parametrize("ranks", [[], [{}], [process(host=60)], [{"peak_host_bytes": 7, "baseline_host_bytes": None}]])
 def test_without_a_split_there_is_no_second_table(ranks: list[dict[str, Any]]) -> None:
-    assert "memory per process" not in printed(Results([report(ranks=ranks)]))
+    assert "memory per process" not in printed(Results([report(ranks=ranks)]), verbose=True)
