@@ -21,13 +21,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def tested(path: Path, to: Path, *more: str) -> dict[str, Any]:
+def outcome(path: Path, to: Path, *more: str) -> dict[str, Any]:
     assert main(["test", str(path), "--run_dir", str(to), *more]) == 0
     return json.loads((to / "report.json").read_text())
 
 
 def test_a_run_without_a_model_is_its_source_under_masks_and_moved_weights(runs: Path, tmp_path: Path) -> None:
-    report, held = tested(runs / "pruned", tmp_path), json.loads((runs / "pruned" / "report.json").read_text())
+    report, held = outcome(runs / "pruned", tmp_path), json.loads((runs / "pruned" / "report.json").read_text())
     assert report["perplexity"] == held["perplexity"]
     assert (report["scope"], report["criterion"], report["mask_violations"]) == ("pruned", "sparsegpt", 0)
     assert report["sparsity"] == held["sparsity"]
@@ -35,7 +35,7 @@ def test_a_run_without_a_model_is_its_source_under_masks_and_moved_weights(runs:
 
 
 def test_the_model_within_a_run_is_the_run(runs: Path, tmp_path: Path) -> None:
-    one, other = tested(runs / "fit", tmp_path / "a"), tested(runs / "fit" / "model", tmp_path / "b")
+    one, other = outcome(runs / "fit", tmp_path / "a"), outcome(runs / "fit" / "model", tmp_path / "b")
     for field in ("scope", "label", "perplexity", "sparsity", "mask_violations", "recovered", "protocol"):
         assert one[field] == other[field], field
     assert one["scope"] == "matrix"
@@ -43,12 +43,12 @@ def test_the_model_within_a_run_is_the_run(runs: Path, tmp_path: Path) -> None:
 
 def test_a_sparse_model_is_not_called_dense(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(runs / "fit" / "model", tmp_path / "copy")
-    report = tested(tmp_path / "copy", tmp_path / "t", *DATA)
+    report = outcome(tmp_path / "copy", tmp_path / "t", *DATA)
     assert report["scope"] == "sparse"
     assert report["sparsity"] == pytest.approx(0.6, abs=0.01)
     assert 0 < report["model_sparsity"] < report["sparsity"]
     assert any(line.startswith("sparse ") for line in capsys.readouterr().out.splitlines())
-    assert tested(Path("bundled"), tmp_path / "d", *DATA)["scope"] == "dense"
+    assert outcome(Path("bundled"), tmp_path / "d", *DATA)["scope"] == "dense"
 
 
 def test_a_run_without_model_and_masks_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
