@@ -75,6 +75,11 @@ class RunPaths:
         return self.path / "checkpoints"
 
     @property
+    def log(self) -> Path:
+        """The lines that recon logged."""
+        return self.path / "log.txt"
+
+    @property
     def logs(self) -> Path:
         """The curves for TensorBoard."""
         return self.path / "logs"
@@ -109,6 +114,7 @@ class RunPaths:
             self.window_results,
             self.parts,
             self.checkpoints,
+            self.log,
             self.logs,
             self.model,
             self.report,

@@ -6,7 +6,7 @@ from rich.console import Console
 from recon.cli.arguments import describe, parse
 from recon.experiment.comparison.compare import compare
 from recon.experiment.comparison.spec import Comparison
-from recon.report import draw_drift, draw_pareto, print_table
+from recon.report import draw_drift, draw_pareto, print_table, table_console
 
 
 def build_parser() -> ArgumentParser:
@@ -16,17 +16,19 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument("-c", "--config", action="config", help="YAML file or name of a shipped comparison.")
     parser.add_class_arguments(Comparison)
+    parser.add_argument("--verbose", action="store_true", help="Add tables of memory, predictions and drift.")
     return parser
 
 
 def main(args: list[str]) -> int:
     """Parse, run the cells, print the table, draw the pictures."""
     parser = build_parser()
-    _, built = parse(parser, args)
-    comparison = Comparison(**{key: value for key, value in built.as_dict().items() if key != "config"})
+    config, built = parse(parser, args)
+    options = {key: value for key, value in built.as_dict().items() if key not in ("config", "verbose")}
+    comparison = Comparison(**options)
     console = Console(highlight=False, soft_wrap=True, markup=False)
     results = compare(comparison, describe)
-    print_table(results, Console(highlight=False))
+    print_table(results, table_console(), config.verbose)
     pictures = draw_pareto(results, comparison.path) + draw_drift(results, comparison.path)
     for file in [comparison.path / "results.json", *pictures]:
         console.print(str(file))

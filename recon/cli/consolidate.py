@@ -42,13 +42,13 @@ def main(args: list[str]) -> int:
     if not options["class_path"].endswith(".FullRetraining"):
         raise ValueError(f"consolidate needs a run of FullRetraining, got {options['class_path']}; let the run end")
     source = ModelSource(**{name: options["init_args"][name] for name in SOURCE})
-    model = source.skeleton()
-    if (dtype := options["init_args"]["save_dtype"]) is not None:
-        model = model.to(getattr(torch, dtype))  # pyright: ignore[reportArgumentType]
-    weights = {name: weight.to(model.dtype) for name, weight in consolidate(checkpoint).items()}
+    named = options["init_args"]["save_dtype"]
+    dtype = source.stored_dtype() if named is None else getattr(torch, named)
+    model, weights = source.skeleton().to(dtype), consolidate(checkpoint)  # pyright: ignore[reportArgumentType]
     if options["init_args"].get("parameters") == "lora":
         masks = Masks.load(run.masks)
         merge_state(model, attach(model, masks, masks, Lora(**options["init_args"]["lora"]), seed=0), weights)
+    weights = {name: weight.to(dtype) if weight.is_floating_point() else weight for name, weight in weights.items()}
     model.load_state_dict(weights, assign=True, strict=False)  # tied weights may be there under one name only
     model.tie_weights()
     if missing := [name for name, parameter in model.named_parameters() if parameter.is_meta]:

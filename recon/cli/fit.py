@@ -1,5 +1,6 @@
 """`recon fit`: prune a model and recover it at one scope, configured by LightningCLI."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +30,8 @@ from recon.experiment.recovery import recover
 from recon.planner.prediction import forecast
 from recon.pruning.masks import Masks
 from recon.pruning.prune import Pruning
-from recon.report import Report, Results, print_table
+from recon.report import Report, Results, print_table, table_console, with_references
+from recon.report.log import log_to
 from recon.scopes import Scope
 
 NOT_FINGERPRINTED = (
@@ -41,6 +43,7 @@ NOT_FINGERPRINTED = (
     "evaluate_on",
     "drift",
     "summary",
+    "verbose",
     "trainer",
     "checkpoint_every_n_steps",
 )
@@ -106,6 +109,7 @@ class FitCLI(LightningCLI):
             help="Optimizer steps between two checkpoints of full retraining.",
         )
         parser.add_argument("--summary", type=bool, default=True, help="Print the report as a table in the end.")
+        parser.add_argument("--verbose", action="store_true", help="Add tables of memory, predictions and drift.")
         add_pruning_arguments(parser)
         parser.link_arguments("seed_everything", "data.seed")
 
@@ -187,7 +191,7 @@ def run(args: list[str], merge: bool = False) -> int:
     if report is None:
         return 0
     if cli.config.summary:
-        print_table(Results([report]), console)
+        print_table(Results(with_references(report)), table_console(), cli.config.verbose)
     console.print(f"run directory {path}: model/, report.json, memory.json; tensorboard --logdir {path}/logs")
     return 0
 
@@ -215,12 +219,16 @@ def execute(cli: FitCLI, masks: Masks | None = None, merge: bool = False) -> Rep
     if not trainer.loggers:
         version = "" if cli.share is None else directory.part(cli.share).name  # jobs do not share a curve
         trainer.loggers = [TensorBoardLogger(str(directory.path), name=directory.logs.name, version=version)]
+    for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+        if not cli.config.verbose and hasattr(callback, "print_table"):
+            callback.print_table = False
     if not scope.by_window:
         trainer.callbacks.append(Checkpoints(directory.checkpoints, cli.config.checkpoint_every_n_steps))  # pyright: ignore[reportAttributeAccessIssue]
     if first and not directory.report.exists():
         exclude = tuple(options.pruning.exclude)
         options = replace(options, prediction=forecast(scope, data, trainer, exclude, masked=options.prunes))
-    return recover(scope, data, trainer, directory, options)
+    with log_to(directory.measurements(cli.share).log) if first else nullcontext():
+        return recover(scope, data, trainer, directory, options)
 
 
 def _options(cli: FitCLI, masks: Masks | None, merge: bool) -> RunOptions:

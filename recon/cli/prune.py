@@ -1,4 +1,4 @@
-"""`recon prune`: choose which weights survive, write their masks, measure what that costs."""
+"""`recon prune`: choose the weights that survive, write their masks, measure the pruned model."""
 
 import json
 import shlex
@@ -17,13 +17,14 @@ from recon.experiment.directory import RunDirectory, digest
 from recon.experiment.environment import versions
 from recon.experiment.options import RunOptions
 from recon.models.loading import ModelSource
-from recon.report import Results, print_table
+from recon.report import Results, print_table, table_console, with_references
+from recon.report.log import log_to
 
 
 def build_parser() -> ArgumentParser:
     """The parser of `recon prune`."""
     parser = ArgumentParser(
-        prog="recon prune", exit_on_error=False, description="Choose which weights survive and write their masks."
+        prog="recon prune", exit_on_error=False, description="Choose the weights that survive and write their masks."
     )
     parser.add_argument("-c", "--config", action="config", help="YAML file or name of a shipped configuration.")
     parser.add_argument(
@@ -34,6 +35,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--save_model", type=bool, default=False, help="Write the pruned model too, in Hugging Face format."
     )
+    parser.add_argument("--baselines", type=bool, default=True, help="Measure the dense model's perplexity too.")
     parser.add_argument(
         "--drift",
         type=bool,
@@ -41,6 +43,7 @@ def build_parser() -> ArgumentParser:
         help="Measure on the validation split how far hidden states and predictions are from the dense model's.",
     )
     parser.add_argument("--summary", type=bool, default=True, help="Print the report as a table in the end.")
+    parser.add_argument("--verbose", action="store_true", help="Add tables of memory, predictions and drift.")
     parser.add_class_arguments(ModelSource, "model", instantiate=False)
     parser.add_class_arguments(TokenData, "data")
     add_pruning_arguments(parser)
@@ -58,17 +61,18 @@ def main(args: list[str]) -> int:
     options = {
         key: value
         for key, value in config.as_dict().items()
-        if key not in ("config", "run_dir", "device", "drift", "summary")
+        if key not in ("config", "run_dir", "device", "drift", "baselines", "summary", "verbose")
     }
     source = ModelSource(**config.model.as_dict())
     identity = {"model": source.identity(), "data": built.data.source.identity()}
     fingerprint = {"options": with_short_paths(options), "versions": versions(), **identity}
     run = RunDirectory(Path(config.run_dir or f"runs/prune-{digest(fingerprint)[:8]}"), fingerprint)
     console = Console(highlight=False, soft_wrap=True)
-    chosen = RunOptions(built.criterion, built.pattern, built.pruning, drift=config.drift)
-    report = measure_pruned(source, built.data, run, chosen, choose_device(config.device), config.save_model)
+    chosen = RunOptions(built.criterion, built.pattern, built.pruning, drift=config.drift, baselines=config.baselines)
+    with log_to(run.log):
+        report = measure_pruned(source, built.data, run, chosen, choose_device(config.device), config.save_model)
     if config.summary:
-        print_table(Results([report]), console)
+        print_table(Results(with_references(report)), table_console(), config.verbose)
     moved = run.moved.is_file()
     console.print(f"masks in {run.masks}" + (f", moved weights in {run.moved}" if moved else ""))
     given = [*differing(config, parser.get_defaults()), "--masks", str(run.masks)]

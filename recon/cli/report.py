@@ -1,4 +1,4 @@
-"""`recon report`: print the results of a run or comparison again, or where the memory of a run went."""
+"""`recon report`: print the results of any set of runs and comparisons, or the memory of a run phase by phase."""
 
 import json
 from pathlib import Path
@@ -12,41 +12,44 @@ from rich.table import Table
 from recon.basics.run_paths import RunPaths
 from recon.cli.arrange import arrange
 from recon.cli.errors import usage
-from recon.report import Results, markdown_table, print_table
+from recon.report import collect, markdown_table, print_table, table_console
 from recon.report.memory_phases import phases_section, sides_of
 from recon.report.sections import Section
 
-PIPE_WIDTH = 110
-"""Characters of a line where there is no terminal."""
+
+def build_parser() -> ArgumentParser:
+    """The parser of `recon report`."""
+    parser = ArgumentParser(
+        prog="recon report",
+        exit_on_error=False,
+        description="Print the results of runs and comparisons; those of several in one table.",
+    )
+    parser.add_argument(
+        "paths", type=str, nargs="+", help="Directories of runs or comparisons, results.json or report.json files."
+    )
+    parser.add_argument("--markdown", action="store_true", help="Print a table for a markdown page instead.")
+    parser.add_argument("--verbose", action="store_true", help="Add tables of memory, predictions and drift.")
+    parser.add_argument(
+        "--memory",
+        action="store_true",
+        help="Print the live tensors of each run, phase by phase, instead, and draw memory.png beside its memory.json.",
+    )
+    return parser
 
 
 def main(args: list[str]) -> int:
     """Load, print."""
-    parser = ArgumentParser(
-        prog="recon report", exit_on_error=False, description="Print the results of a run or comparison again."
-    )
-    parser.add_argument(
-        "path", type=str, nargs="+", help="Run or comparison directories, or their results.json or report.json."
-    )
-    parser.add_argument("--markdown", type=bool, default=False, help="Print a table for a markdown page instead.")
-    parser.add_argument(
-        "--memory",
-        type=bool,
-        default=False,
-        help="Print what the bytes of a run were, phase by phase, instead, and draw memory.png beside its memory.json.",
-    )
     with usage():
-        config = parser.parse_args(arrange("report", args))
+        config = build_parser().parse_args(arrange("report", args))
     if config.memory:
-        for path in config.path:
+        for path in config.paths:
             _memory(Path(path))
         return 0
-    loaded = [Results.load(path) for path in config.path]
-    results = loaded[0] if len(loaded) == 1 else Results([cell for one in loaded for cell in one.cells])
+    results, together = collect(config.paths), len(config.paths) > 1
     if config.markdown:
-        print(markdown_table(results))
+        print(markdown_table(results, config.verbose, together))
     else:
-        print_table(results, Console(highlight=False))
+        print_table(results, table_console(), config.verbose, together)
     return 0
 
 
@@ -62,9 +65,7 @@ def _memory(path: Path) -> None:
             f"`recon report --memory` needs a run whose live tensors were tracked, got {path}, whose memory.json has "
             f"no categories; run it again with callbacks.MemoryProfiler and its by_category: true"
         )
-    console = Console(highlight=False)
-    if not console.is_terminal:  # nine columns of numbers need more than the eighty characters of a pipe
-        console = Console(highlight=False, width=PIPE_WIDTH)
+    console: Console = table_console()
     for side in sides:
         section = phases_section(phases, side, device)
         console.print(section.title, style="italic")

@@ -1,6 +1,8 @@
-"""`recon test`: the perplexity of any model or run directory."""
+"""`recon test`: the perplexity of any model or run."""
 
-from dataclasses import replace
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,68 @@ from recon.experiment.directory import RunDirectory
 from recon.experiment.environment import versions
 from recon.models.loading import ModelSource
 from recon.pruning.masks import Masks
-from recon.report import Report, Results, print_table
+from recon.pruning.prune import moved_with
+from recon.report import Report, Results, print_table, table_console, with_references
+
+FINGERPRINT, CONFIG, REPORT, MASKS, MODEL = (
+    "fingerprint.json",
+    "config.yaml",
+    "report.json",
+    "masks.safetensors",
+    "model",
+)
+"""Files and the directory of a run."""
 
 
-def main(args: list[str]) -> int:
-    """Parse, evaluate, report."""
-    quiet()
+@dataclass(frozen=True)
+class Subject:
+    """The model to test.
+
+    Args:
+        run: The directory of the run that made it; None for a model that is no run's.
+        model: Its directory, hub name or `bundled`; None for a run that wrote none, whose source is tested under masks.
+    """
+
+    run: Path | None
+    model: str | None
+
+    @classmethod
+    def of(cls, name: str) -> "Subject":
+        """The model, the run, or the model within a run that `name` means.
+
+        Raises:
+            ValueError: If it is a run with neither model nor masks.
+        """
+        path = Path(name)
+        if path.name == MODEL and (path.parent / FINGERPRINT).is_file():
+            return cls(path.parent, name)
+        if not (path / FINGERPRINT).is_file():
+            return cls(None, name)
+        if (path / MODEL).is_dir():
+            return cls(path, str(path / MODEL))
+        if (path / MASKS).is_file():
+            return cls(path, None)
+        raise ValueError(f"recon test needs a model or a run with model or masks, got {path}, which has none of them")
+
+    def options(self) -> dict[str, Any]:
+        """The options of the run, as its fingerprint has them; none without a run."""
+        return json.loads((self.run / FINGERPRINT).read_text())["options"] if self.run else {}
+
+    def source(self, options: Mapping[str, Any]) -> ModelSource:
+        """Where to load the model from.
+
+        Args:
+            options: Of the model, as given on the command line; a run's source has those of the run instead.
+        """
+        if self.model is not None:
+            return ModelSource(self.model, **options)
+        held = self.options()["model"]
+        held = held.get("init_args", held)
+        return ModelSource(**{name: held[name] for name in ModelSource.__dataclass_fields__ if name in held})
+
+
+def build_parser() -> ArgumentParser:
+    """The parser of `recon test`."""
     parser = ArgumentParser(
         prog="recon test", exit_on_error=False, description="Measure the perplexity of a model or run directory."
     )
@@ -35,53 +93,72 @@ def main(args: list[str]) -> int:
     parser.add_argument("--masks", type=str | None, default=None, help="Masks to apply first.")
     parser.add_class_arguments(ModelSource, "model", skip={"name"}, instantiate=False)
     parser.add_argument("--summary", type=bool, default=True, help="Print the report as a table.")
+    parser.add_argument("--verbose", action="store_true", help="Add tables of memory, predictions and drift.")
     parser.add_class_arguments(TokenData, "data", skip={"seed"})
+    return parser
+
+
+def main(args: list[str]) -> int:
+    """Parse, evaluate, report."""
+    quiet()
+    parser = build_parser()
     with usage():
-        parser.set_defaults(_data_of_run(Path(parser.parse_args(arrange("test", args)).path)))
+        subject = Subject.of(parser.parse_args(arrange("test", args)).path)
+        parser.set_defaults(_data_of_run(subject))
     config, built = parse(parser, args)
-    path = Path(config.path)
-    name = str(path / "model") if (path / "model").is_dir() else config.path
-    source = ModelSource(name=name, **config.model.as_dict())
+    source = subject.source(config.model.as_dict())
     run = None
     if config.run_dir is not None:
         options = {"data": config.data.as_dict(), "device": config.device, "masks": config.masks}
         identity = {"model": source.identity(), "text": built.data.source.identity()}
         run = RunDirectory(Path(config.run_dir), {**options, **identity, "versions": versions()})
-    masks = None if config.masks is None else Masks.load(config.masks)
-    of_run = path / "masks.safetensors"
-    promised = Masks.load(of_run) if of_run.is_file() and (path / "model").is_dir() else None
-    report = measure(source, built.data, choose_device(config.device), masks, promised)
-    if (path / "report.json").is_file():
-        report = _of_run(report, path)
+    report = _measured(subject, source, built.data, config)
     if run is not None:
-        replace(report, run_dir=str(run.path)).save(run.report)
+        report.replace(run_dir=str(run.path)).save(run.report)
     console = Console(highlight=False, soft_wrap=True)
     if config.summary:
-        print_table(Results([report]), console)
+        print_table(Results(with_references(report)), table_console(), config.verbose)
     console.print("  ".join(f"{key.replace('_', ' ')}: {value}" for key, value in report.protocol.items()))
     return 0
 
 
-def _of_run(report: Report, path: Path) -> Report:
-    """`report`, named as the run in `path` is; compared with its references if they were measured alike."""
-    held = Report.load(path / "report.json")
+def _measured(subject: Subject, source: ModelSource, data: TokenData, config: Any) -> Report:
+    """The report of the model: under its run's masks if the run wrote no model, and named as the run is."""
+    device, file = choose_device(config.device), subject.run and subject.run / MASKS
+    masks, promised, moved = None, None, None
+    if config.masks is not None:
+        masks = Masks.load(config.masks)
+    elif file is not None and file.is_file():
+        if subject.model is None:
+            masks = Masks.load(file)
+            moved = moved_with(file, masks)
+        else:
+            promised = Masks.load(file)
+    report = measure(source, data, device, masks, promised, moved)
+    if subject.run is not None and config.masks is None and (subject.run / REPORT).is_file():
+        return _named(report, Report.load(subject.run / REPORT), recovered=subject.model is not None)
+    return report
+
+
+def _named(report: Report, held: Report, recovered: bool) -> Report:
+    """`report`, named as the run that `held` is of; compared with its references if they were measured alike."""
     alike = held.protocol == report.protocol
-    return replace(
-        report,
-        scope=held.scope,
-        label=held.label,
+    return report.replace(
+        scope=held.scope if recovered else report.scope,
+        label=held.label if recovered else report.label,
         model=held.model,
         criterion=held.criterion,
         pattern=held.pattern,
         dense_perplexity=held.dense_perplexity if alike else None,
         pruned_perplexity=held.pruned_perplexity if alike else None,
+        references=held.references if alike else {},
     )
 
 
-def _data_of_run(path: Path) -> dict[str, Any]:
-    """The data options of a run directory, as defaults: a run is tested on the split it was made for."""
-    file = path / "config.yaml"
-    if not file.is_file():
+def _data_of_run(subject: Subject) -> dict[str, Any]:
+    """The data options of a run, as defaults: a run is tested on the split it was made for."""
+    if subject.run is None:
         return {}
-    data = yaml.safe_load(file.read_text()).get("data", {})
-    return {f"data.{key}": value for key, value in data.items() if key != "seed"}
+    file = subject.run / CONFIG
+    options = yaml.safe_load(file.read_text()) if file.is_file() else subject.options()
+    return {f"data.{key}": value for key, value in options.get("data", {}).items() if key != "seed"}

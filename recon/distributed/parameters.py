@@ -5,7 +5,7 @@ is to be zero has to be zero in both. What sees the whole of a parameter here is
 it, for the same parameters in the same order, or all of them wait for ever.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -60,7 +60,9 @@ def copies(parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield "fp32 master copy", trained
 
 
-def gather(model: nn.Module, dtype: torch.dtype, directory: Path, keep: bool) -> dict[str, Tensor]:
+def gather(
+    model: nn.Module, dtype: torch.dtype, directory: Path, keep: bool, exact: Collection[str] = ()
+) -> dict[str, Tensor]:
     """The state dict of a sharded model: master copies where there are some, cast to `dtype`.
 
     Only one parameter is ever whole in memory: what is kept is mapped to a file without a name, which goes with
@@ -71,6 +73,7 @@ def gather(model: nn.Module, dtype: torch.dtype, directory: Path, keep: bool) ->
         dtype: Of floating-point entries.
         directory: Where that file lies, on a disk with room for the model.
         keep: Whether this rank keeps the result; the others return nothing.
+        exact: Names of entries that keep their own dtype.
     """
     entries = model.state_dict()  # first: under FSDP2 this shards again what the last forward pass left whole
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -85,7 +88,8 @@ def gather(model: nn.Module, dtype: torch.dtype, directory: Path, keep: bool) ->
                 kept = by_parameter[id(parameter)]
             else:
                 last = list(copies(parameter))[-1][1]
-                kept = spilled(last, dtype if last.is_floating_point() else last.dtype, spill) if keep else last[:0]
+                cast = last.is_floating_point() and name not in exact
+                kept = spilled(last, dtype if cast else last.dtype, spill) if keep else last[:0]
                 by_parameter[id(parameter)] = kept
             if keep:
                 state[name] = kept

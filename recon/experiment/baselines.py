@@ -1,7 +1,8 @@
-"""The two rows that no scope makes: the dense model, and the pruned one before recovery."""
+"""The rows that no scope makes: a model as it is, dense or sparse, and the pruned one before recovery."""
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -14,9 +15,11 @@ from recon.evaluation.perplexity import Evaluation, evaluate
 from recon.experiment.directory import RunDirectory
 from recon.experiment.environment import environment
 from recon.experiment.options import RunOptions
+from recon.experiment.sizes import source_size, sparsities, written_sizes
 from recon.experiment.writing import save_model
 from recon.models.linear import is_matrix, weight_out_in
 from recon.models.loading import ModelSource
+from recon.models.stored import share_of_zeros
 from recon.profiling.process_memory import PeakMeter, resident_bytes
 from recon.pruning.masks import Masks
 from recon.pruning.prune import moved_with, prune_to
@@ -25,6 +28,9 @@ from recon.report import Report
 
 log = logging.getLogger("recon")
 
+LEAST_SPARSITY = 1e-3
+"""Share of zeros from which a model is called sparse: a few weights are zero by chance, above all in 16 bits."""
+
 
 def measure(
     source: ModelSource,
@@ -32,15 +38,19 @@ def measure(
     device: torch.device,
     masks: Masks | None = None,
     promised: Masks | None = None,
+    moved: Mapping[str, torch.Tensor] | None = None,
 ) -> Report:
     """Perplexity of a model as it is, or under masks, and the peak memory of measuring it.
+
+    The report calls the model pruned if masks are given, sparse if there are zeros in its linear maps, dense otherwise.
 
     Args:
         source: The model.
         data: Test tokens.
         device: Where to compute.
-        masks: Applied first, if given; the report then calls the model pruned, otherwise dense.
-        promised: Masks that the model should keep as it is; the report counts what violates them.
+        masks: Applied first, if given.
+        promised: Masks that the model should keep as it is; the report counts their violations.
+        moved: The weights that survive `masks`, where a criterion has moved them.
 
     Raises:
         ValueError: If the masks belong to another model.
@@ -50,29 +60,29 @@ def measure(
     data.require(["test"], model)
     if masks is not None:
         masks.validate_for(model)
-        masks.apply(model)
+        apply(model, masks, moved)
     evaluation = evaluate(model, data.test_dataloader())
     costs.stop()
     kept = masks if masks is not None else promised
-    given = "none" if masks is None else "given masks"
+    given, zeros = "none" if masks is None else "given masks", share_of_zeros(matrices(model))
     return costs.report(
         source,
         data,
         evaluation,
-        scope="dense" if masks is None else "pruned",
+        scope="pruned" if masks is not None else "sparse" if zeros >= LEAST_SPARSITY else "dense",
         criterion=given,
         pattern=given,
-        sparsity=share_of_zeros(model) if masks is None else masks.sparsity,
+        sparsity=zeros if masks is None else masks.sparsity,
+        model_sparsity=share_of_zeros(model.parameters()),
+        **(source_size(source) if masks is None else {}),
         mask_violations=0 if kept is None else kept.violations(model),
     )
 
 
-def share_of_zeros(model: PreTrainedModel) -> float:
-    """Zeros among the weights of all linear maps but the head, in any model, recovered by recon or not."""
+def matrices(model: PreTrainedModel) -> list[torch.Tensor]:
+    """The weights of all linear maps but the head, in any model, recovered by recon or not."""
     head = model.get_output_embeddings()
-    weights = [weight_out_in(module) for module in model.modules() if is_matrix(module) and module is not head]
-    zeros = sum(weight.numel() - int(weight.count_nonzero()) for weight in weights)
-    return zeros / max(1, sum(weight.numel() for weight in weights))
+    return [weight_out_in(module) for module in model.modules() if is_matrix(module) and module is not head]
 
 
 def measure_pruned(
@@ -91,8 +101,8 @@ def measure_pruned(
         source: The model.
         data: Calibration and test tokens.
         run: Where masks and report go.
-        options: Criterion, pattern, how the model is walked, and whether to measure drift, for which the dense model
-            is loaded again beside the pruned one.
+        options: Criterion, pattern, how the model is walked, and whether to measure the dense perplexity and the
+            drift, for which the dense model is loaded again beside the pruned one.
         device: Where to compute.
         keep_model: Write the pruned model too.
 
@@ -117,10 +127,13 @@ def measure_pruned(
     seconds = time.monotonic() - started
     costs.stop()
     apply(model, masks, moved_with(run.masks, masks))
+    sizes: dict[str, Any] = {"model_sparsity": share_of_zeros(model.parameters())}
     if keep_model:
-        save_model(model, data.tokenizer, run.model)
+        save_model(model.to(source.stored_dtype()), data.tokenizer, run.model)  # pyright: ignore[reportArgumentType]
+        sizes = written_sizes(run.model)
+        # Measured as written, and computed as the dense model is.
+        model = source.at(run.model).model(device)
     evaluation = evaluate(model, data.test_dataloader())
-    drift = measure_drift(source.model(device), model, data.val_dataloader()) if options.drift else None
     report = costs.report(
         source,
         data,
@@ -132,7 +145,8 @@ def measure_pruned(
         mask_violations=masks.violations(model),
         seconds=seconds,
         run_dir=str(run.path),
-        drift=asdict(drift) if drift else {},
+        **sizes,
+        **_compared(source, model, masks, data, device, options),
     )
     report.save(run.report)
     return report
@@ -167,3 +181,24 @@ class _Costs:
             environment=environment(self._device),
             **more,
         )
+
+
+def _compared(
+    source: ModelSource,
+    model: PreTrainedModel,
+    masks: Masks,
+    data: TokenData,
+    device: torch.device,
+    options: RunOptions,
+) -> dict[str, Any]:
+    """The fields of a report that compare a pruned model with the dense one, which is loaded for that."""
+    fields: dict[str, Any] = {}
+    if not (options.baselines or options.drift):
+        return fields
+    dense = source.model(device)
+    if options.baselines:
+        fields["dense_perplexity"] = evaluate(dense, data.test_dataloader()).perplexity
+        fields["references"] = {"dense": sparsities(dense.named_parameters(), masks) | source_size(source)}
+    if options.drift:
+        fields["drift"] = asdict(measure_drift(dense, model, data.val_dataloader()))
+    return fields

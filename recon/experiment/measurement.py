@@ -2,11 +2,13 @@
 
 import logging
 from dataclasses import dataclass, replace
+from typing import Any
 
 from recon.evaluation.blockwise import evaluate_blockwise, measure_drift_blockwise
 from recon.evaluation.drift import Drift, measure_drift
 from recon.evaluation.perplexity import Evaluation, evaluate
 from recon.experiment.job import Job
+from recon.experiment.sizes import offloaded_parameters, source_size, sparsities
 from recon.models.replay import Replay
 from recon.profiling.phases import PhaseName
 from recon.pruning.masks import Masks
@@ -22,10 +24,12 @@ class Baselines:
     Args:
         dense: Before pruning.
         pruned: After pruning, with the weights as the criterion left them.
+        sizes: The zeros of both, and the size of the dense model on disk, as `Report.references` has them.
     """
 
     dense: Evaluation
     pruned: Evaluation
+    sizes: dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -59,15 +63,19 @@ def measure_baselines(job: Job, masks: Masks, moved: Start | None = None) -> Bas
         replay = job.reopened(job.scope.source)
         dense = _evaluate_blockwise(job, replay)
         assert replay.residence is not None
+        zeros = [sparsities(offloaded_parameters(replay.residence), masks)]
         replay.residence.amend = amend_by(masks, moved, replay.residence)
         pruned = _evaluate_blockwise(job, replay)
+        zeros.append(sparsities(offloaded_parameters(replay.residence), masks))
     else:
         model = job.scope.source.model(job.device)
         dense = evaluate(model, job.data.evaluation_dataloader(), split)
+        zeros = [sparsities(model.named_parameters(), masks)]
         apply(model, masks, moved)
         pruned = evaluate(model, job.data.evaluation_dataloader(), split)
+        zeros.append(sparsities(model.named_parameters(), masks))
     log.info(f"{split} perplexity  dense {dense.perplexity:.3f}  pruned {pruned.perplexity:.3f}")
-    return Baselines(dense, pruned)
+    return Baselines(dense, pruned, {"dense": zeros[0] | source_size(job.scope.source), "pruned": zeros[1]})
 
 
 def measure(job: Job, baselines: Baselines | None) -> Measurement:

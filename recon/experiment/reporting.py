@@ -8,6 +8,7 @@ from recon.experiment.environment import environment
 from recon.experiment.job import Job
 from recon.experiment.measurement import Measurement
 from recon.experiment.peaks import largest
+from recon.experiment.sizes import written_sizes
 from recon.experiment.training import Training
 from recon.pruning.masks import Masks
 from recon.report import Report
@@ -28,6 +29,8 @@ def build_report(job: Job, training: Training, measured: Measurement) -> Report:
         dense_perplexity=baselines and baselines.dense.perplexity,
         pruned_perplexity=baselines and baselines.pruned.perplexity,
         sparsity=masks.sparsity if masks else 0.0,
+        **written_sizes(job.run.model),
+        references=baselines.sizes if baselines else {},
         mask_violations=measured.violations,
         seconds=training.seconds,
         train_tokens=scope.train_tokens,

@@ -53,7 +53,7 @@ class LiveModel(ModelSource):
 
     def at(self, directory: Path) -> ModelSource:
         """A model of this class in a directory."""
-        return _Written(directory, type(self._live))
+        return _Written(directory, type(self._live), self.dtype)
 
     def load(self, device: torch.device | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Lend the model, on the CPU or wherever it is if `device` is None, and its tokenizer.
@@ -134,13 +134,13 @@ class LiveModel(ModelSource):
 class _Written(ModelSource):
     """A model in a directory, loaded by the class that wrote it, whether or not transformers knows that class."""
 
-    def __init__(self, directory: Path, kind: type[PreTrainedModel]) -> None:
-        super().__init__(str(directory), dtype="auto")
+    def __init__(self, directory: Path, kind: type[PreTrainedModel], dtype: str) -> None:
+        super().__init__(str(directory), dtype=dtype)
         vars(self).update(_kind=kind)
         self._kind: type[PreTrainedModel]
 
     def model(self, device: torch.device | None = None) -> PreTrainedModel:
-        model = self._kind.from_pretrained(self.name, dtype="auto", weights_only=True)
+        model = self._kind.from_pretrained(self.name, dtype=getattr(torch, self.dtype), weights_only=True)
         model.config.use_cache = False
         if device is not None:
             nn.Module.to(model, device)

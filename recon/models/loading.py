@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from textwrap import shorten
@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from recon.basics.seeds import isolated_seed
+from recon.models.stored import dtype_of
 from recon.models.weight_files import refuse_gguf, require_format, require_prunable, weight_places
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -51,7 +52,8 @@ class ModelSource:
         name: `bundled`, a directory in Hugging Face format, a name on the hub, or `random`. An existing
             directory wins over the hub; `./bundled` and `./random` are directories too.
         shape: For `random`: the model's configuration, `model_type` included.
-        dtype: Precision of the weights: float32, bfloat16, float16, or `auto` for the stored one.
+        dtype: Precision of the weights in memory, in which everything is computed: float32, bfloat16, float16, or
+            `auto` for the stored one. A model is written in its stored precision, whatever it was loaded in.
         revision: Commit, tag or branch of a hub model.
         tokenizer: Source of the tokenizer, if it is not with the model; for `random` the bundled one by default.
         trust_remote_code: Run code that comes with the model. Off, because it can do anything.
@@ -85,8 +87,11 @@ class ModelSource:
         return self.shape is None
 
     def at(self, directory: Path) -> "ModelSource":
-        """The model that was made from this one and written to `directory`, in its stored precision."""
-        return ModelSource(str(directory), dtype="auto", trust_remote_code=self.trust_remote_code)
+        """The model that was made from this one and written to `directory`, computed in the same precision.
+
+        In another one their perplexities would differ by more than their weights do.
+        """
+        return ModelSource(str(directory), dtype=self.dtype, trust_remote_code=self.trust_remote_code)
 
     def model(self, device: torch.device | None = None) -> PreTrainedModel:
         """Load (or make) the model in evaluation mode, without a cache, on `device` (the CPU if None).
@@ -163,6 +168,19 @@ class ModelSource:
                 f"model.name needs `bundled`, a directory in Hugging Face format or a hub name; there is no directory "
                 f"{self.name}, and the files of that hub name could not be downloaded: {_said(error)}"
             ) from error
+
+    def stored_dtype(self) -> torch.dtype:
+        """The precision of the source's files, in which a recovered model is written; `dtype` for a random model.
+
+        That is the precision of most weights in its safetensors files; without such files, or if their precision is
+        none that recon computes in, the `dtype` of its configuration, float32 by default.
+
+        Raises:
+            ValueError: If there is no such model, with what was tried.
+        """
+        if not self.is_stored:
+            return torch.float32 if self.dtype == "auto" else getattr(torch, self.dtype)
+        return dtype_of(self.files()) or replace(self, dtype="auto")._config_and_dtype()[1]
 
     def _config_and_dtype(self) -> tuple[PreTrainedConfig, torch.dtype]:
         if self.shape is not None:

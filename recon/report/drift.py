@@ -1,17 +1,16 @@
 """Drift from the dense model as rows: error of the hidden state against depth, and KL per token.
 
-The table stands beside that of the memory; the picture is drawn by `recon.report.depth` from the same curves.
+The table and the picture (`recon.report.plots.drift`) share these curves.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from recon.report.groups import Estimate, Group, Row, estimate
-from recon.report.schema import Report, Results
+from recon.report.schema import Report
 from recon.report.sections import MISSING, Section, show
 
 MOST_COLUMNS = 8
-"""Blocks in a table; a deeper model shows so many of its blocks, evenly spaced."""
+"""Columns of blocks in a table; of a deeper model they are evenly spaced blocks."""
 
 
 @dataclass(frozen=True)
@@ -68,24 +67,6 @@ def drift_section(group: Group) -> Section | None:
     ]
     header = ["scope", "KL (nats/token)", *(f"block {i}" for i in shown)]
     return Section("drift: relative squared error of the hidden state (%)", header, list(map(strings, rows)), notes)
-
-
-def draw_drift(results: Results, directory: Path | str) -> list[Path]:
-    """Draw the error of the hidden state against depth, one picture per comparable group.
-
-    Args:
-        results: What was measured. Several seeds become one line (mean) in a band (sample standard deviation).
-        directory: Where `drift.png` and `drift.svg` go; with several groups `drift-<group>.png` and `.svg`,
-            named as the pictures of `draw_pareto`. It is created if needed; equal results make equal files.
-
-    Returns:
-        The files written. A group in which no drift was measured has none.
-    """
-    # matplotlib costs a second and 50 MiB that only this function should pay
-    from recon.report.plots.drift import draw_depth
-    from recon.report.plots.picture import draw_groups
-
-    return draw_groups(results, Path(directory), "drift", draw_depth)
 
 
 def evenly_spaced(depth: int, most: int) -> list[int]:

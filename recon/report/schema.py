@@ -1,42 +1,51 @@
-"""`Report`, what one run measured, and `Results`, the reports of one comparison; dataclass <-> JSON.
+"""`Report`, the measurements of one run, and `Results`, the reports of one comparison; pydantic models <-> JSON.
 
-The JSON is strict: it holds no NaN or Infinity. A number that is not finite is written as null, and a
-perplexity that is not finite (a diverged recovery) counts as not measured: it is None in memory too, so
-that what is shown right after a run and what is shown from its file agree.
+The JSON is strict: it holds no NaN or Infinity. A number that is not finite is written as null. A perplexity that is
+not finite (a diverged recovery) counts as not measured: it is None in memory too, so that the table right after a run
+and the table from its file agree.
 """
 
-import dataclasses
 import json
 import math
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn, get_origin
+from typing import Any, Literal, NoReturn
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    computed_field,
+    field_validator,
+    model_validator,
+)
+from pydantic.dataclasses import dataclass
 
 from recon.basics.files import write_json
 
-SCOPES = ("dense", "pruned", "matrix", "submodule", "block", "full")
-"""What a report can be about, in the order of tables: two references, then the recovery scopes."""
-
-STATUSES = ("ok", "failed")
+SCOPES = ("dense", "sparse", "pruned", "matrix", "submodule", "block", "full")
+"""Subjects of reports, in the order of tables: three models without recovery, then the recovery scopes."""
 
 
-@dataclass(kw_only=True)
-class Report:
-    """What one run, one cell of a comparison, measured.
+class Report(BaseModel):
+    """The measurements of one run, which is one cell of a comparison.
 
     Args:
-        scope: One of `SCOPES`.
+        scope: One of `SCOPES`. `sparse` is a model that had zeros in its linear maps before recon saw it.
         model: Name or path of the dense model.
-        criterion: What chose the weights to keep. The dense cell carries its comparison's, so that it
-            stands in the same table as the cells it is compared with; likewise `pattern`.
-        pattern: Which zeros were allowed, e.g. "2:4".
+        criterion: Name of the criterion that chose the weights to keep. The dense cell carries its comparison's, so
+            that it stands in the table of the cells compared with it; likewise `pattern`.
+        pattern: The allowed zeros, e.g. "2:4".
         seed: Seed of the run.
-        label: How its row is called, e.g. "block x2"; the scope if empty.
+        label: Name of its row, e.g. "block x2"; the scope if empty.
         perplexity: After the recovery; None if not measured or not finite.
         dense_perplexity: Of the model before pruning, measured alike.
         pruned_perplexity: Of the model after pruning and before recovery, measured alike.
         sparsity: Share of zeros among the prunable weights, 0 to 1; None if the run failed before.
+        model_sparsity: Share of zeros among all parameters of the model, 0 to 1; None if not counted.
+        disk_bytes: Size of the directory of the written model; None if none was written.
         mask_violations: Number of pruned weights that are not zero; None if not counted.
         peak_host_bytes: Peak resident memory of the process.
         peak_device_bytes: Peak memory allocated on the accelerator; None without one.
@@ -44,26 +53,29 @@ class Report:
         seconds: Wall time of the recovery alone, without loading, pruning and evaluation.
         train_tokens: Tokens that the recovery processed, epochs counted.
         status: "ok" or "failed".
-        error: Why a failed run failed.
-        run_dir: Where the run was kept.
+        error: The reason of a failure.
+        run_dir: Directory of the run.
         protocol: How perplexity was measured: split, num_sequences, seq_len, tokens_scored, ...
         environment: Where: device name, torch version, date, processes, strategy, ...
-        ranks: Per process the three memory figures above, which are the largest of them, and the bytes of
-            weights, gradients and optimizer state within the peak where they were measured, with how many
-            of them all lie on the host; `tracked`, bytes of live tensors at their peak by side and category.
-        prediction: What the run was predicted to need, as `recon.planner.Prediction` has it, or the `reason` why that
-            could not be said; empty for what is not planned.
-        throughput: Tokens per second of all processes, model FLOP utilisation, and over how many tokens and
-            seconds they were measured; empty if they were not.
-        tuning: What was tried to choose this cell's options, point by point: `options`, `perplexity` on the
-            validation split (None if it failed), `seconds`, `chosen`, and `error` where it failed.
-        drift: Distance to the dense model, as `recon.drift.Drift` has it: `hidden`, relative squared error after
-            each block, `kl`, nats per predicted token, and on what; empty if not measured.
+        ranks: Per process the three memory figures above, which are the largest of them; the bytes of weights,
+            gradients and optimizer state within the peak where they were measured, and the part of them on the host;
+            `tracked`, bytes of live tensors at their peak by side and category.
+        references: `dense` and `pruned` -> their `sparsity`, `model_sparsity` and `disk_bytes`, where measured.
+        prediction: Predicted needs of the run, as `recon.planner.Prediction` has them, or the `reason` why there is no
+            prediction; empty for what is not planned.
+        throughput: Tokens per second of all processes, model FLOP utilisation, and the tokens and seconds of their
+            measurement; empty if not measured.
+        tuning: The points tried to choose this cell's options: `options`, `perplexity` on the validation split (None if
+            it failed), `seconds`, `chosen`, and `error` if it failed.
+        drift: Distance to the dense model, as `recon.evaluation.drift.Drift` has it: `hidden`, relative squared error
+            after each block, `kl`, nats per predicted token, and the text; empty if not measured.
 
     Raises:
-        ValueError: If `scope` or `status` is unknown, a failed report does not say why, or `seconds` is not
-            finite.
+        ValueError: If `scope` or `status` is unknown, a failed report lacks its reason, `seconds` is not finite, or a
+            value has another type.
     """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     scope: str
     model: str
@@ -75,43 +87,58 @@ class Report:
     dense_perplexity: float | None = None
     pruned_perplexity: float | None = None
     sparsity: float | None = None
+    model_sparsity: float | None = None
+    disk_bytes: int | None = None
     mask_violations: int | None = None
     peak_host_bytes: int | None = None
     peak_device_bytes: int | None = None
     baseline_host_bytes: int | None = None
-    seconds: float = 0.0
+    seconds: float = Field(default=0.0, allow_inf_nan=False)
     train_tokens: int = 0
-    status: str = "ok"
+    status: Literal["ok", "failed"] = "ok"
     error: str | None = None
     run_dir: str = ""
-    protocol: dict[str, Any] = field(default_factory=dict)
-    environment: dict[str, Any] = field(default_factory=dict)
-    ranks: list[dict[str, Any]] = field(default_factory=list)
-    throughput: dict[str, Any] = field(default_factory=dict)
-    drift: dict[str, Any] = field(default_factory=dict)
-    prediction: dict[str, Any] = field(default_factory=dict)
-    tuning: list[dict[str, Any]] = field(default_factory=list)
+    protocol: dict[str, Any] = {}
+    environment: dict[str, Any] = {}
+    ranks: list[dict[str, Any]] = []
+    references: dict[str, dict[str, Any]] = {}
+    throughput: dict[str, Any] = {}
+    drift: dict[str, Any] = {}
+    prediction: dict[str, Any] = {}
+    tuning: list[dict[str, Any]] = []
 
-    def __post_init__(self) -> None:
-        if self.scope not in SCOPES:
-            raise ValueError(f"a report's scope must be one of {', '.join(SCOPES)}; got {self.scope!r}")
-        if self.status not in STATUSES:
-            raise ValueError(f"a report's status must be one of {', '.join(STATUSES)}; got {self.status!r}")
+    @model_validator(mode="before")
+    @classmethod
+    def _label_by_scope(cls, values: Any) -> Any:
+        if isinstance(values, dict) and not values.get("label"):
+            return values | {"label": str(values.get("scope", ""))}
+        return values
+
+    @field_validator("scope")
+    @classmethod
+    def _one_of_the_scopes(cls, scope: str) -> str:
+        if scope not in SCOPES:
+            raise ValueError(f"must be one of {', '.join(SCOPES)}")
+        return scope
+
+    @field_validator("perplexity", "dense_perplexity", "pruned_perplexity", "sparsity", "model_sparsity")
+    @classmethod
+    def _none_if_not_finite(cls, value: float | None) -> float | None:
+        return value if value is not None and math.isfinite(value) else None
+
+    @model_validator(mode="after")
+    def _says_why_it_failed(self) -> "Report":
         if self.status == "failed" and not self.error:
             raise ValueError(f"a failed report must say why; got no `error` for scope {self.scope!r}")
-        if not _is_finite(self.seconds):
-            raise ValueError(f"a report's seconds must be finite; got {self.seconds} for scope {self.scope!r}")
-        self.label = self.label or self.scope
-        for name in ("perplexity", "dense_perplexity", "pruned_perplexity", "sparsity"):
-            if not _is_finite(getattr(self, name)):
-                setattr(self, name, None)
+        return self
 
+    @computed_field
     @property
     def recovered(self) -> float | None:
         """Share of the perplexity gap that is closed: 1 is dense, 0 pruned, below 0 worse than pruned.
 
-        (pruned - x) / (pruned - dense), x being `perplexity`; the dense and the pruned cell are their own
-        references. None if one of the three is missing, or if pruning opened no gap.
+        (pruned - x) / (pruned - dense), x being `perplexity`; the dense and the pruned cell are their own references.
+        None if one of the three is missing, or if pruning opened no gap.
         """
         dense = self.perplexity if self.scope == "dense" else self.dense_perplexity
         pruned = self.perplexity if self.scope == "pruned" else self.pruned_perplexity
@@ -121,12 +148,16 @@ class Report:
 
     @property
     def peaks(self) -> dict[str, int | None]:
-        """Peak bytes of recovery on the `host` and on the `device`, None without one."""
+        """Peak bytes on the `host` (resident memory, libraries included) and the `device`; None if unmeasured."""
         return {"host": self.peak_host_bytes, "device": self.peak_device_bytes}
+
+    def replace(self, **changes: Any) -> "Report":
+        """A copy with some fields changed, validated as a new one."""
+        return Report(**(dict(self) | changes))
 
     def to_dict(self) -> dict[str, Any]:
         """All fields and `recovered`, ready for strict JSON: numbers that are not finite are None."""
-        return _finite(dataclasses.asdict(self) | {"recovered": self.recovered})
+        return json.loads(self.model_dump_json())
 
     @classmethod
     def from_dict(cls, payload: dict[str, Any], source: str = "the report") -> "Report":
@@ -134,24 +165,12 @@ class Report:
 
         Args:
             payload: Names and values; the fields that have a default may be missing.
-            source: What error messages call it, e.g. the file it was read from.
+            source: Name of the payload in error messages, e.g. the file it was read from.
 
         Raises:
             ValueError: If a name is unknown, a required one missing, or a value of another type.
         """
-        fields = {f.name: f for f in dataclasses.fields(cls)}
-        if unknown := sorted(payload.keys() - fields.keys() - {"recovered"}):
-            raise ValueError(
-                f"{source} has the unknown fields {', '.join(unknown)}; known are {', '.join(fields)}. "
-                "Read it with the version of recon that wrote it"
-            )
-        required = [name for name, f in fields.items() if _is_required(f)]
-        if missing := [name for name in required if name not in payload]:
-            raise ValueError(f"{source} lacks {', '.join(missing)}; a report needs {', '.join(required)}")
-        values = {name: payload[name] for name in fields if name in payload}
-        for name, value in values.items():
-            values[name] = _typed(value, fields[name].type, f"`{name}` of {source}")
-        return cls(**values)
+        return _validated(cls, _without_recovered(payload), source)
 
     def save(self, path: Path | str) -> None:
         """Write the report to `path`, atomically."""
@@ -172,19 +191,19 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-@dataclass
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Results:
     """The reports of one comparison.
 
     Args:
-        cells: One report per run; failed ones are among them.
+        cells: One report per run, failed ones included; a list that may grow.
         name: Name of the comparison.
-        created: When, ISO 8601.
+        created: Date, ISO 8601.
     """
 
     cells: list[Report]
     name: str = ""
-    created: str = field(default_factory=_now)
+    created: str = Field(default_factory=_now)
 
     def to_dict(self) -> dict[str, Any]:
         """Name, date and `cells`, ready for strict JSON."""
@@ -209,14 +228,9 @@ class Results:
         payload = _read_json(file)
         if "cells" not in payload:
             return cls([Report.from_dict(payload, source=str(file))], name=file.parent.name)
-        if unknown := sorted(payload.keys() - {"name", "created", "cells"}):
-            raise ValueError(f"{file} has the unknown fields {', '.join(unknown)}; known are name, created, cells")
-        cells = _typed(payload["cells"], list, f"`cells` of {file}")
-        reports = []
-        for i, cell in enumerate(cells):
-            source = f"cell {i} of {file}"
-            reports.append(Report.from_dict(_typed(cell, dict, source), source=source))
-        return cls(reports, name=payload.get("name", ""), created=payload.get("created", ""))
+        if isinstance(payload["cells"], list):
+            payload["cells"] = [_without_recovered(cell) for cell in payload["cells"]]
+        return _validated(cls, {"created": ""} | payload, str(file))
 
 
 def _find(path: Path) -> Path:
@@ -241,32 +255,40 @@ def _read_json(path: Path) -> dict[str, Any]:
         payload = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
     except ValueError as error:
         raise ValueError(f"{path} must hold strict JSON as recon writes it; reading it failed: {error}") from error
-    return _typed(payload, dict, str(path))
+    if not isinstance(payload, dict):
+        raise ValueError(f"{path} must hold a JSON object as recon writes it; got {_brief(payload)}")
+    return payload
 
 
-def _is_required(f: "dataclasses.Field[Any]") -> bool:
-    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+def _without_recovered(payload: Any) -> Any:
+    if not isinstance(payload, dict):
+        return payload
+    return {name: value for name, value in payload.items() if name != "recovered"}
 
 
-def _typed(value: Any, kind: Any, where: str) -> Any:
-    """`value` if it is of type `kind`; an integer passes for a float, as JSON makes no difference."""
-    kind = get_origin(kind) if get_origin(kind) in (dict, list) else kind
-    if type(value) is int and isinstance(0.0, kind):
-        return float(value)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        name = getattr(kind, "__name__", str(kind))
-        raise ValueError(f"{where} must be of type {name}; got {value!r} of type {type(value).__name__}")
-    return value
+def _validated(kind: Any, payload: Any, source: str) -> Any:
+    """`payload` as an instance of `kind`.
+
+    Raises:
+        ValueError: In one line that names `source` and every field at fault.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(payload)
+    except ValidationError as error:
+        faults = "; ".join(_fault(one) for one in error.errors(include_url=False))
+        raise ValueError(f"{source} is no valid {kind.__name__.lower()}: {faults}") from error
 
 
-def _is_finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
+def _fault(error: Any) -> str:
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).removeprefix(".")
+    if error["type"] == "missing":
+        return f"it lacks `{place}`"
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"`{place}` is an unknown field, read it with the version of recon that wrote it"
+    said = error["msg"].replace("Input should be", "must be").removeprefix("Value error, ")
+    return f"`{place}` {said}, got {_brief(error['input'])}" if place else said
 
 
-def _finite(value: Any) -> Any:
-    """`value` with None for each float in it that is not finite."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} of type {type(value).__name__}"

@@ -9,12 +9,14 @@ MISSING = "-"
 
 @dataclass(frozen=True)
 class Section:
-    """One table as strings; the first column is text, others numbers."""
+    """One table as strings, in which columns of numbers follow columns of text."""
 
     title: str
     header: list[str]
     rows: list[list[str]]
     notes: list[str]
+    num_text: int = 1
+    """Columns of text."""
 
 
 def show(value: Estimate | None, *, scale: float = 1.0, decimals: int = 1, spread: bool = False) -> str:

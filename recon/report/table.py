@@ -1,95 +1,177 @@
 """Results as a table: the terminal's and markdown's are two renderings of the same strings."""
 
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 from rich import box
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from recon.report.drift import drift_section
+from recon.report.drift import curves, drift_section, protocol
 from recon.report.groups import Group, Row, group_cells
 from recon.report.memory import memory_section
 from recon.report.prediction import prediction_section
 from recon.report.schema import Results
-from recon.report.sections import Section, show
+from recon.report.sections import MISSING, Section, show
 from recon.report.tuning import tuning_section
 
 WIDEST = 1000
 """Characters: no table needs more."""
 
+PIPE_WIDTH = 100
+"""Characters of a line where there is no terminal."""
 
-def table_sections(results: Results) -> list[Section]:
-    """One section per model, criterion and pattern, all with the same columns; after each, what more there is of it.
 
-    That is its memory by process, what was predicted of it, and its drift.
-    What was tried to choose options follows a model's first group.
+def table_sections(results: Results, verbose: bool = False, together: bool = False) -> list[Section]:
+    """One section per model, criterion and pattern, all with the same columns; after each, more of its measurements.
 
-    Peak device memory has a column only if some cell has it. Over several seeds, perplexity and recovery
-    are mean ± sample standard deviation, all other numbers means. The last column counts the seeds if
-    there are several, or says which rows failed if some did, and is left out otherwise.
+    Args:
+        results: The cells.
+        verbose: Add the memory of each process, and predicted beside measured needs. The drift of a single row is a
+            note, and with `verbose` a table as the drift of several is.
+        together: One section for all groups, with a column for each of model, criterion and pattern that differ.
+
+    Returns:
+        The sections. Sparsity of the whole model, size on disk and peak device memory have a column only if a cell has
+        them. Over several seeds, perplexity and recovery are mean ± sample standard deviation, all other numbers means.
+        The last column counts the seeds if there are several, or names failed rows if there are some, and is left out
+        otherwise. The points tried to choose options follow a model's first group.
     """
     groups = group_cells(results)
-    cells = results.cells
-    has_device = any(cell.peak_device_bytes is not None for cell in cells)
-    has_seeds = any(len(row.cells) > 1 for group in groups for row in group.rows)
-    has_failed = any(cell.status == "failed" for cell in cells)
-    unit, divisor = _token_unit(max((cell.train_tokens for cell in cells), default=0))
-
-    def header(group: Group) -> list[str]:
-        names = ["scope", f"{group.split} perplexity", "recovered (%)", "sparsity (%)", "peak host (MiB)"]
-        names += ["peak device (MiB)"] if has_device else []
-        names += ["seconds", f"train tokens{unit}"]
-        return names + (["seeds"] if has_seeds else ["status"] if has_failed else [])
-
-    def strings(row: Row) -> list[str]:
-        cells = [
-            row.label,
-            show(row.estimate("perplexity"), spread=True, decimals=2),
-            show(row.estimate("recovered"), scale=100.0, spread=True),
-            show(row.estimate("sparsity"), scale=100.0),
-            show(row.estimate("peak_host_bytes"), scale=2**-20, decimals=0),
-        ]
-        cells += [show(row.estimate("peak_device_bytes"), scale=2**-20, decimals=0)] if has_device else []
-        cells += [
-            show(row.estimate("seconds")),
-            show(row.estimate("train_tokens"), scale=1 / divisor, decimals=1 if divisor == 10**6 else 0),
-        ]
-        num, num_ok = len(row.cells), len(row.measured)
-        if has_seeds:
-            cells.append(str(num) if num_ok == num else f"{num_ok}/{num} ok")
-        elif has_failed:
-            cells.append("ok" if num_ok else "failed")
-        return cells
-
-    sections = []
-    tuned: set[str] = set()  # the options of a model are chosen once, on its first group
+    columns = _columns(results)
+    sections, tuned = [], set()  # the options of a model are chosen once, on its first group
+    if together and len(groups) > 1:
+        sections.append(_of_all(groups, columns))
     for group in groups:
-        title = f"{group.model}, {group.criterion}, {group.pattern}"
-        rows = [strings(row) for row in group.rows]
-        sections.append(Section(title, header(group), rows, notes=group.failures + group.remarks))
-        sections += [
-            more
-            for more in (memory_section(group), prediction_section(group), drift_section(group))
-            if more is not None
-        ]
-        if group.model not in tuned and (tuning := tuning_section(group)) is not None:
-            sections.append(tuning)
-            tuned.add(group.model)
+        more = _more(group, verbose, tuned)
+        notes = group.failures + group.remarks + ([] if verbose else _drift_note(group))
+        if together and len(groups) > 1:
+            sections += [replace(section, title=f"{_title(group)}: {section.title}") for section in more if verbose]
+            continue
+        header = ["scope", f"{group.split} perplexity", *(name for name, _ in columns[1:])]
+        rows = [[row.label, *(shown(row) for _, shown in columns)] for row in group.rows]
+        sections += [Section(_title(group), header, rows, notes), *more]
     return sections
 
 
-def print_table(results: Results, console: Console) -> None:
+def _columns(results: Results) -> list[tuple[str, Callable[[Row], str]]]:
+    """Header and content of each column of numbers; the first is perplexity, whose header names a group's split."""
+    cells = results.cells
+    unit, divisor = _token_unit(max((cell.train_tokens for cell in cells), default=0))
+
+    def mean(quantity: str, **options: Any) -> Callable[[Row], str]:
+        return lambda row: show(row.estimate(quantity), **options)
+
+    def spent(quantity: str, **options: Any) -> Callable[[Row], str]:
+        """The dense and the pruned model as they are have cost nothing."""
+        return lambda row: MISSING if _is_free(row, quantity) else show(row.estimate(quantity), **options)
+
+    optional = {
+        "model_sparsity": ("model sparsity (%)", mean("model_sparsity", scale=100.0)),
+        "disk_bytes": ("disk (MiB)", mean("disk_bytes", scale=2**-20)),
+    }
+    columns = [
+        ("perplexity", mean("perplexity", spread=True, decimals=2)),
+        ("recovered (%)", mean("recovered", scale=100.0, spread=True)),
+        ("sparsity (%)", mean("sparsity", scale=100.0)),
+        *(column for name, column in optional.items() if any(getattr(cell, name) is not None for cell in cells)),
+        ("peak host (MiB)", mean("peak_host_bytes", scale=2**-20, decimals=0)),
+    ]
+    if any(cell.peak_device_bytes is not None for cell in cells):
+        columns.append(("peak device (MiB)", mean("peak_device_bytes", scale=2**-20, decimals=0)))
+    tokens = spent("train_tokens", scale=1 / divisor, decimals=1 if divisor == 10**6 else 0)
+    columns += [("seconds", spent("seconds")), (f"train tokens{unit}", tokens)]
+    if any(len(row.cells) > 1 for group in group_cells(results) for row in group.rows):
+        columns.append(("seeds", _seeds))
+    elif any(cell.status == "failed" for cell in cells):
+        columns.append(("status", lambda row: "ok" if row.measured else "failed"))
+    return columns
+
+
+def _is_free(row: Row, quantity: str) -> bool:
+    return row.scope in ("dense", "sparse", "pruned") and not any(getattr(cell, quantity) for cell in row.cells)
+
+
+def _seeds(row: Row) -> str:
+    num, num_ok = len(row.cells), len(row.measured)
+    return str(num) if num_ok == num else f"{num_ok}/{num} ok"
+
+
+def _title(group: Group) -> str:
+    return ", ".join([group.model, *(name for name in (group.criterion, group.pattern) if name != "none")])
+
+
+def _of_all(groups: list[Group], columns: list[tuple[str, Callable[[Row], str]]]) -> Section:
+    """The rows of all groups, in the order of scopes within each."""
+    names = [name for name in ("model", "criterion", "pattern") if len({getattr(one, name) for one in groups}) > 1]
+    same = [getattr(groups[0], name) for name in ("model", "criterion", "pattern") if name not in names]
+    splits = "/".join(dict.fromkeys(group.split for group in groups))
+    rows = [
+        [
+            row.label,
+            *("" if row.scope == "dense" and name != "model" else getattr(group, name) for name in names),
+            *(shown(row) for _, shown in columns),
+        ]
+        for group in groups
+        for row in group.rows
+    ]
+    together = Group("", "", "", [row for group in groups for row in group.rows])
+    header = ["scope", *names, f"{splits} perplexity", *(name for name, _ in columns[1:])]
+    title = ", ".join(name for name in same if name != "none") or "all runs"
+    return Section(title, header, rows, together.failures + together.remarks, num_text=1 + len(names))
+
+
+def _more(group: Group, verbose: bool, tuned: set[str]) -> list[Section]:
+    """The tables that follow the results of a group; `tuned` are the models whose choices have been shown."""
+    found = [memory_section(group), prediction_section(group)] if verbose else []
+    if verbose or len(curves(group)) > 1:
+        found.append(drift_section(group))
+    if group.model not in tuned and (tuning := tuning_section(group)) is not None:
+        found.append(tuning)
+        tuned.add(group.model)
+    return [section for section in found if section is not None]
+
+
+def _drift_note(group: Group) -> list[str]:
+    if len(measured := curves(group)) != 1 or measured[0].kl is None:
+        return []
+    (curve,) = measured
+    kl = show(curve.kl, decimals=4, spread=True)
+    return [f"{curve.label}: KL from the dense model {kl} nats per token, on {protocol(group)}"]
+
+
+def table_console() -> Console:
+    """A console for tables: as wide as the terminal; in a pipe or a file 100 columns, unless COLUMNS says otherwise."""
+    console = Console(highlight=False, soft_wrap=True)
+    if console.is_terminal or "COLUMNS" in os.environ:
+        return console
+    return Console(highlight=False, soft_wrap=True, width=PIPE_WIDTH)
+
+
+def print_table(results: Results, console: Console, verbose: bool = False, together: bool = False) -> None:
     """Print the results, a section per model, criterion and pattern.
 
-    Only labels and notes are wrapped: where the numbers need more than the console's width, the table is
-    wider than the console.
+    Only text and notes are wrapped: where the numbers need more than the console's width, the table is wider than the
+    console.
+
+    Args:
+        results: The cells.
+        console: Where to print.
+        verbose: As `table_sections` has it; likewise `together`.
+        together: See there.
     """
-    for i, section in enumerate(table_sections(results)):
+    for i, section in enumerate(table_sections(results, verbose, together)):
         table = Table(box=box.SIMPLE, padding=0, show_edge=False, pad_edge=False)
         for j, name in enumerate(section.header):
             title = _encodable(name.replace(" ", "\n"), console)
             if j == 0:
                 table.add_column(title, overflow="fold", vertical="bottom", min_width=len("submodule"))
+            elif j < section.num_text:
+                table.add_column(title, overflow="fold", vertical="bottom", min_width=len("criterion"))
             else:
                 table.add_column(title, justify="right", no_wrap=True, vertical="bottom")
         for row in section.rows:
@@ -105,11 +187,11 @@ def print_table(results: Results, console: Console) -> None:
             console.print(Text(note))
 
 
-def markdown_table(results: Results) -> str:
-    """The results as markdown, a table per model, criterion and pattern, ending in a newline."""
+def markdown_table(results: Results, verbose: bool = False, together: bool = False) -> str:
+    """The results as markdown, ending in a newline; `verbose` and `together` as `table_sections` has them."""
     blocks = []
-    for section in table_sections(results):
-        rule = [":--"] + ["--:"] * (len(section.header) - 1)
+    for section in table_sections(results, verbose, together):
+        rule = [":--"] * section.num_text + ["--:"] * (len(section.header) - section.num_text)
         lines = [_markdown_row(row) for row in (section.header, rule, *section.rows)]
         blocks += [f"**{section.title}**", "\n".join(lines)]
         blocks += ["\n".join(f"- {note}" for note in section.notes)] if section.notes else []

@@ -51,11 +51,14 @@ class Scope(L.LightningModule, ABC):
     Args:
         name: `bundled`, a directory in Hugging Face format, a name on the hub, or `random`.
         shape: For `random`: the model's configuration, `model_type` included.
-        dtype: Precision of the weights: float32, bfloat16, float16, or `auto` for the stored one.
+        dtype: Precision of the weights in memory, in which everything is computed: float32, bfloat16, float16, or
+            `auto` for the stored one.
         revision: Commit, tag or branch of a hub model.
         tokenizer: Where the tokenizer is, if not with the model; for `random` the bundled one by default.
         trust_remote_code: Run code that comes with the model. Off, because it can do anything.
-        save_dtype: Precision in which the recovered model is evaluated and saved; that of `dtype` if null.
+        save_dtype: Precision of the written model: float32, bfloat16 or float16; if null that of the source's files,
+            so that a bf16 model stays one; for `random` that of `dtype`. What is measured is the written model,
+            computed in `dtype` as the dense one is.
         epochs: Passes over the calibration sequences; of each window in the local scopes.
         start: The surviving weights that recovery starts from: `pruned`, as they were in the dense model; `moved`, as
             a criterion that moves them (SparseGPT, ADMM, ALPS) left them; `exact`, those that best reproduce each
@@ -205,17 +208,18 @@ class Scope(L.LightningModule, ABC):
             self.residence = open_offloaded(self.source, self.offload, self.device, dense)
             object.__setattr__(self, "model", self.residence.model)  # not as a child, which Lightning would move
             data.tokenizer = self.source.tokenizer_for(self.model)
-        self.dtype_to_save = self._dtype_to_save(self.model)
+        self.dtype_to_save = self._dtype_to_save()
 
-    def _dtype_to_save(self, model: PreTrainedModel) -> torch.dtype:
-        return model.dtype if self.save_dtype is None else getattr(torch, self.save_dtype)
+    def _dtype_to_save(self) -> torch.dtype:
+        return self.source.stored_dtype() if self.save_dtype is None else getattr(torch, self.save_dtype)
 
     def result(self) -> tuple[PreTrainedModel, dict[str, torch.Tensor] | None]:
         """The recovered model in the precision to save, after the fit, and its weights if it is without them."""
         if self.residence is None or self.residence.disk_weights is None:
-            return self.model if self.save_dtype is None else self.model.to(self.dtype_to_save), None  # pyright: ignore
+            as_stored = self.model.dtype == self.dtype_to_save
+            return self.model if as_stored else self.model.to(self.dtype_to_save), None  # pyright: ignore[reportArgumentType]
         assert self.directory is not None
-        state = self.residence.state(self.dtype_to_save if self.save_dtype else None, self.directory)
+        state = self.residence.state(self.dtype_to_save, self.directory)
         model = empty(type(self.model), self.model.config, self.dtype_to_save)
         model.generation_config = self.model.generation_config
         return model, state

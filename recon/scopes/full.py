@@ -22,7 +22,7 @@ from recon.models.loading import empty
 from recon.pruning.interleaved import Interleaved
 from recon.pruning.masks import Masks
 from recon.scopes.base import Scope, check_finite, warmup_and_linear_decay
-from recon.scopes.lora import DEFAULT_LORA, Lora, attach, merge, merge_state
+from recon.scopes.lora import DEFAULT_LORA, Lora, attach, merge, merge_state, round_merged
 from recon.scopes.losses import ModelLoss, cross_entropy, distillation, next_token_logits
 from recon.scopes.trainable import Parameters, chosen
 
@@ -149,7 +149,7 @@ class FullRetraining(Scope):
             return super().load(data)
         self.model = self.source.skeleton()
         data.tokenizer = self.source.tokenizer_for(self.model)
-        self.dtype_to_save = self._dtype_to_save(self.model)
+        self.dtype_to_save = self._dtype_to_save()
 
     def prepare(
         self,
@@ -201,7 +201,9 @@ class FullRetraining(Scope):
 
     def _keep_frozen(self) -> None:
         """In 16-bit training DeepSpeed rounds what it does not train, and has no master copy of it."""
-        if self.dtype_to_save.itemsize > 2 and not str(self.trainer.precision).startswith("32"):
+        precision = str(self.trainer.precision)
+        half = torch.bfloat16 if precision.startswith("bf16") else torch.float16
+        if not precision.startswith("32") and self.dtype_to_save != half:
             for name, parameter in self.model.named_parameters():
                 if not parameter.requires_grad:
                     with whole(parameter) as weight:
@@ -227,15 +229,24 @@ class FullRetraining(Scope):
         if not sharded:
             return
         if self.partitioned:
+            self._round()
             self.evaluation = evaluate(
                 self.model, self.data.evaluation_dataloader(), self.data.evaluate_on, device=self.device
             )
         directory = self.directory or Path(self.trainer.default_root_dir)
-        self._gathered = gather(self.model, self.dtype_to_save, directory, keep=rank() == 0)
+        self._gathered = gather(self.model, self.dtype_to_save, directory, rank() == 0, exact=self._adapters)
         for name in self._gathered.keys() & self._frozen.keys():
             self._gathered[name].copy_(self._frozen[name])  # in place: tied ones stay tied
         if self._gathered:
             merge_state(self.model, self._adapters, self._gathered)
+
+    def _round(self) -> None:
+        """Round the working copies to the precision of the written model, which is not loaded whole to be measured."""
+        for name, parameter in self.model.named_parameters():
+            if name not in self._adapters and parameter.dtype != self.dtype_to_save:
+                with whole(parameter, write=True) as weight:
+                    weight.copy_(weight.to(self.dtype_to_save))
+        round_merged(self.model, self._adapters, self.dtype_to_save)
 
     def result(self) -> tuple[PreTrainedModel, dict[str, Tensor] | None]:
         """The recovered model; gathered, if a strategy had sharded it."""

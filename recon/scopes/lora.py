@@ -67,13 +67,15 @@ class Adapted:
     def __init__(self, module: nn.Module, packed: Tensor, scale: float) -> None:
         self.module, self.scale = module, scale
         self._packed, self._shape = packed, tuple(whole_shape(module.get_parameter("weight")))
+        self.merged_dtype: torch.dtype | None = None  # that of the weight
         self._on_device: dict[torch.device, Tensor] = {}  # no buffer: DDP would send it at every step
 
     def __call__(self, input: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens out"]:
         """As the linear map, with the sum of weight and masked update, in the weight's dtype."""
         module = self.module
         weight, bias = module.weight, module.bias  # looked up now: FSDP2 puts gathered ones there for the call
-        updated = (weight + self._update(module.lora_A, module.lora_B)).to(weight.dtype)  # pyright: ignore
+        merged = weight + self._update(module.lora_A, module.lora_B)  # pyright: ignore
+        updated = merged.to(self.merged_dtype or weight.dtype).to(weight.dtype)  # pyright: ignore
         return F.linear(input, as_out_in(module, updated), bias)  # pyright: ignore[reportArgumentType]
 
     def merged(self, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -171,6 +173,12 @@ def merge_state(model: nn.Module, names: Iterable[str], state: dict[str, Tensor]
         weight = state[f"{path}.weight"]
         weight.copy_(adapted.merged(weight, state.pop(f"{path}.{A}"), state.pop(f"{path}.{B}")))
         _detach(module)
+
+
+def round_merged(model: nn.Module, names: Iterable[str], dtype: torch.dtype) -> None:
+    """From now on compute with merged weights that are rounded to `dtype`, as the model will be written."""
+    for _, _, adapted in _adapted(model, names):
+        adapted.merged_dtype = dtype
 
 
 def _adapted(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, nn.Module, Adapted]]:

@@ -49,7 +49,7 @@ class Pretraining(FullRetraining):
     def load(self, data: TokenData) -> None:
         """Make the model, and train a tokenizer of `shape.vocab_size` tokens on the train split."""
         self.model = self.source.model()
-        self.dtype_to_save = self._dtype_to_save(self.model)
+        self.dtype_to_save = self._dtype_to_save()
         data.tokenizer = train_tokenizer(data, self.model.config.get_text_config().vocab_size)
 
 

@@ -21,7 +21,7 @@ from recon.report import Report, Results, draw_drift, markdown_table
 from recon.report.drift import evenly_spaced, percent
 from recon.report.groups import Estimate, group_cells
 from recon.report.plots.drift import draw_depth, spread_out
-from recon.report.plots.picture import LOOKS, plain_style
+from recon.report.plots.style import LOOKS, plain_style
 from recon.report.table import table_sections
 from tests.support.families import FAMILIES, VOCABULARY, tiny, token_ids
 from tests.support.scope_fixtures import random_masks

@@ -242,7 +242,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(
 @pytest.mark.parametrize("kind", ["submodule", "block"])
 def test_a_bf16_model_is_trained_in_fp32(kind: str, offload: str, tmp_path: Path) -> None:
     name = save_tiny("llama", tmp_path)
-    options = {"name": name, "start": "pruned", "epochs": 4, "lr": 1e-3}
+    options = {"name": name, "start": "pruned", "epochs": 4, "lr": 1e-3, "save_dtype": "bfloat16"}
 
     seen: set[Any] = set()
 

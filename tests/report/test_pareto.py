@@ -16,8 +16,8 @@ from matplotlib.transforms import Bbox
 from recon.report import Report, Results, draw_pareto
 from recon.report.groups import group_cells
 from recon.report.plots.geometry import boxes_overlap, segments_cross, segments_enter
-from recon.report.plots.pareto import pareto_front
-from recon.report.plots.picture import LOOKS, draw_group, plain_style
+from recon.report.plots.pareto import draw_group, pareto_front
+from recon.report.plots.style import LOOKS, plain_style
 
 # perplexity, seconds, MiB
 REALISTIC = {
@@ -216,7 +216,7 @@ def test_the_front_is_what_nothing_beats() -> None:
 
 def test_device_peaks_are_preferred_and_their_absence_noted() -> None:
     results = cells({}, peak_device_bytes=2**30)
-    results[2].peak_device_bytes = None
+    results[2] = results[2].replace(peak_device_bytes=None)
     figure = drawn(results)
     assert figure.axes[0].get_xlabel() == "peak device memory (MiB)"
     assert "matrix" not in [text for text, _ in point_labels(figure)[0]]

@@ -13,7 +13,15 @@ from rich.console import Console
 from recon.report import SCOPES, Report, Results, markdown_table, print_table
 from recon.report.groups import group_cells
 
-PERPLEXITIES = {"dense": 10.0, "pruned": 20.0, "matrix": 14.0, "submodule": 12.0, "block": 11.5, "full": 21.0}
+PERPLEXITIES = {
+    "dense": 10.0,
+    "sparse": 10.5,
+    "pruned": 20.0,
+    "matrix": 14.0,
+    "submodule": 12.0,
+    "block": 11.5,
+    "full": 21.0,
+}
 
 
 def report(scope: str = "block", **changes: Any) -> Report:
@@ -48,9 +56,9 @@ def failed(scope: str = "block", **changes: Any) -> Report:
     return report(scope, **(values | {"status": "failed", "error": "out of memory"} | changes))
 
 
-def printed(results: Results, width: int = 80) -> str:
+def printed(results: Results, width: int = 80, verbose: bool = False) -> str:
     file = io.StringIO()
-    print_table(results, Console(file=file, width=width))
+    print_table(results, Console(file=file, width=width), verbose)
     return file.getvalue()
 
 
@@ -99,6 +107,28 @@ def test_json_is_strict(tmp_path: Path) -> None:
     assert Report.load(tmp_path / "report.json").perplexity is None
 
 
+def test_a_report_is_frozen_and_a_changed_copy_is_validated() -> None:
+    original = report("matrix")
+    with pytest.raises(ValueError, match="frozen"):
+        original.perplexity = 3.0  # pyright: ignore[reportAttributeAccessIssue]
+    assert original.replace(seed=3) == report("matrix", seed=3)
+    with pytest.raises(ValueError, match="seed"):
+        original.replace(seed="3")
+
+
+def test_peaks_go_by_name() -> None:
+    assert report().peaks == {"host": 620 * 2**20, "device": None}
+    assert report(peak_device_bytes=7).peaks["device"] == 7
+
+
+def test_a_file_without_the_later_fields_still_loads(tmp_path: Path) -> None:
+    payload = report().to_dict()
+    for name in ("model_sparsity", "disk_bytes", "references"):
+        del payload[name]
+    (tmp_path / "report.json").write_text(json.dumps(payload))
+    assert Report.load(tmp_path / "report.json") == report()
+
+
 def test_the_label_defaults_to_the_scope() -> None:
     assert report("matrix").label == "matrix"
     assert report("block", label="block x2").label == "block x2"
@@ -107,10 +137,10 @@ def test_the_label_defaults_to_the_scope() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"scope": "layer"}, r"one of dense, pruned, matrix, submodule, block, full; got 'layer'"),
-        ({"status": "done"}, r"one of ok, failed; got 'done'"),
+        ({"scope": "layer"}, r"must be one of dense, .*, full .*input_value='layer'"),
+        ({"status": "done"}, r"status\n  Input should be 'ok' or 'failed' .*input_value='done'"),
         ({"status": "failed"}, r"must say why"),
-        ({"seconds": math.nan}, r"seconds must be finite; got nan for scope 'block'"),
+        ({"seconds": math.nan}, r"seconds\n  Input should be a finite number .*input_value=nan"),
     ],
 )
 def test_impossible_reports_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -121,7 +151,7 @@ def test_impossible_reports_are_refused(changes: dict[str, Any], message: str) -
 def test_from_dict_needs_only_what_has_no_default() -> None:
     payload = {"scope": "block", "model": "m", "criterion": "c", "pattern": "p", "seed": 0}
     assert Report.from_dict(payload) == Report(**payload)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="lacks seed"):
+    with pytest.raises(ValueError, match=r"report: it lacks `seed`$"):
         Report.from_dict({key: payload[key] for key in payload if key != "seed"})
 
 
@@ -135,18 +165,27 @@ def test_whole_numbers_are_read_as_floats() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"perplexty": 3.0}, "page.json has the unknown fields perplexty; known are scope, model"),
+        ({"perplexty": 3.0}, "page.json is no valid report: `perplexty` is an unknown field"),
         (
             {"perplexity": "12"},
-            r"`perplexity` of page.json must be of type float \| None; got '12' of type str",
+            "page.json .*`perplexity` must be a valid number, got '12' of type str",
         ),
-        ({"seed": True}, "`seed` of page.json must be of type int; got True of type bool"),
-        ({"protocol": []}, "`protocol` of page.json must be of type dict"),
+        ({"seed": True}, "page.json .*`seed` must be a valid integer, got True of type bool"),
+        ({"protocol": []}, "page.json .*`protocol` must be a valid dictionary"),
     ],
 )
 def test_from_dict_names_what_is_wrong(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as raised:
         Report.from_dict(report().to_dict() | changes, source="page.json")
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_every_fault_is_named_in_one_line() -> None:
+    with pytest.raises(
+        ValueError, match=r"^page\.json .*`seed`.*; `status` must be 'ok' or 'failed', got 1.*; `x` is"
+    ) as raised:
+        Report.from_dict(report().to_dict() | {"x": 1, "seed": None, "status": 1}, source="page.json")
+    assert len(str(raised.value).splitlines()) == 1
 
 
 # --- Results
@@ -157,7 +196,7 @@ def test_saved_results_come_back_equal_from_file_and_directory(tmp_path: Path) -
     results.save(tmp_path / "results.json")
     assert Results.load(tmp_path / "results.json") == results
     assert Results.load(str(tmp_path)) == results
-    assert json.loads((tmp_path / "results.json").read_text())["cells"][2]["recovered"] == 0.6
+    assert json.loads((tmp_path / "results.json").read_text())["cells"][3]["recovered"] == 0.6
 
 
 def test_a_single_run_reads_as_results_of_one_cell(tmp_path: Path) -> None:
@@ -177,12 +216,12 @@ def test_missing_results_name_the_path_and_the_cure(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("{", "strict JSON"),
-        ("[]", "must be of type dict; got"),
+        ("[]", r"results\.json must hold a JSON object as recon writes it; got \[\] of type list"),
         ('{"cells": [NaN]}', "NaN is not strict JSON"),
-        ('{"cells": [1]}', "cell 0 of .*results.json must be of type dict; got 1"),
-        ('{"cells": {}}', "`cells` of .*results.json must be of type list"),
-        ('{"cells": [], "extra": 1}', "unknown fields extra"),
-        ('{"cells": [{"scope": "full"}]}', "cell 0 of .*results.json lacks model, criterion, pattern, seed"),
+        ('{"cells": [1]}', r"results.json .*`cells\[0\]` must be a valid dictionary .*, got 1"),
+        ('{"cells": {}}', "results.json .*`cells` must be a valid list"),
+        ('{"cells": [], "extra": 1}', "`extra` is an unknown field"),
+        ('{"cells": [{"scope": "full"}]}', r"results.json .*lacks `cells\[0\].model`; .*`cells\[0\].seed`$"),
     ],
 )
 def test_broken_results_are_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -241,10 +280,11 @@ def test_no_number_is_ever_cut_or_wrapped(width: int) -> None:
         assert re.search(expected, text, re.MULTILINE), text
 
 
-def test_the_widest_table_fits_80_columns() -> None:
-    cells = [report(scope, seed=seed, peak_device_bytes=9 * 2**30) for scope in SCOPES for seed in (0, 1, 2)]
+def test_the_widest_table_fits_100_columns() -> None:
+    sizes = {"peak_device_bytes": 9 * 2**30, "model_sparsity": 0.4, "disk_bytes": 9 * 2**30}
+    cells = [report(scope, seed=seed, **sizes) for scope in SCOPES for seed in (0, 1, 2)]
     cells.append(failed(seed=3))
-    assert max(len(line) for line in printed(Results(cells)).splitlines()) <= 80
+    assert max(len(line) for line in printed(Results(cells)).splitlines()) <= 100
 
 
 def test_each_group_is_a_section() -> None:
@@ -259,7 +299,7 @@ def test_markdown_holds_the_strings_of_the_printed_table() -> None:
     assert "| submodule \\| x | 12.00 | 80.0 | 50.0 | 620 | 33.0 | 131 | ok |" in text.splitlines()
     rows = [re.split(r"(?<!\\)\|", line) for line in text.splitlines() if line.startswith("|")]
     assert {len(row) for row in rows} == {10}
-    assert len(rows) == 2 + 7
+    assert len(rows) == 2 + len(SCOPES) + 1
     assert "- block x9 (seed 0) failed in runs/demo/block: out of memory" in text
 
 
@@ -316,7 +356,7 @@ def sharded(strategy: str, *ranks: dict[str, Any], seed: int = 0, **changes: Any
 
 def memory_rows(results: Results, width: int = 80) -> list[str]:
     """The second table's lines, each with its runs of spaces folded."""
-    lines = printed(results, width).split("memory per process (MiB)\n")[1].splitlines()
+    lines = printed(results, width, verbose=True).split("memory per process (MiB)\n")[1].splitlines()
     return [" ".join(line.split()) for line in lines]
 
 
@@ -355,7 +395,9 @@ def test_what_is_not_known_of_a_split_is_not_made_up() -> None:
 
 
 def test_memory_per_process_is_a_table_of_markdown_too() -> None:
-    text = markdown_table(Results([sharded("fsdp2", process(6, 6, 12, host=50), process(6, 6, 12, host=40))]))
+    results = Results([sharded("fsdp2", process(6, 6, 12, host=50), process(6, 6, 12, host=40))])
+    assert "memory" not in markdown_table(results)
+    text = markdown_table(results, verbose=True)
     title, table = text.split("\n\n")[-3:-1]
     assert title == "**memory per process (MiB)**"
     header, _, row = table.splitlines()
@@ -367,4 +409,4 @@ def test_memory_per_process_is_a_table_of_markdown_too() -> None:
 
 @pytest.mark.parametrize("ranks", [[], [{}], [process(host=60)], [{"peak_host_bytes": 7, "baseline_host_bytes": None}]])
 def test_without_a_split_there_is_no_second_table(ranks: list[dict[str, Any]]) -> None:
-    assert "memory per process" not in printed(Results([report(ranks=ranks)]))
+    assert "memory per process" not in printed(Results([report(ranks=ranks)]), verbose=True)

@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from recon.basics.children import parent_of_children
 from recon.basics.run_paths import RunPaths
 from recon.report import Report
 
@@ -44,12 +45,13 @@ def outcome(cell: Cell, prefix: str) -> Report | str:
 
 
 def _run(cell: Cell, prefix: str) -> str | None:
-    """Run a cell, repeating its lines behind `prefix` and keeping them in its `log.txt`; why it failed, if it did."""
+    """Run a cell, repeat its lines behind `prefix`, keep them in its `output.txt`; the reason if it failed."""
     cell.directory.mkdir(parents=True, exist_ok=True)
-    log_file = cell.directory / "log.txt"
+    log_file = cell.directory / "output.txt"
     command = [sys.executable, "-m", "recon", *cell.command]
     with (
         log_file.open("w") as kept,
+        parent_of_children(),
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process,
     ):
         assert process.stdout is not None

@@ -11,7 +11,6 @@ seeds then use the choice. Nothing is chosen on the test split.
 import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,7 @@ def compare(comparison: Comparison, describe: Callable[[type, ClassSpec], str]) 
         for group in plan(comparison, model, describe):
             dense, pruned = run(group.dense), run(group.pruned)
             row = partial(_row, group, dense, pruned)
-            results.cells += [row("dense", "", group.dense, dense), row("pruned", "", group.pruned, pruned)]
+            results.cells.extend([row("dense", "", group.dense, dense), row("pruned", "", group.pruned, pruned)])
             results.save(comparison.path / "results.json")
             choices = choices or [_tune(group, entry, run) for entry in comparison.recoveries]
             for entry, choice in zip(comparison.recoveries, choices, strict=True):
@@ -101,8 +100,7 @@ def _row(
             run_dir=str(cell.directory) if cell.directory.exists() else "",
             **known,
         )
-    return replace(
-        measured,
+    return measured.replace(
         label=measured.label if label is None else label,
         dense_perplexity=dense.perplexity if isinstance(dense, Report) else None,
         pruned_perplexity=pruned.perplexity if isinstance(pruned, Report) else None,

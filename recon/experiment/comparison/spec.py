@@ -13,7 +13,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from recon.basics.run_paths import RunPaths
 from recon.experiment.comparison.cell import Cell
 from recon.experiment.comparison.tuning import grid
 from recon.experiment.directory import digest
@@ -186,8 +185,8 @@ def plan(comparison: Comparison, model: dict[str, Any], describe: Callable[[type
             chosen.append(f"--pruning.allocation={json.dumps(allocation)}")
             of_pattern += f", {describe(Allocation, allocation)}"
         common = [*of_model, *text, *chosen, "--seed_everything", str(seed)]
-        pruned = cell("pruned", ["prune", *common, *silent])
-        masks = ["--masks", str(RunPaths(pruned.directory).masks)]
+        pruned = cell("pruned", ["prune", *common, "--baselines", "false", *silent])
+        masks = ["--masks", str(pruned.directory / "masks.safetensors")]
         of_criterion = describe(Criterion, criterion)
         yield Group(model, of_criterion, of_pattern, seed, dense, pruned, partial(fit, common, masks))
 

@@ -19,8 +19,7 @@ from numpy import ndarray
 
 from recon.report.drift import Curve, curves, protocol, split
 from recon.report.groups import Estimate, Group
-from recon.report.plots.pareto import PNG_DPI
-from recon.report.plots.picture import DARK, LOOKS, WIDTH, Look, frame
+from recon.report.plots.style import DARK, LOOKS, PNG_DPI, WIDTH, Look, frame
 from recon.report.sections import show
 
 HEIGHT, MOST_NAMES = 4.8, 22

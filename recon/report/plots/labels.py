@@ -48,7 +48,7 @@ class LabelPlacer:
         self.font_size = font_size
         self.pixels = axes.figure.dpi / 72  # per point
         self.frame = axes.bbox.padded(-GAP * self.pixels).extents
-        # what no label may touch, as boxes and segments of recon.report.geometry
+        # what no label may touch, as boxes and segments of `geometry`
         self.texts = np.empty((0, 4))
         self.markers = np.empty((0, 4))
         self.lines = np.empty((0, 4))

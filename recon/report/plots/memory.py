@@ -1,7 +1,4 @@
-"""The picture of a run's memory: for every phase a bar, stacked from what was live at its peak.
-
-Drawn as in `recon.report.picture`, by matplotlib's object-oriented interface alone.
-"""
+"""The picture of a run's memory: for every phase a bar, stacked from what was live at its peak."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -13,8 +10,7 @@ from matplotlib.figure import Figure
 
 from recon.profiling.entries import CATEGORIES, Category, Side
 from recon.report.memory_phases import MIB, Phase, describe, fold_windows, sides_of, tracked
-from recon.report.plots.pareto import PNG_DPI
-from recon.report.plots.picture import DARK, WIDTH, plain_style, save
+from recon.report.plots.style import DARK, PNG_DPI, WIDTH, plain_style, save
 from recon.report.sections import format_number
 
 MANY_WINDOWS = 12

@@ -1,12 +1,62 @@
-"""Which scopes are worth their price: the Pareto front, and its pictures on disk."""
+"""The Pareto picture of one group: perplexity against peak memory, and against recovery time."""
 
-import re
-from pathlib import Path
+from dataclasses import dataclass
+from itertools import pairwise, product
 
-from recon.report.groups import Group
-from recon.report.schema import Results
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
-PNG_DPI = 150
+from recon.report.groups import Estimate, Group
+from recon.report.plots.labels import LabelPlacer
+from recon.report.plots.style import DARK, GREY, LOOKS, PNG_DPI, WIDTH, frame
+from recon.report.sections import format_number
+
+HEIGHTS = (4.8, 6.4, 8.5, 12.0)
+"""Inches. Labels that find no room get the next spread, then the next height."""
+
+SPREADS = (2.0, 25.0, 50.0, 80.0)
+"""Least points between a label and its marker."""
+
+LOG_RATIO = {"x": 20.0, "y": 5.0}
+"""An axis is logarithmic if its largest value exceeds its smallest by this factor."""
+
+LINEAR_STEPS = (1, 2, 2.5, 5, 10)
+
+OFF_SCALE = 3.0
+"""A pruned model farther above all else than this many of their spans is named, not drawn to scale."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One row in one panel: what it costs and what perplexity that buys."""
+
+    scope: str
+    label: str
+    cost: Estimate
+    perplexity: Estimate
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A horizontal line at the perplexity of the dense or of the pruned model."""
+
+    name: str
+    perplexity: float
+
+    @property
+    def text(self) -> str:
+        """What is written at the line."""
+        return f"{self.name} {format_number(self.perplexity, 2)}"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One of the two plots."""
+
+    title: str
+    points: list[Point]
 
 
 def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -18,32 +68,179 @@ def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]
     return front
 
 
-def draw_pareto(results: Results, directory: Path | str) -> list[Path]:
-    """Draw perplexity against peak memory and against recovery time, one picture per comparable group.
+def draw_group(group: Group) -> Figure | None:
+    """Draw the picture of one group; None if no recovery of it was measured.
 
-    Args:
-        results: What was measured. Several seeds become one point with error bars (sample standard
-            deviation); failed cells are left out and named in a footnote.
-        directory: Where `pareto.png` and `pareto.svg` go; with several groups of model, criterion and
-            pattern `pareto-<group>.png` and `.svg`. It is created if needed; equal results make equal files.
-
-    Returns:
-        The files written. A group in which no recovery was measured has none.
+    Raises:
+        ValueError: If there are more labels than the largest picture has room for.
     """
-    # matplotlib costs a second and 50 MiB that only this function should pay
-    from recon.report.plots.picture import draw_group, draw_groups
+    memory, seconds = _panels(group)
+    if not memory.points and not seconds.points:
+        return None
+    for height, spread in product(HEIGHTS, SPREADS):
+        figure = _draw(group, [memory, seconds], height, spread)
+        if figure is not None:
+            return figure
+    raise ValueError(
+        f"a picture has room for some dozens of labels; got {len(group.rows)} rows for {group.model}, "
+        f"{group.criterion}, {group.pattern}. Split the comparison, or shorten its labels"
+    )
 
-    return draw_groups(results, Path(directory), "pareto", draw_group)
+
+def _panels(group: Group) -> tuple[Panel, Panel]:
+    has_device = any(cell.peak_device_bytes is not None for cell in group.cells if cell.scope in LOOKS)
+    memory, device = ("peak_device_bytes", "device") if has_device else ("peak_host_bytes", "host")
+    return (
+        Panel(f"peak {device} memory (MiB)", _points(group, memory, scale=2**-20)),
+        Panel("recovery time (seconds)", _points(group, "seconds")),
+    )
 
 
-def stems(kind: str, groups: list[Group]) -> list[str]:
-    """File names of pictures of one `kind` without suffix, one per group and all different."""
-    if len(groups) == 1:
-        return [kind]
-    names: list[str] = []
-    for group in groups:
-        words = f"{group.model} {group.criterion} {group.pattern}".lower()
-        stem = f"{kind}-" + re.sub(r"[^a-z0-9.]+", "-", words).strip("-.")
-        num_same = sum(re.fullmatch(re.escape(stem) + r"(-\d+)?", other) is not None for other in names)
-        names.append(f"{stem}-{num_same + 1}" if num_same else stem)
-    return names
+def _points(group: Group, quantity: str, scale: float = 1.0) -> list[Point]:
+    points = []
+    for row in group.rows:
+        perplexity, cost = row.estimate("perplexity"), row.estimate(quantity)
+        if row.scope in LOOKS and perplexity is not None and cost is not None:
+            std = None if cost.std is None else cost.std * scale
+            points.append(Point(row.scope, row.label, Estimate(cost.mean * scale, std), perplexity))
+    return sorted(points, key=lambda point: list(LOOKS).index(point.scope))
+
+
+def _references(group: Group) -> list[Reference]:
+    """Dense and pruned, measured by a cell of their own or carried along by the others."""
+    references = []
+    for name in ("dense", "pruned"):
+        own = next((row.estimate("perplexity") for row in group.rows if row.scope == name), None)
+        carried = [getattr(cell, f"{name}_perplexity") for cell in group.cells]
+        carried = [value for value in carried if value is not None]
+        if own is not None:
+            references.append(Reference(name, own.mean))
+        elif carried:
+            references.append(Reference(name, sum(carried) / len(carried)))
+    return references
+
+
+def _draw(group: Group, panels: list[Panel], height: float, spread: float) -> Figure | None:
+    """The picture, `height` inches high; None if a label found no room `spread` points from its marker."""
+    figure = Figure(figsize=(WIDTH, height), dpi=PNG_DPI)
+    canvas = FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, sharey=True)
+    frame(figure, group, group.split, _notes(group, panels), height)
+
+    references = _references(group)
+    drawn = [reference for reference in references if not _is_off_scale(reference, panels)]
+    perplexities = [bound for panel in panels for point in panel.points for bound in _bounds(point.perplexity)]
+    _scale(left, "y", perplexities + [reference.perplexity for reference in drawn], margin=0.12)
+    for axes, panel in zip((left, right), panels, strict=True):
+        _scale(axes, "x", [bound for point in panel.points for bound in _bounds(point.cost)], margin=0.15)
+        axes.set_xlabel(panel.title)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#ececec", linewidth=0.6)
+        axes.set_axisbelow(True)
+        _draw_panel(axes, panel, drawn)
+    left.set_ylabel(f"{group.split} perplexity (lower is better)")
+
+    figure.draw_without_rendering()  # settles ticks and limits, which the labels are measured against
+    renderer = canvas.get_renderer()
+    for axes, panel in zip((left, right), panels, strict=True):
+        placer = LabelPlacer(axes, renderer, spread)
+        if not _label_panel(placer, panel, drawn, [ref for ref in references if ref not in drawn]):
+            return None
+    return figure
+
+
+def _notes(group: Group, panels: list[Panel]) -> list[str]:
+    has_front = any(len(_front(panel)) > 1 for panel in panels)
+    notes = ["Grey steps: nothing measured is both cheaper and better"] if has_front else []
+    notes += [f"Left out: {failure}" for failure in group.failures]
+    memory, seconds = ([point.label for point in panel.points] for panel in panels)
+    if absent := [label for label in seconds if label not in memory]:
+        notes.append(f"Without a measured {panels[0].title.removesuffix(' (MiB)')}: {', '.join(absent)}")
+    return notes + group.remarks
+
+
+def _draw_panel(axes: Axes, panel: Panel, references: list[Reference]) -> None:
+    for reference in references:
+        style = "-" if reference.name == "dense" else (0, (5, 3))
+        axes.axhline(reference.perplexity, color=DARK, linewidth=0.9, linestyle=style, zorder=1.5)
+    if len(front := _front(panel)) > 1:
+        axes.plot(*zip(*front, strict=True), color=GREY, linewidth=0.9, drawstyle="steps-post", zorder=2)
+    for point in panel.points:
+        look = LOOKS[point.scope]
+        axes.errorbar(
+            point.cost.mean,
+            point.perplexity.mean,
+            xerr=point.cost.std,
+            yerr=point.perplexity.std,
+            color=look.color,
+            marker=look.marker,
+            markersize=look.size,
+            markeredgecolor="white",
+            markeredgewidth=0.6,
+            elinewidth=1.0,
+            capsize=2.0,
+            zorder=3,
+        )
+
+
+def _label_panel(placer: LabelPlacer, panel: Panel, references: list[Reference], off_scale: list[Reference]) -> bool:
+    """Label lines and points; False if one found no room."""
+    for point in panel.points:
+        x, y = point.cost.mean, point.perplexity.mean
+        (x0, x1), (y0, y1) = _bounds(point.cost), _bounds(point.perplexity)
+        placer.avoid_marker(x, y, LOOKS[point.scope].extent)
+        placer.avoid_line(x0, y, x1, y)
+        placer.avoid_line(x, y0, x, y1)
+    for (x0, y0), (x1, y1) in pairwise(_front(panel)):
+        placer.avoid_line(x0, y0, x1, y0)
+        placer.avoid_line(x1, y0, x1, y1)
+    x0, x1 = placer.axes.get_xlim()
+    for reference in references:
+        placer.avoid_line(float(x0), reference.perplexity, float(x1), reference.perplexity)
+
+    placed = [placer.label_line(ref.text, ref.perplexity, DARK) for ref in references]
+    placed += [placer.label_top(f"{ref.text}, off scale ↑", DARK) for ref in off_scale]
+    for point in reversed(panel.points):  # the smallest marker lies on top and has the first choice
+        look = LOOKS[point.scope]
+        x, y = point.cost.mean, point.perplexity.mean
+        placed.append(placer.label_marker(point.label, x, y, look.extent, look.ink))
+    return all(placed)
+
+
+def _front(panel: Panel) -> list[tuple[float, float]]:
+    return pareto_front([(point.cost.mean, point.perplexity.mean) for point in panel.points])
+
+
+def _bounds(value: Estimate) -> tuple[float, float]:
+    spread = value.std or 0.0
+    return value.mean - spread, value.mean + spread
+
+
+def _is_off_scale(reference: Reference, panels: list[Panel]) -> bool:
+    """Whether drawing the pruned model's line would squash all that the picture is about."""
+    if reference.name != "pruned":
+        return False
+    shown = [bound for panel in panels for point in panel.points for bound in _bounds(point.perplexity)]
+    return reference.perplexity - max(shown) > OFF_SCALE * max(max(shown) - min(shown), 0.05 * min(shown))
+
+
+def _scale(axes: Axes, which: str, values: list[float], margin: float) -> None:
+    """Limits of the axis `which`, "x" or "y", with room for labels; logarithmic beyond `LOG_RATIO`."""
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    if low > 0 and high > LOG_RATIO[which] * low:
+        grow = (high / low) ** margin
+        axes.set(**{f"{which}scale": "log", f"{which}lim": (low / grow, high * grow)})
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 50 * low else (1.0,), numticks=8))
+        axis.set_minor_formatter(NullFormatter())
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+        return
+    room = margin * (high - low) or 0.06 * abs(high) or 1.0
+    start = low - room
+    if low >= 0:  # neither costs nor perplexities are negative, so no tick should be
+        start = max(start, min(0.0, low - room / 4))
+    axes.set(**{f"{which}lim": (start, high + room)})
+    axis.set_major_locator(MaxNLocator(nbins=6, steps=LINEAR_STEPS))
+    plain_numbers = ScalarFormatter(useOffset=False)
+    plain_numbers.set_scientific(False)
+    axis.set_major_formatter(plain_numbers)

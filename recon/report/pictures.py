@@ -1,0 +1,40 @@
+"""Pictures of results on disk. matplotlib costs a second and 50 MiB, hence it is imported by those who draw only."""
+
+from pathlib import Path
+
+from recon.report.schema import Results
+
+
+def draw_pareto(results: Results, directory: Path | str) -> list[Path]:
+    """Draw perplexity against peak memory and against recovery time, one picture per comparable group.
+
+    Args:
+        results: What was measured. Several seeds become one point with error bars (sample standard
+            deviation); failed cells are left out and named in a footnote.
+        directory: Where `pareto.png` and `pareto.svg` go; with several groups of model, criterion and
+            pattern `pareto-<group>.png` and `.svg`. It is created if needed; equal results make equal files.
+
+    Returns:
+        The files written. A group in which no recovery was measured has none.
+    """
+    from recon.report.plots.pareto import draw_group
+    from recon.report.plots.style import draw_groups
+
+    return draw_groups(results, Path(directory), "pareto", draw_group)
+
+
+def draw_drift(results: Results, directory: Path | str) -> list[Path]:
+    """Draw the error of the hidden state against depth, one picture per comparable group.
+
+    Args:
+        results: What was measured. Several seeds become one line (mean) in a band (sample standard deviation).
+        directory: Where `drift.png` and `drift.svg` go; with several groups `drift-<group>.png` and `.svg`,
+            named as the pictures of `draw_pareto`. It is created if needed; equal results make equal files.
+
+    Returns:
+        The files written. A group in which no drift was measured has none.
+    """
+    from recon.report.plots.drift import draw_depth
+    from recon.report.plots.style import draw_groups
+
+    return draw_groups(results, Path(directory), "drift", draw_depth)
