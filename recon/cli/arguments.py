@@ -1,17 +1,21 @@
 """Options that several commands share, and how results leave a command."""
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser
 
 from recon.cli.configs import resolve_config_names
+from recon.data import TokenData
 from recon.pruning.criteria import Criterion
 from recon.pruning.patterns import Pattern
 from recon.pruning.prune import Pruning
 
 DEFAULT_CRITERION = {"class_path": "recon.criteria.Wanda"}
 DEFAULT_PATTERN = {"class_path": "recon.patterns.Unstructured"}
+DEFAULT_DATA = {"class_path": "recon.data.TokenData"}
 
 
 def add_pruning_arguments(parser: ArgumentParser) -> None:
@@ -21,6 +25,29 @@ def add_pruning_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--pattern", type=Pattern | None, default=DEFAULT_PATTERN, help="Which zeros are allowed.")
     parser.add_class_arguments(Pruning, "pruning")
+
+
+def add_data_arguments(parser: ArgumentParser, skip: set[str] | None = None) -> None:
+    """Add `data`: options of `TokenData`, or of a class derived from it.
+
+    Args:
+        parser: Gets the options.
+        skip: Options to leave out.
+    """
+    parser.add_subclass_arguments(TokenData, "data", skip=skip, fail_untyped=False)
+    default_data(parser)
+
+
+def default_data(parser: ArgumentParser) -> None:
+    """Make `TokenData` the class of `data`, and find a user's own in the working directory."""
+    parser.set_defaults({"data": DEFAULT_DATA})
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # as `python -m recon` has it, but behind all that is installed
+
+
+def plain_data(spec: dict[str, Any]) -> dict[str, Any]:
+    """Options of `data` for a fingerprint: without the class where it is the default one."""
+    return spec["init_args"] if spec["class_path"].rpartition(".")[2] == "TokenData" else spec
 
 
 def parse(parser: ArgumentParser, args: list[str]) -> tuple[Any, Any]:

@@ -5,9 +5,8 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from recon.cli.arguments import add_pruning_arguments, choose_device, parse
+from recon.cli.arguments import add_data_arguments, add_pruning_arguments, choose_device, parse, plain_data
 from recon.cli.quiet import quiet
-from recon.data import TokenData
 from recon.experiment.baselines import measure_pruned
 from recon.experiment.directory import RunDirectory, digest
 from recon.experiment.environment import versions
@@ -39,9 +38,9 @@ def main(args: list[str]) -> int:
     )
     parser.add_argument("--summary", type=bool, default=True, help="Print the report as a table in the end.")
     parser.add_class_arguments(ModelSource, "model", instantiate=False)
-    parser.add_class_arguments(TokenData, "data")
+    add_data_arguments(parser)
     add_pruning_arguments(parser)
-    parser.link_arguments("seed_everything", "data.seed")
+    parser.link_arguments("seed_everything", "data.init_args.seed")
     config, built = parse(parser, args)
     if built.criterion is None or built.pattern is None:
         raise ValueError("recon prune needs a criterion and a pattern, got null")
@@ -50,8 +49,9 @@ def main(args: list[str]) -> int:
         for key, value in config.as_dict().items()
         if key not in ("config", "run_dir", "device", "drift", "summary")
     }
+    options["data"] = plain_data(options["data"])
     source = ModelSource(**config.model.as_dict())
-    identity = {"model": source.identity(), "data": built.data.source.identity()}
+    identity = {"model": source.identity(), "data": built.data.identity()}
     fingerprint = {"options": options, "versions": versions(), **identity}
     run = RunDirectory(Path(config.run_dir or f"runs/prune-{digest(fingerprint)[:8]}"), fingerprint)
     console = Console(highlight=False, soft_wrap=True)

@@ -1,6 +1,7 @@
 """Silence what libraries say for their own sake, so that what recon says can be read."""
 
 import logging
+import os
 import warnings
 
 
@@ -35,3 +36,5 @@ def quiet() -> None:
         ".*When saving the DeepSpeed Stage 3 checkpoint.*",  # recon writes the model in one piece itself
     ):
         warnings.filterwarnings("ignore", message)
+    if "SLURM_JOB_ID" not in os.environ:  # a machine that has SLURM, outside a job
+        warnings.filterwarnings("ignore", "The `srun` command is available on your system but is not used.*")

@@ -8,10 +8,9 @@ import yaml
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from recon.cli.arguments import choose_device, parse
+from recon.cli.arguments import DEFAULT_DATA, add_data_arguments, choose_device, parse, plain_data
 from recon.cli.configs import resolve_config_names
 from recon.cli.quiet import quiet
-from recon.data import TokenData
 from recon.experiment.baselines import measure
 from recon.experiment.directory import RunDirectory
 from recon.experiment.environment import versions
@@ -34,7 +33,7 @@ def main(args: list[str]) -> int:
     parser.add_argument("--masks", type=str | None, default=None, help="Masks to apply first.")
     parser.add_class_arguments(ModelSource, "model", skip={"name"}, instantiate=False)
     parser.add_argument("--summary", type=bool, default=True, help="Print the report as a table.")
-    parser.add_class_arguments(TokenData, "data", skip={"seed"})
+    add_data_arguments(parser, skip={"seed"})
     parser.set_defaults(_data_of_run(Path(parser.parse_args(resolve_config_names(args)).path)))
     config, built = parse(parser, args)
     path = Path(config.path)
@@ -42,8 +41,8 @@ def main(args: list[str]) -> int:
     source = ModelSource(name=name, **config.model.as_dict())
     run = None
     if config.run_dir is not None:
-        options = {"data": config.data.as_dict(), "device": config.device, "masks": config.masks}
-        identity = {"model": source.identity(), "text": built.data.source.identity()}
+        options = {"data": plain_data(config.data.as_dict()), "device": config.device, "masks": config.masks}
+        identity = {"model": source.identity(), "text": built.data.identity()}
         run = RunDirectory(Path(config.run_dir), {**options, **identity, "versions": versions()})
     masks = None if config.masks is None else Masks.load(config.masks)
     of_run = path / "masks.safetensors"
@@ -82,4 +81,5 @@ def _data_of_run(path: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     data = yaml.safe_load(file.read_text()).get("data", {})
-    return {f"data.{key}": value for key, value in data.items() if key != "seed"}
+    spec: dict[str, Any] = data if "class_path" in data else {**DEFAULT_DATA, "init_args": data}
+    return {"data": spec | {"init_args": {key: one for key, one in spec["init_args"].items() if key != "seed"}}}

@@ -1,7 +1,7 @@
 """The data of a run as Lightning knows it: token sequences for training, held-out validation and test."""
 
 import hashlib
-from typing import Literal
+from typing import Any, Literal
 
 import lightning as L
 import torch.distributed as dist
@@ -21,6 +21,13 @@ class TokenData(L.LightningDataModule):
     Calibration is what pruning and recovery see; validation is what held-out errors and learning rates
     are measured on; test is what perplexity is measured on and nothing else sees. The choice of
     validation and test sequences does not depend on the seed, so runs with several seeds share them.
+
+    For your own data derive a class from this one, and name it: `--data my_module.MyData`. Override `tokens` if they do
+    not come from a `TextSource`, with `identity`, which tells two contents apart; any loader, whose batches need
+    `input_ids`; and any hook of a LightningDataModule. `prepare_data` and `setup` (for `fit` and `test`) are called
+    when a run begins, before the model is pruned, and again by Lightning around the fit, as is `teardown`. Tokens are
+    asked for after the fit, too. Transfer hooks see each batch that is trained on: in full retraining `input_ids`, in
+    local scopes the hidden states of a window.
 
     Args:
         source: Where the text comes from.
@@ -60,6 +67,10 @@ class TokenData(L.LightningDataModule):
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.evaluate_on: Literal["test", "validation"] = "test"
         self._tokens: dict[Split, Int64[Tensor, "num seq_len"]] = {}
+
+    def identity(self) -> Any:
+        """Tells this text from any other, for the fingerprint of a run: plain data for JSON."""
+        return self.source.identity()
 
     def tokens(self, split: Split) -> Int64[Tensor, "num seq_len"]:
         """The sequences of `split`, tokenised at the first call.

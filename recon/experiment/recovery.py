@@ -23,8 +23,10 @@ from recon.evaluation.blockwise import evaluate_blockwise, measure_drift_blockwi
 from recon.evaluation.drift import Drift, measure_drift
 from recon.evaluation.perplexity import Evaluation, evaluate
 from recon.experiment import checkpoints
+from recon.experiment.data_hooks import begin
 from recon.experiment.directory import RunDirectory, save_model
 from recon.experiment.environment import environment
+from recon.experiment.hyperparameters import log_hyperparameters
 from recon.experiment.peaks import largest, peaks_of
 from recon.models.loading import ModelSource
 from recon.models.offload.opening import DENSE, open_offloaded
@@ -101,7 +103,7 @@ def recover(
         return report
     data.evaluate_on = evaluate_on
     scope.directory = run.path
-    scope.require_strategy(trainer)
+    scope.require_trainer(trainer)
     if share is not None:
         _require_divisible(scope, trainer, share)
         baselines = False
@@ -118,6 +120,7 @@ def recover(
         scope.divide(share or Share(ranks.rank(), ranks.size()), assembles)
     if ranks.rank() != 0:
         say = lambda line: None  # noqa: E731
+    begin(data, trainer)
     phases = scope.phases = Phases(trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
     device = trainer.strategy.root_device
     dense, pruned = None, None
@@ -156,7 +159,7 @@ def recover(
         phases.enter("train")
         ranks.meet()  # or the first would count how long the others load
         started = time.monotonic()
-        trainer.fit(scope, ckpt_path=checkpoint, weights_only=True)
+        trainer.fit(scope, datamodule=scope.fit_data(data), ckpt_path=checkpoint, weights_only=True)
         seconds = scope.start_seconds + time.monotonic() - started
         phases.leave()
         peaks = ranks.gathered(peaks_of(run.memory(ranks.rank(), share)))
@@ -219,6 +222,8 @@ def recover(
         baseline_host_bytes=largest(peaks, "baseline_host_bytes"),
     )
     report.save(run.report)
+    log_hyperparameters(trainer, scope, report)
+    data.teardown("test")
     shutil.rmtree(run.checkpoints, ignore_errors=True)  # a finished run is not trained on
     shutil.rmtree(run.path / MASKS, ignore_errors=True)  # in masks.safetensors, all of them
     shutil.rmtree(run.path / DENSE, ignore_errors=True)

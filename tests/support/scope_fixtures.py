@@ -20,6 +20,7 @@ IGNORED = (
     r"ignore:The '(train|val)_dataloader' does not have many workers which may be a bottleneck",
     r"ignore:Found \d+ module\(s\) in eval mode at the start of training",
     r"ignore:The number of training batches \(\d+\) is smaller than the logging interval",
+    r"ignore:The `srun` command is available on your system",
     r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated",
 )
 """Lightning's hints about what is meant to be as it is, and a call of its own that torch has deprecated."""

@@ -1,5 +1,6 @@
 """A cell of a comparison: one command of recon's, run as a child process so that its peaks are its own."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -46,9 +47,13 @@ def _run(cell: Cell, prefix: str, say: Callable[[str], None]) -> str | None:
     cell.directory.mkdir(parents=True, exist_ok=True)
     log_file = cell.directory / "log.txt"
     command = [sys.executable, "-m", "recon", *cell.command]
+    # A job's variables say how many tasks it has; a child that found them would take itself for one of them.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     with (
         log_file.open("w") as log,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        ) as process,
     ):
         assert process.stdout is not None
         try:

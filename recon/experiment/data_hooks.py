@@ -1,0 +1,20 @@
+"""Hooks of a data module that a run needs before Lightning's fit: pruning asks for tokens, too."""
+
+import lightning as L
+
+from recon.distributed import ranks
+
+
+def begin(data: L.LightningDataModule, trainer: L.Trainer) -> None:
+    """Call `prepare_data`, in one process or in one of each node, and then `setup` in all of them.
+
+    Args:
+        data: The data module.
+        trainer: Of the run, whose processes are connected.
+    """
+    data.trainer = trainer
+    if (trainer.local_rank if data.prepare_data_per_node else ranks.rank()) == 0:
+        data.prepare_data()
+    ranks.meet()
+    for stage in ("fit", "test"):
+        data.setup(stage)
