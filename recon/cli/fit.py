@@ -165,9 +165,7 @@ class FitCLI(LightningCLI):
         finally:
             self.config = given
         self.datamodule.seed = given.seed_everything  # of a class that takes no seed, too
-        self.model.choose_optimizer(
-            _recipe(OptimizerRecipe, given.optimizer), _recipe(LRSchedulerRecipe, given.lr_scheduler)
-        )
+        choose_optimizer(self.model, given)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """As LightningCLI's, with what the trainer writes by itself in the run directory."""
@@ -264,6 +262,11 @@ def run(args: list[str], merge: bool = False) -> int:
     path = directory.path
     console.print(f"run directory {path}: model/, report.json, memory.json; tensorboard --logdir {path}/logs")
     return 0
+
+
+def choose_optimizer(scope: Scope, config: Namespace) -> None:
+    """Hand `--optimizer` and `--lr_scheduler` to the scope, which refuses those that it cannot honour."""
+    scope.choose_optimizer(_recipe(OptimizerRecipe, config.optimizer), _recipe(LRSchedulerRecipe, config.lr_scheduler))
 
 
 def _recipe(kind: type[Recipe], given: Namespace | None) -> Recipe | None:

@@ -202,6 +202,11 @@ class Setting:
             raise ValueError(
                 f"planning knows the scopes {', '.join(SCOPES)}, got {type(scope).__name__}; choose one of them"
             )
+        if isinstance(scope, FullRetraining) and not issubclass(scope.optimizer_kind, torch.optim.Adam):
+            raise ValueError(
+                f"planning knows the optimizer state of Adam and AdamW, got {scope.optimizer_kind.__name__}; leave out "
+                f"--optimizer"
+            )
         amounts = {f"num_{'sequences' if split == 'train' else split}": data.num[split] for split in data.num}
         for name in ("num_sequences", "num_validation"):
             if amounts[name] is None:

@@ -1,7 +1,7 @@
 """Pruned weights stay exactly zero while the others learn, whichever strategy shards them."""
 
 from collections.abc import Callable
-from typing import Any, Protocol, cast
+from typing import Any
 
 import lightning as L
 import torch
@@ -9,7 +9,6 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
 from typing_extensions import override
 
 from recon.pruning.masks import Masks, unpack
@@ -23,26 +22,6 @@ ZERO_KEEPING = (
     torch.optim.Adafactor,
 )
 """Optimizers for which zero weight, gradient and state stay zero, weight decay included."""
-
-
-class Masked(Protocol):
-    """The part of a scope that enforcement needs. `Scope` has it, and imports this module."""
-
-    model: PreTrainedModel
-    masks: Masks
-    automatic_optimization: bool
-
-    @property
-    def maskable(self) -> list[str]:
-        """Names of the parameters that have a mask, or will have one before the fit ends."""
-        ...
-
-    def enforced(self) -> Masks:
-        """The masks that hold at this moment."""
-        ...
-
-    def check(self, masks: Masks) -> None:
-        """Raise ValueError for a pruned weight that is not zero."""
 
 
 class MaskEnforcer(Callback):
@@ -107,10 +86,11 @@ class MaskEnforcer(Callback):
         self._unpacked.clear()
 
 
-def _scope(module: L.LightningModule) -> Masked:
+def _scope(module: L.LightningModule) -> Any:
+    """`module` as a `Scope`; the module of that class imports this one."""
     if not hasattr(module, "enforced"):
         raise ValueError(f"MaskEnforcer needs one of recon's scopes, got {type(module).__name__}")
-    return cast(Masked, module)
+    return module
 
 
 def require_zero_keeping(kind: type) -> None:

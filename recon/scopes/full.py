@@ -1,6 +1,7 @@
 """Full retraining: the pruned model as a whole, on next-token prediction or the dense model's logits."""
 
 import copy
+import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,8 @@ from recon.scopes.lora import DEFAULT_LORA, Lora, attach, merge, merge_state
 from recon.scopes.optimization import LRSchedulerRecipe, OptimizerRecipe
 from recon.scopes.trainable import Parameters, chosen
 from recon.scopes.trainer_options import EVERYWHERE, TrainerOption
+
+log = logging.getLogger("recon")
 
 FROZEN = "frozen"
 """Key in a checkpoint: the weights that were not trained, if the strategy holds them rounded."""
@@ -181,7 +184,13 @@ class FullRetraining(Scope):
         if optimizer is not None:
             require_zero_keeping(optimizer.kind)
             self.lr = optimizer.options.get("lr", self.lr)
+            log.info(f"{optimizer} has its own options, in place of model.lr, model.weight_decay and model.betas")
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
+
+    @property
+    def optimizer_kind(self) -> type[torch.optim.Optimizer]:
+        """The class of its optimizer."""
+        return torch.optim.AdamW if self._optimizer is None else self._optimizer.kind
 
     def fit_data(self, data: TokenData) -> L.LightningDataModule:
         """`data` itself: it trains on its batches."""

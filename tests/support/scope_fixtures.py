@@ -25,6 +25,17 @@ IGNORED = (
 )
 """Lightning's hints about what is meant to be as it is, and a call of its own that torch has deprecated."""
 
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+    "max_epochs": -1,
+}
+
 AnyScope = TypeVar("AnyScope", bound=Scope)
 
 
@@ -67,16 +78,8 @@ def random_masks(model: Any, sparsity: float = 0.5, exclude: tuple[str, ...] = (
 
 
 def trainer_of(*callbacks: Callback, **options: Any) -> L.Trainer:
-    return L.Trainer(
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        callbacks=list(callbacks),
-        **{"max_epochs": -1, "enable_checkpointing": False, **options},
-    )
+    """A trainer that writes nothing and says nothing."""
+    return L.Trainer(**{**QUIET, "callbacks": list(callbacks), **options})
 
 
 def prepared(
