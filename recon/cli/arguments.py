@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from recon.cli.configs import resolve_config_names
 from recon.data import TokenData
@@ -47,13 +47,37 @@ def default_data(parser: ArgumentParser) -> None:
 
 def plain_data(spec: dict[str, Any]) -> dict[str, Any]:
     """Options of `data` for a fingerprint: without the class where it is the default one."""
-    return spec["init_args"] if spec["class_path"].rpartition(".")[2] == "TokenData" else spec
+    return spec["init_args"] if _is_default(spec["class_path"]) else spec
+
+
+def _is_default(class_path: str) -> bool:
+    return class_path in (DEFAULT_DATA["class_path"], f"{TokenData.__module__}.{TokenData.__name__}")
 
 
 def parse(parser: ArgumentParser, args: list[str]) -> tuple[Any, Any]:
     """Parse `args`, with names of shipped configurations resolved; the configuration, and what it builds."""
-    config = parser.parse_args(resolve_config_names(args))
+    args = resolve_config_names(args)
+    config = parser.parse_args(args)
+    if keep_own_defaults(parser, config):
+        config = parser.parse_args(args)
     return config, parser.instantiate_classes(config)
+
+
+def keep_own_defaults(parser: ArgumentParser, config: Namespace) -> bool:
+    """Give a user's class of `data` its own defaults, where the parser would keep those of `TokenData`.
+
+    Args:
+        parser: Has parsed `config`; its default of `data` is changed.
+        config: Parsed.
+
+    Returns:
+        Whether to parse again.
+    """
+    data = config.get("data")
+    if not isinstance(data, Namespace) or _is_default(data.class_path):
+        return False
+    parser.set_defaults({"data": {"class_path": data.class_path}})
+    return True
 
 
 def choose_device(name: str) -> torch.device:

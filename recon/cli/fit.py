@@ -14,7 +14,7 @@ from rich.console import Console
 from torch.optim import Optimizer
 
 from recon.basics.files import atomic_write
-from recon.cli.arguments import add_pruning_arguments, default_data, plain_data
+from recon.cli.arguments import add_pruning_arguments, default_data, keep_own_defaults, plain_data
 from recon.cli.configs import config_directory, resolve_config_names
 from recon.cli.loggers import in_run_directory
 from recon.cli.quiet import quiet
@@ -114,6 +114,12 @@ class FitCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.init_args.seed")
         parser.add_optimizer_args((Optimizer,))
         parser.add_lr_scheduler_args()
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """As LightningCLI's; a user's class of data keeps its own defaults."""
+        super().parse_arguments(parser, args)
+        if keep_own_defaults(parser, self.config):
+            super().parse_arguments(parser, args)
 
     def before_instantiate_classes(self) -> None:
         """Settle the run directory, which trainer, logger and checkpoints go by."""

@@ -8,6 +8,7 @@ from rich.console import Console
 from recon.cli.arguments import add_data_arguments, add_pruning_arguments, choose_device, parse, plain_data
 from recon.cli.quiet import quiet
 from recon.experiment.baselines import measure_pruned
+from recon.experiment.data_hooks import begin
 from recon.experiment.directory import RunDirectory, digest
 from recon.experiment.environment import versions
 from recon.models.loading import ModelSource
@@ -55,6 +56,7 @@ def main(args: list[str]) -> int:
     fingerprint = {"options": options, "versions": versions(), **identity}
     run = RunDirectory(Path(config.run_dir or f"runs/prune-{digest(fingerprint)[:8]}"), fingerprint)
     console = Console(highlight=False, soft_wrap=True)
+    begin(built.data)
     report = measure_pruned(
         source,
         built.data,

@@ -12,6 +12,7 @@ from recon.cli.arguments import DEFAULT_DATA, add_data_arguments, choose_device,
 from recon.cli.configs import resolve_config_names
 from recon.cli.quiet import quiet
 from recon.experiment.baselines import measure
+from recon.experiment.data_hooks import begin
 from recon.experiment.directory import RunDirectory
 from recon.experiment.environment import versions
 from recon.models.loading import ModelSource
@@ -47,6 +48,7 @@ def main(args: list[str]) -> int:
     masks = None if config.masks is None else Masks.load(config.masks)
     of_run = path / "masks.safetensors"
     promised = Masks.load(of_run) if of_run.is_file() and (path / "model").is_dir() else None
+    begin(built.data)
     report = measure(source, built.data, choose_device(config.device), masks, promised)
     if (path / "report.json").is_file():
         report = _of_run(report, path)

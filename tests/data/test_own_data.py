@@ -43,7 +43,7 @@ class Mine(TokenData):
 
     def setup(self, stage):
         assert "prepare_data" in CALLS
-        CALLS.append(f"setup {stage}")
+        CALLS.append("setup " + stage)
         self.made = True
 
     def train_dataloader(self):
@@ -63,7 +63,7 @@ class Mine(TokenData):
         return batch
 
     def teardown(self, stage):
-        CALLS.append(f"teardown {stage}")
+        CALLS.append("teardown " + stage)
 
 
 class Foreign(LightningDataModule):

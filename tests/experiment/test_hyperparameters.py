@@ -3,7 +3,6 @@
 import csv
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from recon.cli import main
 from recon.experiment.hyperparameters import log_hyperparameters
 from recon.report import Report
 from recon.scopes import FullRetraining, MatrixReconstruction
+from tests.support.scope_fixtures import trainer_of
 
 LLAMA = {
     "model_type": "llama",
@@ -134,7 +134,7 @@ class Plain(Logger):
 
 
 def log(logger: Logger, report: Report, autolog: bool = True) -> None:
-    trainer: Any = SimpleNamespace(loggers=[logger], enable_autolog_hparams=autolog, global_step=7)
+    trainer = trainer_of(logger=logger, enable_autolog_hparams=autolog)
     log_hyperparameters(trainer, FullRetraining(lr=0.5, epochs=2), report)
 
 
@@ -149,7 +149,7 @@ def test_a_logger_without_metrics_gets_them_afterwards() -> None:
         "scope": "full", "label": "full", "model": "m", "criterion": "c", "pattern": "p", "seed": 1, "epochs": 2,
         "lr": 0.5,
     }  # fmt: skip
-    assert (metrics, step) == ({"perplexity": 3.0, "seconds": 2.0}, 7)  # what was not measured is left out
+    assert (metrics, step) == ({"perplexity": 3.0, "seconds": 2.0}, 0)  # what was not measured is left out
 
 
 def test_not_if_lightning_is_told_not_to() -> None:
@@ -160,6 +160,5 @@ def test_not_if_lightning_is_told_not_to() -> None:
 
 def test_a_scope_without_a_learning_rate(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path, name="", version="one")
-    trainer: Any = SimpleNamespace(loggers=[logger], enable_autolog_hparams=True, global_step=7)
-    log_hyperparameters(trainer, MatrixReconstruction(), REPORT)
+    log_hyperparameters(trainer_of(logger=logger), MatrixReconstruction(), REPORT)
     assert "lr" not in yaml.safe_load((tmp_path / "one" / "hparams.yaml").read_text())
