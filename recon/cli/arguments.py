@@ -74,7 +74,7 @@ def keep_own_defaults(parser: ArgumentParser, config: Namespace) -> bool:
         Whether to parse again.
     """
     data = config.get("data")
-    if not isinstance(data, Namespace) or _is_default(data.class_path):
+    if not isinstance(data, Namespace) or data.class_path == parser.get_default("data")["class_path"]:
         return False
     parser.set_defaults({"data": {"class_path": data.class_path}})
     return True
