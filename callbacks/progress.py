@@ -39,7 +39,7 @@ class Progress(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        last = trainer.current_epoch + 1 == trainer.max_epochs
+        last = trainer.current_epoch + 1 == trainer.max_epochs or trainer.global_step == trainer.max_steps
         if last or time.monotonic() - self._printed >= self.every_seconds / 5:
             self._print(trainer, pl_module, epoch_ended=True)
 
@@ -47,7 +47,7 @@ class Progress(Callback):
         if not trainer.is_global_zero:
             return
         self._printed = time.monotonic()
-        done, total = _batches_done(trainer), int(trainer.num_training_batches) * (trainer.max_epochs or 1)
+        done, total = _batches_done(trainer), _batches(trainer)
         elapsed = self._printed - self._started
         rate = (done - self._first_step) / elapsed if elapsed > 0 else 0.0
         left = f"{_clock((total - done) / rate)} left" if rate > 0 else ""
@@ -58,6 +58,12 @@ class Progress(Callback):
         numbers = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in sorted(metrics.items(), reverse=True)]
         where = pl_module.progress if isinstance(pl_module, Scope) else f"epoch {trainer.current_epoch + 1}"
         log.info("  ".join([where, f"{done / max(1, total):4.0%}", *numbers, f"{_clock(elapsed)} spent", left]))
+
+
+def _batches(trainer: L.Trainer) -> int:
+    """Of the whole fit; a limit of steps is exact unless an epoch ends within one."""
+    whole = int(trainer.num_training_batches) * (trainer.max_epochs or 1)
+    return whole if trainer.max_steps == -1 else min(whole, trainer.max_steps * trainer.accumulate_grad_batches)
 
 
 def _batches_done(trainer: L.Trainer) -> int:

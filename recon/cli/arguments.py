@@ -1,18 +1,22 @@
 """Options that several commands share, and how results leave a command."""
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from recon.cli.arrange import arrange
 from recon.cli.errors import usage
+from recon.data import TokenData
 from recon.pruning.criteria import Criterion
 from recon.pruning.patterns import Pattern
 from recon.pruning.prune import Pruning
 
 DEFAULT_CRITERION = {"class_path": "recon.criteria.Wanda"}
 DEFAULT_PATTERN = {"class_path": "recon.patterns.Unstructured"}
+DEFAULT_DATA = {"class_path": "recon.data.TokenData"}
 
 
 def add_pruning_arguments(parser: ArgumentParser) -> None:
@@ -24,6 +28,33 @@ def add_pruning_arguments(parser: ArgumentParser) -> None:
     parser.add_class_arguments(Pruning, "pruning")
 
 
+def add_data_arguments(parser: ArgumentParser, skip: set[str] | None = None) -> None:
+    """Add `data`: options of `TokenData`, or of a class derived from it.
+
+    Args:
+        parser: Gets the options.
+        skip: Options to leave out.
+    """
+    parser.add_subclass_arguments(TokenData, "data", skip=skip, fail_untyped=False)
+    default_data(parser)
+
+
+def default_data(parser: ArgumentParser) -> None:
+    """Make `TokenData` the class of `data`, and find a user's own in the working directory."""
+    parser.set_defaults({"data": DEFAULT_DATA})
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # as `python -m recon` has it, but behind all that is installed
+
+
+def plain_data(spec: dict[str, Any]) -> dict[str, Any]:
+    """Options of `data` for a fingerprint: without the class where it is the default one."""
+    return spec["init_args"] if _is_default(spec["class_path"]) else spec
+
+
+def _is_default(class_path: str) -> bool:
+    return class_path in (DEFAULT_DATA["class_path"], f"{TokenData.__module__}.{TokenData.__name__}")
+
+
 def parse(parser: ArgumentParser, args: list[str]) -> tuple[Any, Any]:
     """Parse the arguments of a command; the configuration, and what it builds.
 
@@ -31,7 +62,10 @@ def parse(parser: ArgumentParser, args: list[str]) -> tuple[Any, Any]:
         UsageError: If they cannot be understood, or an object cannot be built from them.
     """
     with usage():
-        config = parser.parse_args(arrange(parser.prog.removeprefix("recon "), args))
+        args = arrange(parser.prog.removeprefix("recon "), args)
+        config = parser.parse_args(args)
+        if keep_own_defaults(parser, config):
+            config = parser.parse_args(args)
         return config, parser.instantiate_classes(config)
 
 
@@ -41,6 +75,23 @@ def describe(kind: type, spec: dict[str, Any]) -> str:
     parser.add_subclass_arguments(kind, "one")
     built: Any = parser.instantiate_classes(parser.parse_object({"one": spec}))
     return str(built.one)
+
+
+def keep_own_defaults(parser: ArgumentParser, config: Namespace) -> bool:
+    """Give a user's class of `data` its own defaults, where the parser would keep those of `TokenData`.
+
+    Args:
+        parser: Has parsed `config`; its default of `data` is changed.
+        config: Parsed.
+
+    Returns:
+        Whether to parse again.
+    """
+    data = config.get("data")
+    if not isinstance(data, Namespace) or data.class_path == parser.get_default("data")["class_path"]:
+        return False
+    parser.set_defaults({"data": {"class_path": data.class_path}})
+    return True
 
 
 def choose_device(name: str) -> torch.device:

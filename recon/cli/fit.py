@@ -1,21 +1,26 @@
 """`recon fit`: prune a model and recover it at one scope, configured by LightningCLI."""
 
+import re
 from contextlib import nullcontext
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+import lightning as L
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from rich.console import Console
+from torch.optim import Optimizer
 
 from recon.basics.files import atomic_write
 from recon.basics.run_paths import RunPaths
-from recon.cli.arguments import add_pruning_arguments
+from recon.cli.arguments import add_pruning_arguments, default_data, keep_own_defaults, plain_data
 from recon.cli.arrange import arrange
 from recon.cli.configs import config_directory
 from recon.cli.errors import usage
+from recon.cli.loggers import in_run_directory
 from recon.cli.names import with_short_paths
 from recon.cli.quiet import quiet
 from recon.data import TokenData
@@ -33,6 +38,7 @@ from recon.pruning.prune import Pruning
 from recon.report import Report, Results, print_table, table_console, with_references
 from recon.report.log import log_to
 from recon.scopes import Scope
+from recon.scopes.optimization import LRSchedulerRecipe, OptimizerRecipe
 
 NOT_FINGERPRINTED = (
     "config",
@@ -60,6 +66,12 @@ DECISIVE = (
     "limit_train_batches",
 )
 """Options of the trainer that decide what a run computes."""
+
+
+NOT_INSTALLED = re.compile(r"(?:Requirement '|No module named ')([A-Za-z0-9_-]+)")
+"""How libraries say that a package is missing."""
+
+Recipe = TypeVar("Recipe", OptimizerRecipe, LRSchedulerRecipe)
 
 
 class FitCLI(LightningCLI):
@@ -111,7 +123,16 @@ class FitCLI(LightningCLI):
         parser.add_argument("--summary", type=bool, default=True, help="Print the report as a table in the end.")
         parser.add_argument("--verbose", action="store_true", help="Add tables of memory, predictions and drift.")
         add_pruning_arguments(parser)
-        parser.link_arguments("seed_everything", "data.seed")
+        default_data(parser)
+        parser.link_arguments("seed_everything", "data.init_args.seed")
+        parser.add_optimizer_args((Optimizer,))
+        parser.add_lr_scheduler_args()
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """As LightningCLI's; a user's class of data keeps its own defaults."""
+        super().parse_arguments(parser, args)
+        if keep_own_defaults(parser, self.config):
+            super().parse_arguments(parser, args)
 
     def before_instantiate_classes(self) -> None:
         """Settle the run directory, which trainer, logger and checkpoints go by."""
@@ -120,6 +141,10 @@ class FitCLI(LightningCLI):
         self.config.windows = None  # of this job, not of the run
         options = {key: value for key, value in self.config.as_dict().items() if key not in NOT_FINGERPRINTED}
         options["trainer"] = {name: self.config.trainer[name] for name in DECISIVE}
+        options |= {"data": plain_data(options["data"])}
+        for name in ("optimizer", "lr_scheduler"):
+            if options[name] is None:
+                del options[name]  # the scope's own
         for name in NOT_FINGERPRINTED_OF_MODEL:
             options["model"]["init_args"].pop(name, None)
         self.fingerprint: dict[str, Any] = {"options": with_short_paths(options), "versions": versions()}
@@ -128,8 +153,42 @@ class FitCLI(LightningCLI):
         scope = self.config.model.class_path.rpartition(".")[2]
         default = f"runs/{scope}-{digest(self.fingerprint)[:8]}"
         self.run_dir = Path(self.config.run_dir or default)
-        self.config.trainer.default_root_dir = str(self.run_dir)
         self.config.run_dir = str(self.run_dir)
+        if (root := self.config.trainer.default_root_dir) not in (None, self.config.run_dir):
+            raise ValueError(f"a run is written to --run_dir, got trainer.default_root_dir {root}; leave it out")
+
+    def instantiate_classes(self) -> None:
+        """Build, with logs in the run directory, and hand the scope its optimizer.
+
+        Raises:
+            ValueError: If a class needs a package that is not installed, or options of the trainer contradict.
+        """
+        given, self.config = self.config, self.config.clone()
+        part = "" if self.share is None else RunDirectory(self.run_dir, None).part(self.share).name
+        self.config.trainer.logger = in_run_directory(given.trainer.logger, self.run_dir, part)
+        try:
+            super().instantiate_classes()
+        except (ImportError, ValueError) as error:
+            if (found := NOT_INSTALLED.search(str(error))) is None:
+                raise
+            raise ValueError(
+                f"the configuration names a class that needs the package {found[1]}, which is not installed; install "
+                f"it (pip install {found[1]}), or leave out what names the class"
+            ) from error
+        except MisconfigurationException as error:
+            raise ValueError(str(error)) from error
+        except RuntimeError as error:
+            if "SLURM" not in str(error):
+                raise
+            raise ValueError(str(error)) from error  # that the job was asked for with --ntasks
+        finally:
+            self.config = given
+        self.datamodule.seed = given.seed_everything  # of a class that takes no seed, too
+        choose_optimizer(self.model, given)
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """As LightningCLI's, with what the trainer writes by itself in the run directory."""
+        return super().instantiate_trainer(default_root_dir=str(self.run_dir), **kwargs)
 
 
 def parse_only(args: list[str]) -> Any:
@@ -150,6 +209,7 @@ def _cli(args: list[str], kind: type[FitCLI] = FitCLI) -> FitCLI:
             Scope,
             TokenData,
             subclass_mode_model=True,
+            subclass_mode_data=True,
             run=False,
             save_config_callback=None,
             seed_everything_default=0,
@@ -161,7 +221,6 @@ def _cli(args: list[str], kind: type[FitCLI] = FitCLI) -> FitCLI:
                 "description": "Prune a model and recover it at one scope.",
                 "default_config_files": [str(config_directory() / "base.yaml")],
             },
-            trainer_defaults={"logger": False},
             args=arrange(kind.command, args),
         )
 
@@ -212,13 +271,10 @@ def execute(cli: FitCLI, masks: Masks | None = None, merge: bool = False) -> Rep
     """
     options, first = _options(cli, masks, merge), rank() == 0
     scope, data, trainer = cli.model, cli.datamodule, cli.trainer
-    identity = {"model": scope.source.identity(), "data": data.source.identity()} if first else {}
+    identity = {"model": scope.source.identity(), "data": data.identity()} if first else {}
     directory = RunDirectory(cli.run_dir, {**cli.fingerprint, **identity} if first else None)
     if first:
         _save_config(cli, directory)
-    if not trainer.loggers:
-        version = "" if cli.share is None else directory.part(cli.share).name  # jobs do not share a curve
-        trainer.loggers = [TensorBoardLogger(str(directory.path), name=directory.logs.name, version=version)]
     for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
         if not cli.config.verbose and hasattr(callback, "print_table"):
             callback.print_table = False
@@ -229,6 +285,19 @@ def execute(cli: FitCLI, masks: Masks | None = None, merge: bool = False) -> Rep
         options = replace(options, prediction=forecast(scope, data, trainer, exclude, masked=options.prunes))
     with log_to(directory.measurements(cli.share).log) if first else nullcontext():
         return recover(scope, data, trainer, directory, options)
+
+
+def choose_optimizer(scope: Scope, config: Namespace) -> None:
+    """Hand `--optimizer` and `--lr_scheduler` to the scope, which refuses those that it cannot honour."""
+    scope.choose_optimizer(_recipe(OptimizerRecipe, config.optimizer), _recipe(LRSchedulerRecipe, config.lr_scheduler))
+
+
+def _recipe(kind: type[Recipe], given: Namespace | None) -> Recipe | None:
+    """The recipe of a class that is configured by `class_path` and `init_args`."""
+    if given is None:
+        return None
+    module, _, name = given.class_path.rpartition(".")
+    return kind(getattr(import_module(module), name), given.get("init_args", Namespace()).as_dict())
 
 
 def _options(cli: FitCLI, masks: Masks | None, merge: bool) -> RunOptions:

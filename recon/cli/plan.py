@@ -11,7 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 
 from recon.basics.units import in_bytes
-from recon.cli.fit import ParsingCLI, _cli
+from recon.cli.fit import ParsingCLI, _cli, choose_optimizer
 from recon.cli.quiet import quiet
 from recon.data import TokenData
 from recon.models.loading import ModelSource
@@ -86,6 +86,7 @@ def main(args: list[str]) -> int:
         raise ValueError(f"--scopes needs some of {', '.join(SCOPES)}, got {', '.join(unknown)}")
     built: Any = cli.parser.instantiate_classes(Namespace(model=config.model, data=config.data))
     scope, data = built.model, built.data
+    choose_optimizer(scope, config)
     rows = [_options(one, data, config) for one in _rows(scope, config)]
     shape = Shape(scope.source)
     speeds = [_speed(config.flop_rate, scope.source, options) for options in rows]

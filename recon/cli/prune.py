@@ -8,11 +8,11 @@ from typing import Any
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from recon.cli.arguments import add_pruning_arguments, choose_device, parse
+from recon.cli.arguments import add_data_arguments, add_pruning_arguments, choose_device, parse, plain_data
 from recon.cli.names import CHOICES, with_short_paths
 from recon.cli.quiet import quiet
-from recon.data import TokenData
 from recon.experiment.baselines import measure_pruned
+from recon.experiment.data_hooks import begin
 from recon.experiment.directory import RunDirectory, digest
 from recon.experiment.environment import versions
 from recon.experiment.options import RunOptions
@@ -45,9 +45,9 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--summary", type=bool, default=True, help="Print the report as a table in the end.")
     parser.add_argument("--verbose", action="store_true", help="Add tables of memory, predictions and drift.")
     parser.add_class_arguments(ModelSource, "model", instantiate=False)
-    parser.add_class_arguments(TokenData, "data")
+    add_data_arguments(parser)
     add_pruning_arguments(parser)
-    parser.link_arguments("seed_everything", "data.seed")
+    parser.link_arguments("seed_everything", "data.init_args.seed")
     return parser
 
 
@@ -63,12 +63,14 @@ def main(args: list[str]) -> int:
         for key, value in config.as_dict().items()
         if key not in ("config", "run_dir", "device", "drift", "baselines", "summary", "verbose")
     }
+    options["data"] = plain_data(options["data"])
     source = ModelSource(**config.model.as_dict())
-    identity = {"model": source.identity(), "data": built.data.source.identity()}
+    identity = {"model": source.identity(), "data": built.data.identity()}
     fingerprint = {"options": with_short_paths(options), "versions": versions(), **identity}
     run = RunDirectory(Path(config.run_dir or f"runs/prune-{digest(fingerprint)[:8]}"), fingerprint)
     console = Console(highlight=False, soft_wrap=True)
     chosen = RunOptions(built.criterion, built.pattern, built.pruning, drift=config.drift, baselines=config.baselines)
+    begin(built.data)
     with log_to(run.log):
         report = measure_pruned(source, built.data, run, chosen, choose_device(config.device), config.save_model)
     if config.summary:

@@ -73,3 +73,5 @@ def unnoticed() -> Iterator[None]:
             datasets.enable_progress_bars()
         if bars[1]:
             transformers.utils.logging.enable_progress_bar()
+    if "SLURM_JOB_ID" not in os.environ:  # a machine that has SLURM, outside a job
+        warnings.filterwarnings("ignore", "The `srun` command is available on your system but is not used.*")

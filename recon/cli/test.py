@@ -10,12 +10,13 @@ import yaml
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from recon.cli.arguments import choose_device, parse
+from recon.cli.arguments import DEFAULT_DATA, add_data_arguments, choose_device, parse, plain_data
 from recon.cli.arrange import arrange
 from recon.cli.errors import usage
 from recon.cli.quiet import quiet
 from recon.data import TokenData
 from recon.experiment.baselines import measure
+from recon.experiment.data_hooks import begin
 from recon.experiment.directory import RunDirectory
 from recon.experiment.environment import versions
 from recon.models.loading import ModelSource
@@ -94,7 +95,7 @@ def build_parser() -> ArgumentParser:
     parser.add_class_arguments(ModelSource, "model", skip={"name"}, instantiate=False)
     parser.add_argument("--summary", type=bool, default=True, help="Print the report as a table.")
     parser.add_argument("--verbose", action="store_true", help="Add tables of memory, predictions and drift.")
-    parser.add_class_arguments(TokenData, "data", skip={"seed"})
+    add_data_arguments(parser, skip={"seed"})
     return parser
 
 
@@ -109,9 +110,10 @@ def main(args: list[str]) -> int:
     source = subject.source(config.model.as_dict())
     run = None
     if config.run_dir is not None:
-        options = {"data": config.data.as_dict(), "device": config.device, "masks": config.masks}
-        identity = {"model": source.identity(), "text": built.data.source.identity()}
+        options = {"data": plain_data(config.data.as_dict()), "device": config.device, "masks": config.masks}
+        identity = {"model": source.identity(), "text": built.data.identity()}
         run = RunDirectory(Path(config.run_dir), {**options, **identity, "versions": versions()})
+    begin(built.data)
     report = _measured(subject, source, built.data, config)
     if run is not None:
         report.replace(run_dir=str(run.path)).save(run.report)
@@ -161,4 +163,6 @@ def _data_of_run(subject: Subject) -> dict[str, Any]:
         return {}
     file = subject.run / CONFIG
     options = yaml.safe_load(file.read_text()) if file.is_file() else subject.options()
-    return {f"data.{key}": value for key, value in options.get("data", {}).items() if key != "seed"}
+    data = options.get("data", {})
+    spec: dict[str, Any] = data if "class_path" in data else {**DEFAULT_DATA, "init_args": data}
+    return {"data": spec | {"init_args": {key: one for key, one in spec["init_args"].items() if key != "seed"}}}

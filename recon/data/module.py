@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import lightning as L
 import torch.distributed as dist
@@ -29,6 +29,13 @@ class TokenData(L.LightningDataModule):
     Pruning and recovery use the calibration sequences. Held-out errors and learning rates are measured on
     validation. Perplexity is measured on test, which nothing else sees. The choice of validation and test
     sequences does not depend on the seed, so runs with several seeds share them.
+
+    For your own data derive a class from this one, and name it: `--data my_module.MyData`. Override `tokens` if they do
+    not come from a `TextSource`, with `identity`, which tells two contents apart; any loader, whose batches need
+    `input_ids`; and any hook of a LightningDataModule. `prepare_data` and `setup` (for `fit` and `test`) are called
+    when a run begins, before the model is pruned, and again by Lightning around the fit, as is `teardown`. Tokens are
+    asked for after the fit, too. Transfer hooks see each batch that is trained on: in full retraining `input_ids`, in
+    local scopes the hidden states of a window.
 
     Args:
         source: Where the text comes from.
@@ -68,6 +75,10 @@ class TokenData(L.LightningDataModule):
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.evaluate_on: Literal["test", "validation"] = "test"
         self._tokens: dict[Split, Int64[Tensor, "num seq_len"]] = {}
+
+    def identity(self) -> Any:
+        """Tells this text from any other, for the fingerprint of a run: plain data for JSON."""
+        return self.source.identity()
 
     def tokens(self, split: Split) -> Int64[Tensor, "num seq_len"]:
         """The sequences of `split`, tokenised at the first call.

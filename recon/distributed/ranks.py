@@ -1,5 +1,6 @@
 """The processes of a run: started and connected before anything heavy happens, one of them ahead where needed."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
 from recon.basics.children import parent_of_children
@@ -36,8 +38,14 @@ def start(trainer: L.Trainer, module: L.LightningModule) -> None:
     """Start the run's other processes, unless torchrun or SLURM did, and connect them.
 
     Lightning would do this in `fit`; a run prunes and measures before, on one rank while the others wait.
+
+    Raises:
+        ValueError: If SLURM or torchrun started another number of processes than the trainer was asked for. Lightning
+            would go on with those that there are.
     """
-    if trainer.world_size == 1 and trainer.num_devices * trainer.num_nodes == 1:
+    asked = trainer.num_devices * trainer.num_nodes
+    require_started(trainer, asked)
+    if trainer.world_size == 1 and asked == 1:
         return
     strategy = trainer.strategy
     strategy.connect(module)
@@ -45,6 +53,35 @@ def start(trainer: L.Trainer, module: L.LightningModule) -> None:
         with parent_of_children():
             strategy.launcher.launch(lambda: None, trainer=trainer)
     strategy.setup_environment()
+    if size() != asked:
+        raise ValueError(_other_number(asked, size(), "this environment"))
+
+
+def require_started(trainer: L.Trainer, asked: int) -> None:
+    """Refuse processes that were started from outside in another number than `asked`.
+
+    Raises:
+        ValueError: Naming both numbers, with the cure.
+    """
+    environment: ClusterEnvironment = trainer._accelerator_connector.cluster_environment
+    if not environment.creates_processes_externally:
+        return
+    if (started := environment.world_size()) != asked:
+        raise ValueError(_other_number(asked, started, type(environment).__name__.removesuffix("Environment")))
+    if isinstance(environment, SLURMEnvironment) and asked > 1 and "SLURM_STEP_ID" not in os.environ:
+        raise ValueError(
+            f"{asked} processes need to be started by srun within the job, got one that was not: it would wait for the "
+            f"others; put srun before the command"
+        )
+
+
+def _other_number(asked: int, started: int, where: str) -> str:
+    return (
+        f"trainer.devices and trainer.num_nodes make {asked} processes, got {started} from {where}; ask SLURM for as "
+        f"many (--nodes, --ntasks-per-node, and srun before the command) or torchrun (--nproc-per-node), or set both "
+        f"options to what there is. In a SLURM job of one task named `interactive` (--job-name=interactive) the "
+        f"processes of one node are started here"
+    )
 
 
 def finish(trainer: L.Trainer) -> None:

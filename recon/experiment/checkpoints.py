@@ -58,7 +58,12 @@ class Checkpoints(Checkpoint):
         self._saved_step = self._last_step = trainer.global_step
         if self._position is not None:
             # Lightning restores loaders itself, but not if the learning rate's schedule has asked for their length.
-            assert isinstance(trainer.train_dataloader, ResumableLoader)
+            if not isinstance(trainer.train_dataloader, ResumableLoader):
+                raise ValueError(
+                    f"to go on within an epoch, full retraining needs a data.train_dataloader that returns a "
+                    f"recon.data.ResumableLoader, got {type(trainer.train_dataloader).__name__}; return one, or delete "
+                    f"{self.directory} to begin anew"
+                )
             trainer.train_dataloader.load_state_dict(self._position)
 
         # Not Lightning's handler: it calls a collective at once, which meets those of the step under way and hangs.

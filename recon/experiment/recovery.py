@@ -12,7 +12,9 @@ from recon.data import TokenData
 from recon.data.sources import Split
 from recon.distributed import ranks
 from recon.distributed.part import Share
+from recon.experiment.data_hooks import begin
 from recon.experiment.directory import RunDirectory
+from recon.experiment.hyperparameters import log_hyperparameters
 from recon.experiment.job import Job
 from recon.experiment.measurement import measure, measure_baselines
 from recon.experiment.options import RunOptions
@@ -67,6 +69,8 @@ def recover(scope: Scope, data: TokenData, trainer: L.Trainer, run: RunDirectory
         measured = measure(job, baselines)
     report = build_report(job, training, measured)
     report.save(run.report)
+    log_hyperparameters(trainer, scope, report)
+    data.teardown("test")
     run.clean()
     return report
 
@@ -87,6 +91,7 @@ def _connect(job: Job) -> None:
     scope, part = job.scope, job.options.part
     ranks.start(job.trainer, scope)
     scope.divide(part or Share(ranks.rank(), ranks.size()), assembles=part is None and job.is_first)
+    begin(job.data, job.trainer)
     scope.phases = Phases(job.trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
     scope.directory = job.run.path
     job.data.evaluate_on = job.options.evaluate_on

@@ -12,7 +12,7 @@ def require_feasible(job: Job) -> None:
         ValueError: With the options that would.
     """
     scope, options = job.scope, job.options
-    scope.require_strategy(job.trainer)
+    scope.require_trainer(job.trainer)
     if options.part is not None:
         _require_divisible(job, options.part)
     if not scope.loads_whole and (job.measures_baselines or not (job.run.masks.exists() or options.masks)):

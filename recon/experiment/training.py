@@ -53,7 +53,7 @@ def train(job: Job, resumed: bool) -> Training:
     scope.phases.enter(PhaseName.TRAIN)
     ranks.meet()  # or the first would count how long the others load
     started = time.monotonic()
-    job.trainer.fit(scope, ckpt_path=checkpoint, weights_only=True)
+    job.trainer.fit(scope, datamodule=scope.fit_data(job.data), ckpt_path=checkpoint, weights_only=True)
     seconds = scope.start_seconds + time.monotonic() - started
     scope.phases.leave()
     peaks = ranks.gathered(peaks_of(run.peaks(ranks.rank(), job.options.part)))

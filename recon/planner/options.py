@@ -201,6 +201,11 @@ class PlanOptions:
             raise ValueError(
                 f"planning knows the scopes {', '.join(SCOPES)}, got {type(scope).__name__}; choose one of them"
             )
+        if isinstance(scope, FullRetraining) and not issubclass(scope.optimizer_kind, torch.optim.Adam):
+            raise ValueError(
+                f"planning knows the optimizer state of Adam and AdamW, got {scope.optimizer_kind.__name__}; leave out "
+                f"--optimizer"
+            )
         for name, split in (("num_sequences", "train"), ("num_validation", "validation")):
             if data.num[split] is None:
                 raise ValueError(f"planning reads no data and needs a number for data.{name}, got null; give one")

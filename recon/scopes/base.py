@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
@@ -29,7 +30,11 @@ from recon.profiling.phases import PhaseName, Phases
 from recon.pruning.interleaved import Interleaved
 from recon.pruning.masks import Masks
 from recon.pruning.start_weights import Start, apply, written
+from recon.scopes.enforcement import MaskEnforcer
 from recon.scopes.exact import solve_all
+from recon.scopes.optimization import LRSchedulerRecipe, OptimizerRecipe
+from recon.scopes.own_batches import OwnBatches
+from recon.scopes.trainer_options import EVERYWHERE, IN_WINDOWS, TrainerOption, refuse
 
 StartName = Literal["pruned", "moved", "exact"]
 
@@ -45,8 +50,9 @@ NO_MOVED = (
 class Scope(L.LightningModule, ABC):
     """A way to repair a pruned model, as a LightningModule.
 
-    The order of calls is `load(data)`, `prepare(data, masks)`, `trainer.fit(scope)`; afterwards `model` holds
-    the recovered weights and `masks.check(model)` holds.
+    The order of calls is `require_trainer(trainer)`, `load(data)`, `prepare(data, masks)`,
+    `trainer.fit(scope, datamodule=scope.fit_data(data))`. Afterwards `model` holds the recovered weights, and
+    `masks.check(model)` passes.
 
     Args:
         name: `bundled`, a directory in Hugging Face format, a name on the hub, or `random`.
@@ -198,6 +204,46 @@ class Scope(L.LightningModule, ABC):
     def paths(self) -> RunPaths | None:
         """The places of the run's products; None without a directory."""
         return None if self.directory is None else RunPaths(self.directory)
+
+    def refused_options(self) -> tuple[TrainerOption, ...]:
+        """Options of a trainer that this scope does not honour."""
+        return EVERYWHERE + IN_WINDOWS
+
+    def require_trainer(self, trainer: L.Trainer) -> None:
+        """Refuse a trainer whose strategy or options this scope cannot use, before anything is loaded.
+
+        Raises:
+            ValueError: Naming the option, its value and the cure.
+        """
+        self.require_strategy(trainer)
+        refuse(self.refused_options(), trainer, self.scope)
+
+    def choose_optimizer(self, optimizer: OptimizerRecipe | None, lr_scheduler: LRSchedulerRecipe | None) -> None:
+        """Train by another optimizer or learning-rate schedule than the scope's own.
+
+        Args:
+            optimizer: Makes the optimizer from the parameters that learn; the scope's own if None.
+            lr_scheduler: Makes the schedule from the optimizer; the scope's own if None.
+
+        Raises:
+            ValueError: Here if one is given: one optimizer serves all windows in turn, its schedule begins anew with
+                each window, and its state is dropped when a window ends.
+        """
+        if given := [recipe for recipe in (optimizer, lr_scheduler) if recipe is not None]:
+            raise ValueError(
+                f"--optimizer and --lr_scheduler are for full retraining, got {given[0]} with the {self.scope} scope, "
+                f"whose schedule begins anew with each window; leave them out and set the scope's own options, such as "
+                f"model.lr, or choose scopes/full"
+            )
+
+    def configure_callbacks(self) -> list[Callback]:
+        """What correct results need, whatever callbacks the trainer has: masks are enforced, once."""
+        has_one = any(isinstance(one, MaskEnforcer) for one in self.trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
+        return [] if has_one else [MaskEnforcer()]
+
+    def fit_data(self, data: TokenData) -> L.LightningDataModule:
+        """The data module of `trainer.fit`: the hooks of `data`, with batches of this scope's own."""
+        return OwnBatches(data, self.train_dataloader)
 
     def load(self, data: TokenData) -> None:
         """Load the dense model, and give `data` its tokenizer."""

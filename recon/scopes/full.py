@@ -1,6 +1,7 @@
 """Full retraining: the pruned model as a whole, on next-token prediction or the dense model's logits."""
 
 import copy
+import logging
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -22,9 +24,14 @@ from recon.models.loading import empty
 from recon.pruning.interleaved import Interleaved
 from recon.pruning.masks import Masks
 from recon.scopes.base import Scope, check_finite, warmup_and_linear_decay
+from recon.scopes.enforcement import require_zero_keeping
 from recon.scopes.lora import DEFAULT_LORA, Lora, attach, merge, merge_state, round_merged
 from recon.scopes.losses import ModelLoss, cross_entropy, distillation, next_token_logits
+from recon.scopes.optimization import LRSchedulerRecipe, OptimizerRecipe
 from recon.scopes.trainable import Parameters, chosen
+from recon.scopes.trainer_options import EVERYWHERE, TrainerOption
+
+log = logging.getLogger("recon")
 
 FROZEN = "frozen"
 """Key in a checkpoint: the weights that were not trained, if the strategy holds them rounded."""
@@ -44,10 +51,11 @@ class FullRetraining(Scope):
         parameters: What learns there: `all`; `weights`, the matrices of linear maps in the blocks; `vectors`, norms and
             biases; `lora`, low-rank updates of the pruned matrices, which are merged into them in the end.
         lora: Rank and alpha of these updates.
-        lr: Peak learning rate of AdamW.
+        lr: Peak learning rate of AdamW; another `--optimizer` has its own.
         weight_decay: AdamW's weight decay.
         betas: AdamW's averaging coefficients.
-        warmup: Share of the steps with a rising learning rate; it falls linearly to zero afterwards.
+        warmup: Share of the steps with a rising learning rate; it falls linearly to zero afterwards. Another
+            `--lr_scheduler` takes the place of both.
         gradient_checkpointing: Keep only what enters each block for the backward pass and compute the rest again.
         partitioned: For models larger than a process's memory: load them partitioned, by ZeRO-3. Needs masks made
             before (`--masks`) and `--baselines false`, since both take a whole model; so does `start: exact`.
@@ -93,6 +101,8 @@ class FullRetraining(Scope):
         self.lora = lora
         self.lr, self.weight_decay, self.betas, self.warmup = lr, weight_decay, betas, warmup
         self.gradient_checkpointing, self.partitioned = gradient_checkpointing, partitioned
+        self._optimizer: OptimizerRecipe | None = None
+        self._lr_scheduler: LRSchedulerRecipe | None = None
         self._teacher: list[Any] = []  # a list, so that Lightning does not see its parameters
         self._frozen: dict[str, Tensor] = {}
         self._adapters: list[str] = []
@@ -113,8 +123,16 @@ class FullRetraining(Scope):
 
     @property
     def train_tokens(self) -> int:
-        """Calibration tokens times epochs."""
-        return self.data.tokens("train").numel() * self.epochs
+        """Tokens of all training batches so far; before a fit, of all that there will be without limits."""
+        sequences, seq_len = self.data.tokens("train").shape
+        if self._trainer is None:
+            return sequences * seq_len * self.epochs
+        trainer = self._trainer
+        together = self.data.batch_size * trainer.world_size  # sequences of one batch in all processes
+        batches, per_epoch = trainer.fit_loop.epoch_loop.total_batch_idx + 1, int(trainer.num_training_batches)
+        whole, rest = divmod(batches, max(1, per_epoch))
+        trained = whole * min(per_epoch * together, sequences) + min(rest * together, sequences)
+        return trained * seq_len
 
     @property
     def loads_whole(self) -> bool:
@@ -142,6 +160,41 @@ class FullRetraining(Scope):
                 f"model.partitioned needs a strategy that loads weights in parts, strategies/zero3 or "
                 f"strategies/zero3_offload, got {layout(trainer)['strategy']}"
             )
+
+    def refused_options(self) -> tuple[TrainerOption, ...]:
+        """Those that no scope honours."""
+        return EVERYWHERE
+
+    def require_trainer(self, trainer: L.Trainer) -> None:
+        """As `Scope.require_trainer`; DeepSpeed clips no gradient by its value."""
+        super().require_trainer(trainer)
+        by_value = trainer.gradient_clip_algorithm == GradClipAlgorithmType.VALUE
+        if by_value and isinstance(trainer.strategy, ZeroStrategy):
+            raise ValueError(
+                f"DeepSpeed clips gradients by their norm, got trainer.gradient_clip_algorithm: value with strategy "
+                f"{layout(trainer)['strategy']}; choose norm, or strategies/fsdp2"
+            )
+
+    def choose_optimizer(self, optimizer: OptimizerRecipe | None, lr_scheduler: LRSchedulerRecipe | None) -> None:
+        """As `Scope.choose_optimizer`; any optimizer that keeps zeros, and any schedule.
+
+        Raises:
+            ValueError: If the optimizer moves weights whose gradient is zero.
+        """
+        if optimizer is not None:
+            require_zero_keeping(optimizer.kind)
+            self.lr = optimizer.options.get("lr", self.lr)
+            log.info(f"{optimizer} has its own options, in place of model.lr, model.weight_decay and model.betas")
+        self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
+
+    @property
+    def optimizer_kind(self) -> type[torch.optim.Optimizer]:
+        """The class of its optimizer."""
+        return torch.optim.AdamW if self._optimizer is None else self._optimizer.kind
+
+    def fit_data(self, data: TokenData) -> L.LightningDataModule:
+        """`data` itself: it trains on its batches."""
+        return data
 
     def load(self, data: TokenData) -> None:
         """Load the dense model, or only its shape if it is to be partitioned, and give `data` its tokenizer."""
@@ -276,9 +329,14 @@ class FullRetraining(Scope):
         self.log("held_out_loss", loss, prog_bar=True, sync_dist=True)
 
     def configure_optimizers(self):
-        """AdamW with warm-up and linear decay."""
+        """AdamW with warm-up and linear decay, or what was chosen."""
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
+        if self._optimizer is None:
+            optimizer = torch.optim.AdamW(trained, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
+        else:
+            optimizer = self._optimizer(trained)
+        if self._lr_scheduler is not None:
+            return {"optimizer": optimizer, "lr_scheduler": self._lr_scheduler(optimizer)}
         steps = int(self.trainer.estimated_stepping_batches)
         return {
             "optimizer": optimizer,

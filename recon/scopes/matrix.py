@@ -15,6 +15,7 @@ from recon.models.windows import Window, block_windows
 from recon.profiling.ledger import followed
 from recon.scopes.base import StartName, warmup_and_linear_decay
 from recon.scopes.local.module import LocalScope
+from recon.scopes.trainer_options import NO_ACCUMULATION, NO_OPTIMIZER, TrainerOption
 from recon.solvers import ConjugateGradients, GradientDescent, LeastSquares, Solver, relative_objective
 
 
@@ -50,6 +51,11 @@ class MatrixReconstruction(LocalScope):
         self._problems: dict[str, LeastSquares] = {}
         self._solved: dict[str, dict[str, Any]] = {}
         self._began = 0.0
+
+    def refused_options(self) -> tuple[TrainerOption, ...]:
+        """Those of local scopes, those of several batches, and without an optimizer those of gradients."""
+        without = () if self.automatic_optimization else NO_OPTIMIZER
+        return super().refused_options() + NO_ACCUMULATION + without
 
     def label_notes(self) -> list[str]:
         """As `LocalScope.label_notes`, and a solver that is not exact."""

@@ -73,7 +73,7 @@ def test_an_optimizer_that_moves_zeros_is_refused_by_name(optimizer: Any, tmp_pa
 
 @pytest.mark.parametrize("optimizer", [Sign, *([torch.optim.Muon] if hasattr(torch.optim, "Muon") else [])])
 def test_the_refused_ones_do_move_zeros(optimizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("callbacks.mask_enforcer.ZERO_KEEPING", (torch.optim.Optimizer,))
+    monkeypatch.setattr("recon.scopes.enforcement.ZERO_KEEPING", (torch.optim.Optimizer,))
     with pytest.raises(ValueError, match="pruned weights need to be zero, got"):
         trainer_of(MaskEnforcer()).fit(with_optimizer(optimizer, tmp_path))
 
@@ -214,6 +214,13 @@ def test_progress_of_full_retraining(
     assert re.fullmatch(r"epoch 1/2   50%  loss \S+  held out loss \S+  0:03 spent  0:03 left", first)
     loss, held_out = (f"{trainer.callback_metrics[name].item():.4g}" for name in ("loss", "held_out_loss"))
     assert second == f"epoch 2/2  100%  loss {loss}  held out loss {held_out}  0:06 spent  0:00 left"
+
+
+def test_progress_ends_at_a_limit_of_steps(tmp_path: Path, told: pytest.LogCaptureFixture) -> None:
+    scope = prepared(FullRetraining(name=save_tiny("llama", tmp_path), epochs=2))
+    trainer_of(Progress(every_seconds=3600.0), max_steps=4).fit(scope)
+    (line,) = lines_of(told)
+    assert line.startswith("epoch 2/2  100%  loss ")
 
 
 def test_progress_of_the_matrix_scope(tmp_path: Path, told: pytest.LogCaptureFixture) -> None:

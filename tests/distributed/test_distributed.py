@@ -71,6 +71,40 @@ def test_the_last_checkpoint_is_consolidated_to_the_model_that_the_run_wrote(
         assert (written / file).read_text() == (run / "model" / file).read_text()
 
 
+@pytest.mark.parametrize("strategy", ["zero2", "fsdp2"])
+def test_an_own_list_of_callbacks_loses_no_mask(strategy: str, directory: Path) -> None:
+    run = directory / f"{strategy}-own-callbacks" / "bf16-mixed"
+    for largest in in_processes(runs.fit, strategy, "bf16-mixed", 2, run, "--trainer.callbacks", "[]"):
+        assert set(largest.values()) == {0.0}
+    assert runs.largest_pruned(run) == 0
+    assert runs.same(runs.weights(run), runs.weights(finished(directory, strategy, "bf16-mixed")))
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "fsdp2"])
+def test_another_optimizer_and_schedule_keep_exact_masks(strategy: str, directory: Path) -> None:
+    run = directory / f"{strategy}-sgd" / "32-true"
+    chosen = ("--optimizer", "SGD", "--optimizer.lr", "0.05", "--optimizer.momentum", "0.9")
+    schedule = ("--lr_scheduler", "StepLR", "--lr_scheduler.step_size", "1")
+    for largest in in_processes(runs.fit, strategy, "32-true", 2, run, *chosen, *schedule):
+        assert set(largest.values()) == {0.0}
+    assert runs.largest_pruned(run) == 0
+    one = directory / "sgd" / "32-true"
+    if not one.exists():
+        in_processes(runs.fit, "auto", "32-true", 1, one, *chosen, *schedule, world=1)
+    assert runs.difference(runs.weights(one), runs.weights(run)) < 1e-6
+
+
+def test_a_terminated_run_with_another_schedule_ends_bit_identically(directory: Path) -> None:
+    chosen = ("--optimizer", "Adam", "--lr_scheduler", "ExponentialLR", "--lr_scheduler.gamma", "0.5")
+    straight, stopped = (directory / name / "32-true" for name in ("schedule", "schedule-stopped"))
+    in_processes(runs.fit, "auto", "32-true", 1, straight, *chosen, world=1)
+    stop = runs.Stop(signal.SIGTERM, 10)  # in the second of two epochs
+    with pytest.raises(Failed, match="SIGTERMException: 143"):
+        in_processes(runs.fit_and_stop, stop, "auto", "32-true", 1, stopped, *chosen, world=1)
+    in_processes(runs.fit, "auto", "32-true", 1, stopped, *chosen, world=1)
+    assert runs.same(runs.weights(stopped), runs.weights(straight))
+
+
 def test_zeroing_weights_after_each_step_leaves_the_master_copy_to_drift(directory: Path) -> None:
     run = directory / "zero2-advice" / "run"
     with pytest.raises(

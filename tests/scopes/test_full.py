@@ -9,10 +9,11 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from callbacks.mask_enforcer import MaskEnforcer, _require_zero_keeping
+from callbacks.mask_enforcer import MaskEnforcer
 from recon.data.loader import ResumableLoader
 from recon.models.anatomy import Anatomy
 from recon.scopes import FullRetraining, SubmoduleDistillation
+from recon.scopes.enforcement import _require_zero_keeping
 from tests.support.scope_fixtures import IGNORED, data_of, prepared, same, save_tiny, trainer_of, weights_of
 
 pytestmark = [pytest.mark.filterwarnings("error"), *(pytest.mark.filterwarnings(one) for one in IGNORED)]

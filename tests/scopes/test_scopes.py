@@ -329,9 +329,12 @@ def test_dropout_stays_off(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("kind", ["submodule", "full"])
-def test_without_the_enforcer_the_scope_itself_refuses(kind: str, weight_decay: float, tmp_path: Path) -> None:
+def test_a_scope_that_attaches_no_enforcer_refuses_its_result(
+    kind: str, weight_decay: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     name = save_tiny("llama", tmp_path)
     scope = prepared(SCOPES[kind](name=name, weight_decay=weight_decay), directory=tmp_path)
+    monkeypatch.setattr(scope, "configure_callbacks", list)
     with pytest.raises(ValueError, match=r"`model\.layers\.0\.self_attn\.q_proj\.weight`"):
         trainer_of().fit(scope)
     assert not (tmp_path / "windows").exists()

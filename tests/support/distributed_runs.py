@@ -116,8 +116,9 @@ def prune_model(directory: Path) -> None:
 
 
 def train_without_enforcer(strategy: str, run_dir: Path, *more: str) -> None:
-    """Train under the usual advice instead of MaskEnforcer."""
-    main_with(OnlyWorkingCopy(), [*options(strategy, "32-true", 2, run_dir), "--trainer.callbacks", "[]", *more])
+    """Train under the usual advice instead of MaskEnforcer, which scopes attach otherwise."""
+    with mock.patch("recon.scopes.base.Scope.configure_callbacks", return_value=[]):
+        main_with(OnlyWorkingCopy(), [*options(strategy, "32-true", 2, run_dir), *more])
 
 
 def main_with(callback: Callback, args: list[str]) -> None:

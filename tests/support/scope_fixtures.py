@@ -20,9 +20,21 @@ IGNORED = (
     r"ignore:The '(train|val)_dataloader' does not have many workers which may be a bottleneck",
     r"ignore:Found \d+ module\(s\) in eval mode at the start of training",
     r"ignore:The number of training batches \(\d+\) is smaller than the logging interval",
+    r"ignore:The `srun` command is available on your system",
     r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated",
 )
 """Lightning's hints about what is meant to be as it is, and a call of its own that torch has deprecated."""
+
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+    "max_epochs": -1,
+}
 
 AnyScope = TypeVar("AnyScope", bound=Scope)
 
@@ -66,16 +78,8 @@ def random_masks(model: Any, sparsity: float = 0.5, exclude: tuple[str, ...] = (
 
 
 def trainer_of(*callbacks: Callback, **options: Any) -> L.Trainer:
-    return L.Trainer(
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        callbacks=list(callbacks),
-        **{"max_epochs": -1, "enable_checkpointing": False, **options},
-    )
+    """A trainer that writes nothing and says nothing."""
+    return L.Trainer(**{**QUIET, "callbacks": list(callbacks), **options})
 
 
 def prepared(

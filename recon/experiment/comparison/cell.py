@@ -1,6 +1,7 @@
 """A cell of a comparison: one command of recon's, run as a child process so that its peaks are its own."""
 
 import logging
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -52,7 +53,9 @@ def _run(cell: Cell, prefix: str) -> str | None:
     with (
         log_file.open("w") as kept,
         parent_of_children(),
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=_environment()
+        ) as process,
     ):
         assert process.stdout is not None
         try:
@@ -67,3 +70,8 @@ def _run(cell: Cell, prefix: str) -> str | None:
         return None
     reason = log_file.read_text().partition(f"recon {cell.command[0]}: error: ")[2]
     return " ".join(reason.split()) or f"exit status {process.returncode}, see {log_file}"
+
+
+def _environment() -> dict[str, str]:
+    """The environment of a child: with a job's variables it would take itself for one of the job's tasks."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
