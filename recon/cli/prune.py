@@ -86,10 +86,11 @@ def main(args: list[str]) -> int:
 def differing(config: Any, defaults: Any) -> list[str]:
     """The options of model, data and seed that differ from their defaults, as `recon fit` takes them."""
     found = [] if config.seed_everything == 0 else ["--seed_everything", str(config.seed_everything)]
-    for group, without in (("model", "seed"), ("data", "seed")):
-        usual = defaults[group].as_dict()
-        found += _options(group, {key: item for key, item in config[group].as_dict().items() if key != without}, usual)
-    return found
+    found += _options("model", {**config.model.as_dict(), "seed": None}, defaults.model.as_dict() | {"seed": None})
+    data, usual = config.data.as_dict(), defaults.data.as_dict()["init_args"]
+    if data["class_path"] != defaults.data.class_path:
+        found, usual = [*found, "--data", data["class_path"]], {}
+    return found + _options("data", {**data["init_args"], "seed": None}, usual | {"seed": None})
 
 
 def _options(name: str, value: dict[str, Any], usual: dict[str, Any]) -> list[str]:
