@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from recon.cli import main
+from recon.models.loading import ModelSource
 from recon.pruning.masks import Masks
 from tests.support import distributed_runs as runs
 from tests.support.processes import Failed, in_processes
@@ -187,6 +188,24 @@ def test_distillation_by_a_sharded_teacher(strategy: str, more: tuple[str, ...],
     measured, expected = (json.loads((run / "report.json").read_text()) for run in (two, one))
     assert measured["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-5)
     assert measured["mask_violations"] == 0
+
+
+@pytest.mark.parametrize("more", [(), ("--model.parameters", "lora")], ids=["all", "lora"])
+def test_a_partitioned_bf16_model_is_measured_as_it_is_written(more: tuple[str, ...], directory: Path) -> None:
+    source = directory / "masks" / "bf16"
+    if not source.exists():
+        AutoModelForCausalLM.from_pretrained(directory / "masks" / "dense", dtype=torch.bfloat16).save_pretrained(
+            source
+        )
+        ModelSource().load_tokenizer().save_pretrained(source)
+    run = directory / "partitioned" / f"bf16{len(more)}"
+    more = ("--model.name", str(source), "--model.partitioned", "true", *more)
+    in_processes(runs.fit, "zero3", "32-true", 2, run, *more)
+    assert {weight.dtype for weight in runs.weights(run).values()} == {torch.bfloat16}
+    assert runs.largest_pruned(run) == 0
+    measured = json.loads((run / "report.json").read_text())["perplexity"]
+    assert main(["test", str(run), "--run_dir", str(run / "tested"), "--device", "cpu"]) == 0
+    assert json.loads((run / "tested" / "report.json").read_text())["perplexity"] == pytest.approx(measured, rel=1e-6)
 
 
 @pytest.mark.parametrize(
