@@ -7,7 +7,6 @@ import shutil
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any, TypeVar
@@ -167,27 +166,25 @@ def recover(
     training leaves weights that are partly pruned and recovered. Evaluation loads a second copy of the recovered
     model from the run directory, as the command does.
 
-    What is going on is logged by `logging.getLogger("recon")`.
+    Progress is logged by `logging.getLogger("recon")`.
 
     Args:
-        model: A causal language model of transformers, on one device, where recovery computes unless `options` name
-            another `trainer.accelerator`.
+        model: A causal language model of transformers, on one device, where recovery computes.
         tokenizer: Its tokenizer.
         masks: From `prune`, of your own, or a file; if None the model is pruned by `criterion` and `pattern` first.
         scope: A shipped scope, "matrix", "submodule", "block", "full", "submodule_best", or a YAML file.
         text: Documents for calibration, or a source of `recon.data`; the source of the configurations if None.
-        validation_text: Documents for held-out errors and drift; carved out of `text` if None.
-        test_text: Documents for perplexity; carved out of `text` if None.
+        validation_text: Documents for held-out errors and drift; a part of `text` if None.
+        test_text: Documents for perplexity; a part of `text` if None.
         criterion: As in `prune`, if there are no masks.
         pattern: As in `prune`, if there are no masks.
-        start: The surviving weights that recovery starts from: "pruned", "moved" or "exact"; that of the scope if None.
-        baselines: Measure the perplexity of the dense and of the pruned model.
-        drift: Measure how far the recovered model is from the dense one.
-        config: More shipped configurations or YAML files, such as ["criteria/alps"].
-        options: Options of `recon fit` by their dotted names, such as {"model.epochs": 2, "data.seq_len": 512,
-            "trainer.precision": "bf16-mixed"}; they beat the configurations.
-        run_dir: Where model, masks, report and logs stay, and from where the same call goes on after it was killed;
-            a temporary directory, with room for the model, that is deleted in the end if None.
+        start: Weights to start from: "pruned", "moved" or "exact"; those of the scope if None.
+        baselines: Measure dense and pruned perplexity.
+        drift: Measure the distance from the dense model.
+        config: More shipped configurations or YAML files.
+        options: Options of `recon fit` by dotted names, such as {"model.epochs": 2}; they beat configurations.
+        run_dir: Place of model, masks, report and logs, from which the same call goes on after it was killed; a
+            temporary directory if None.
 
     Returns:
         The report: `perplexity`, `dense_perplexity`, `pruned_perplexity`, `peaks`, `seconds`, `drift` and more.
@@ -221,7 +218,7 @@ def recover(
             report = execute(cli, in_memory)
             assert report is not None
             live.take(paths.model)
-    return replace(report, run_dir=report.run_dir if run_dir is not None else "")
+    return report if run_dir is not None else report.replace(run_dir="")
 
 
 @contextmanager

@@ -16,7 +16,7 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument("-c", "--config", action="config", help="YAML file or name of a shipped comparison.")
     parser.add_class_arguments(Comparison)
-    parser.add_argument("--verbose", action="store_true", help="Add tables of memory, predictions and drift.")
+    parser.add_argument("--verbose", type=bool, default=False, help="Add tables of memory, predictions and drift.")
     return parser
 
 

@@ -121,7 +121,7 @@ class FitCLI(LightningCLI):
             help="Optimizer steps between two checkpoints of full retraining.",
         )
         parser.add_argument("--summary", type=bool, default=True, help="Print the report as a table in the end.")
-        parser.add_argument("--verbose", action="store_true", help="Add tables of memory, predictions and drift.")
+        parser.add_argument("--verbose", type=bool, default=False, help="Add tables of memory, predictions and drift.")
         add_pruning_arguments(parser)
         default_data(parser)
         parser.link_arguments("seed_everything", "data.init_args.seed")

@@ -43,7 +43,7 @@ def build_parser() -> ArgumentParser:
         help="Measure on the validation split how far hidden states and predictions are from the dense model's.",
     )
     parser.add_argument("--summary", type=bool, default=True, help="Print the report as a table in the end.")
-    parser.add_argument("--verbose", action="store_true", help="Add tables of memory, predictions and drift.")
+    parser.add_argument("--verbose", type=bool, default=False, help="Add tables of memory, predictions and drift.")
     parser.add_class_arguments(ModelSource, "model", instantiate=False)
     add_data_arguments(parser)
     add_pruning_arguments(parser)

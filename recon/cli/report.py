@@ -27,11 +27,12 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "paths", type=str, nargs="+", help="Directories of runs or comparisons, results.json or report.json files."
     )
-    parser.add_argument("--markdown", action="store_true", help="Print a table for a markdown page instead.")
-    parser.add_argument("--verbose", action="store_true", help="Add tables of memory, predictions and drift.")
+    parser.add_argument("--markdown", type=bool, default=False, help="Print a table for a markdown page instead.")
+    parser.add_argument("--verbose", type=bool, default=False, help="Add tables of memory, predictions and drift.")
     parser.add_argument(
         "--memory",
-        action="store_true",
+        type=bool,
+        default=False,
         help="Print the live tensors of each run, phase by phase, instead, and draw memory.png beside its memory.json.",
     )
     return parser

@@ -94,7 +94,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--masks", type=str | None, default=None, help="Masks to apply first.")
     parser.add_class_arguments(ModelSource, "model", skip={"name"}, instantiate=False)
     parser.add_argument("--summary", type=bool, default=True, help="Print the report as a table.")
-    parser.add_argument("--verbose", action="store_true", help="Add tables of memory, predictions and drift.")
+    parser.add_argument("--verbose", type=bool, default=False, help="Add tables of memory, predictions and drift.")
     add_data_arguments(parser, skip={"seed"})
     return parser
 

@@ -13,8 +13,9 @@ from recon.calibration.statistics import InputStatistics
 from recon.models.linear import as_out_in, weight_out_in
 from recon.models.windows import Window, block_windows
 from recon.profiling.ledger import followed
-from recon.scopes.base import StartName, warmup_and_linear_decay
+from recon.scopes.base import StartName
 from recon.scopes.local.module import LocalScope
+from recon.scopes.optimization import warmup_and_linear_decay
 from recon.scopes.trainer_options import NO_ACCUMULATION, NO_OPTIMIZER, TrainerOption
 from recon.solvers import ConjugateGradients, GradientDescent, LeastSquares, Solver, relative_objective
 

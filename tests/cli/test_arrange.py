@@ -85,8 +85,8 @@ def test_short_names_reach_the_parser(tmp_path):
     assert config.pruning.allocation.class_path == "recon.allocation.OWL"
     assert config.pruning.allocation.init_args.M == 3
     assert config.model.init_args.solver.class_path == "recon.solvers.ADMMSolver"
-    assert config.data.seq_len == 32
-    assert config.data.source.init_args.paths == ["my.txt"]
+    assert config.data.init_args.seq_len == 32
+    assert config.data.init_args.source.init_args.paths == ["my.txt"]
 
 
 @pytest.mark.parametrize(
@@ -95,12 +95,13 @@ def test_short_names_reach_the_parser(tmp_path):
 )
 def test_one_path_is_a_list_of_one(text, paths):
     config = parse_only(f"-c scopes/block --data.source TextFiles --data.source.paths {text}".split())
-    assert config.data.source.init_args.paths == paths
+    assert config.data.init_args.source.init_args.paths == paths
 
 
 def test_one_path_in_a_file_is_a_list_of_one(tmp_path):
     (tmp_path / "my.yaml").write_text("data:\n  source:\n    class_path: TextFiles\n    init_args: {paths: a.txt}\n")
-    assert parse_only(["-c", "scopes/block", "-c", str(tmp_path / "my.yaml")]).data.source.init_args.paths == ["a.txt"]
+    config = parse_only(["-c", "scopes/block", "-c", str(tmp_path / "my.yaml")])
+    assert config.data.init_args.source.init_args.paths == ["a.txt"]
 
 
 def test_lists_of_other_options():

@@ -91,7 +91,7 @@ def test_what_cannot_be_honoured_is_refused_at_once(
     scope: str, options: list[str], match: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = tmp_path / "run"
-    assert main(["fit", "-c", f"scopes/{scope}", "--run_dir", str(run_dir), *options]) == 1
+    assert main(["fit", "-c", f"scopes/{scope}", "--run_dir", str(run_dir), *options]) == 2
     assert match in capsys.readouterr().err
     assert not run_dir.exists()
 

@@ -359,7 +359,8 @@ RANDOM = ["--model.name=random", f"--model.shape={json.dumps(LLAMA)}", *DATA]
 def test_fit_and_prune_measure_it_and_its_phase_is_no_recovery(tmp_path: Path, capsys: Any) -> None:
     run, cut = tmp_path / "run", tmp_path / "cut"
     profiler = ["--trainer.callbacks+=callbacks.MemoryProfiler"]
-    assert main(["fit", "-c", "scopes/matrix", "--run_dir", str(run), "--baselines=false", *profiler, *DATA]) == 0
+    options = ["--baselines=false", "--verbose", *profiler, *DATA]
+    assert main(["fit", "-c", "scopes/matrix", "--run_dir", str(run), *options]) == 0
     assert re.search(r"drift: relative squared error of the hidden state", capsys.readouterr().out)
     assert main(["prune", "--run_dir", str(cut), *DATA]) == 0
     recovered, before = (Report.load(path / "report.json").drift for path in (run, cut))

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from recon.cli import main
 from recon.report import Report, Results, collect, print_table, with_references
-from recon.report.log import LOG, log_to
+from recon.report.log import log_to
 from tests.report.test_report import report
 
 SIZES = {"sparsity": 0.0, "model_sparsity": 0.01, "disk_bytes": 5 * 2**20}
@@ -117,12 +117,12 @@ def test_a_log_is_appended_and_names_the_error(tmp_path: Path) -> None:
 
     logger = logging.getLogger("recon")
     handlers, level = list(logger.handlers), logger.level
-    with log_to(tmp_path / "run" / LOG):
+    with log_to(tmp_path / "run" / "log.txt"):
         logger.info("window 1/2")
-    with pytest.raises(ValueError, match="no room"), log_to(tmp_path / "run" / LOG):
+    with pytest.raises(ValueError, match="no room"), log_to(tmp_path / "run" / "log.txt"):
         raise ValueError("no room")
     logger.info("not in the file")
-    first, said, second, error = (tmp_path / "run" / LOG).read_text().splitlines()
+    first, said, second, error = (tmp_path / "run" / "log.txt").read_text().splitlines()
     assert first.startswith("--- 20")
     assert second.startswith("--- 20")
     assert (said, error) == ("window 1/2", "ValueError: no room")

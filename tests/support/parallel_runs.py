@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from recon.cli import main as recon
 from recon.cli.fit import main as fit_main
 from recon.cli.merge import main as recon_merge
+from recon.cli.messages import printed_messages
 from recon.pruning.masks import Masks
 from tests.support.distributed_runs import main_with
 
@@ -87,7 +88,7 @@ def fit_without_masks(run_dir: Path, *more: str) -> str:
     args = options("matrix", 1, run_dir)
     where = args.index("--masks")
     args = [*args[:where], *args[where + 2 :], "-c", "criteria/sparsegpt", "--model.start", "moved", *more]
-    with redirect_stdout(io.StringIO()) as said:
+    with redirect_stdout(io.StringIO()) as said, printed_messages():
         fit_main(args)
     return said.getvalue()
 
