@@ -183,11 +183,10 @@ def recover(
         drift: Measure the distance from the dense model.
         config: More shipped configurations or YAML files.
         options: Options of `recon fit` by dotted names, such as {"model.epochs": 2}; they beat configurations.
-        run_dir: Place of model, masks, report and logs, from which the same call goes on after it was killed; a
-            temporary directory if None.
+        run_dir: Place of model, masks, report and logs, from which a killed call goes on; temporary if None.
 
     Returns:
-        The report: `perplexity`, `dense_perplexity`, `pruned_perplexity`, `peaks`, `seconds`, `drift` and more.
+        The report: `perplexity`, `dense_perplexity`, `peaks`, `seconds`, `drift` and more.
 
     Raises:
         ValueError: If an option is unknown, the text too short, or model, masks and options do not fit together.

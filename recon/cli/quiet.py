@@ -44,6 +44,8 @@ def quiet() -> None:
         ".*When saving the DeepSpeed Stage 3 checkpoint.*",  # recon writes the model in one piece itself
     ):
         warnings.filterwarnings("ignore", message)
+    if "SLURM_JOB_ID" not in os.environ:  # a machine that has SLURM, outside a job
+        warnings.filterwarnings("ignore", "The `srun` command is available on your system but is not used.*")
 
 
 @contextmanager
@@ -73,5 +75,3 @@ def unnoticed() -> Iterator[None]:
             datasets.enable_progress_bars()
         if bars[1]:
             transformers.utils.logging.enable_progress_bar()
-    if "SLURM_JOB_ID" not in os.environ:  # a machine that has SLURM, outside a job
-        warnings.filterwarnings("ignore", "The `srun` command is available on your system but is not used.*")

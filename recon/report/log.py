@@ -18,9 +18,12 @@ def log_to(path: Path) -> Iterator[None]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     logger, handler = logging.getLogger("recon"), logging.FileHandler(path, encoding="utf-8")
-    level = logger.level
+    level, propagates, upwards = logger.level, logger.propagate, _Upwards(logger.getEffectiveLevel())
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
+    if propagates:
+        logger.propagate = False
+        logger.addHandler(upwards)
     note(handler, f"--- {datetime.now(UTC).isoformat(timespec='seconds')}")
     try:
         yield
@@ -28,9 +31,19 @@ def log_to(path: Path) -> Iterator[None]:
         note(handler, f"{type(error).__name__}: {error}")
         raise
     finally:
-        logger.removeHandler(handler)
-        handler.close()
+        for one in (handler, upwards):
+            logger.removeHandler(one)
+            one.close()
         logger.setLevel(level)
+        logger.propagate = propagates
+
+
+class _Upwards(logging.Handler):
+    """Hands records to the handlers of the root, from the level on that the caller has set: the file has more."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Hand on one record."""
+        logging.getLogger().callHandlers(record)
 
 
 def note(handler: logging.Handler, line: str) -> None:

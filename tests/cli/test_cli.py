@@ -253,7 +253,7 @@ def test_the_hint_of_prune_can_be_pasted(tmp_path, capsys):
     assert config["model"]["init_args"]["start"] == "moved"
     assert config["model"]["init_args"]["shape"] == LLAMA
     assert config["data"]["init_args"]["source"]["init_args"]["paths"] == [str(text)]
-    assert (config["seed_everything"], config["data"]["num_sequences"]) == (3, 8)
+    assert (config["seed_everything"], config["data"]["init_args"]["num_sequences"]) == (3, 8)
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert (report["criterion"], report["pattern"]) == ("sparsegpt", "2:4")
     assert main(["prune", "--run_dir", str(tmp_path / "wanda"), *RANDOM, *DATA]) == 0

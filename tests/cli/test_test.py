@@ -53,7 +53,7 @@ def test_a_sparse_model_is_not_called_dense(runs: Path, tmp_path: Path, capsys: 
 
 def test_a_run_without_model_and_masks_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "fingerprint.json").write_text("{}")
-    assert main(["test", str(tmp_path)]) == 1
+    assert main(["test", str(tmp_path)]) == 2
     assert "needs a model or a run with model or masks, got" in capsys.readouterr().err
 
 
@@ -61,9 +61,9 @@ def test_the_hint_of_prune_can_be_pasted(runs: Path, tmp_path: Path, capsys: pyt
     import shlex
 
     assert main(["prune", "--run_dir", str(runs / "pruned"), "--criterion=SparseGPT", *RANDOM, *DATA]) == 0
-    (hint,) = [line.strip() for line in capsys.readouterr().out.splitlines() if line.startswith("  recon fit")]
-    _, *args = shlex.split(hint)
-    assert "--model.start=moved" in args
+    (hint,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("recover with: recon fit")]
+    _, *args = shlex.split(hint.partition(": ")[2])
+    assert args[-2:] == ["--model.start", "moved"]
     assert main([*args, "--run_dir", str(tmp_path / "run"), "--model.epochs=1"]) == 0
     text = capsys.readouterr().out
     rows = [line.split()[0] for line in text.splitlines() if line.split()]
