@@ -130,6 +130,7 @@ def prune(
         identity = {"model": live.identity(), "data": data.source.identity()}
         with owned(paths.path):
             run = RunDirectory(paths.path, {"options": chosen, "versions": versions(), **identity})
+            run.sweep()
             if texts is not None:
                 texts.write(run.text)
             if not run.masks.exists():
