@@ -1,8 +1,9 @@
-"""Files that are whole or absent, and locks between processes."""
+"""Files that are whole or absent, and what a process that was killed has left of them."""
 
-import fcntl
 import json
 import os
+import re
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
+"""Names that `atomic_write` gives to files which are not whole yet."""
 
 
 @contextmanager
@@ -44,22 +48,44 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         raise (OSError(message) if number is None else OSError(number, message)) from error
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Go through the block while no other process on this file system goes through one with the same `path`.
+def partial(path: Path) -> Path:
+    """Return where the directory `path` is made, before it gets its name by `put_in_place`."""
+    return path.with_name(f".{path.name}.partial")
 
-    A process that dies lets go of the lock; the file stays, empty.
+
+def put_in_place(path: Path) -> None:
+    """Give the finished directory `partial(path)` its name; an older one at `path` is deleted only then.
 
     Raises:
-        OSError: If the file system has no locks, naming `path`.
+        OSError: If a directory cannot be renamed.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            raise OSError(error.errno, f"could not lock `{path}` ({error}); use a file system with locks") from error
-        yield
+    settle(path)
+    if path.exists():
+        path.rename(_aside(path))
+    partial(path).rename(path)
+    shutil.rmtree(_aside(path), ignore_errors=True)
+
+
+def settle(path: Path) -> None:
+    """End what a process that was killed in `put_in_place` has begun: `path` is its older or its newer content."""
+    aside = _aside(path)
+    if aside.exists() and not path.exists():
+        aside.rename(path)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def sweep(directory: Path) -> None:
+    """Delete the temporary files that killed calls of `atomic_write` have left in a directory, not in those below.
+
+    No process may be writing there.
+    """
+    for stale in directory.glob(".*.tmp"):
+        if TEMPORARY.fullmatch(stale.name):
+            stale.unlink(missing_ok=True)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
 
 
 def write_json(path: str | Path, obj: Any) -> None:

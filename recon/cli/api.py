@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from recon.basics.locks import owned
 from recon.basics.run_paths import RunPaths
 from recon.cli import plain
 from recon.cli.arguments import choose_device, parse
@@ -126,14 +127,16 @@ def prune(
         left_out = ("config", "run_dir", "device", "drift", "summary")
         chosen = {key: value for key, value in parsed.as_dict().items() if key not in left_out}
         identity = {"model": live.identity(), "data": data.source.identity()}
-        run = RunDirectory(paths.path, {"options": chosen, "versions": versions(), **identity})
-        if texts is not None:
-            texts.write(run.text)
-        if not run.masks.exists():
-            shell, data.tokenizer = live.load(choose_device(parsed.device))
-            data.require(["train"], shell)
-            tokens = data.tokens("train")
-            prune_to(run.masks, shell, tokens, built.criterion, built.pattern, built.pruning, run.moved)
+        with owned(paths.path):
+            run = RunDirectory(paths.path, {"options": chosen, "versions": versions(), **identity})
+            run.sweep()
+            if texts is not None:
+                texts.write(run.text)
+            if not run.masks.exists():
+                shell, data.tokenizer = live.load(choose_device(parsed.device))
+                data.require(["train"], shell)
+                tokens = data.tokens("train")
+                prune_to(run.masks, shell, tokens, built.criterion, built.pattern, built.pruning, run.moved)
         stack.pop_all()  # the file lives as long as the masks
     return PrunedMasks(run.masks, is_temporary=run_dir is None)
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from torch.optim import Optimizer
 
 from recon.basics.files import atomic_write
+from recon.basics.locks import owned
 from recon.basics.run_paths import RunPaths
 from recon.cli.arguments import add_pruning_arguments, default_data, keep_own_defaults, plain_data
 from recon.cli.arrange import arrange
@@ -164,7 +165,8 @@ class FitCLI(LightningCLI):
             ValueError: If a class needs a package that is not installed, or options of the trainer contradict.
         """
         given, self.config = self.config, self.config.clone()
-        part = "" if self.share is None else RunDirectory(self.run_dir, None).part(self.share).name
+        held = _part(self)
+        part = "" if held is None else held.name
         self.config.trainer.logger = in_run_directory(given.trainer.logger, self.run_dir, part)
         try:
             super().instantiate_classes()
@@ -267,14 +269,28 @@ def execute(cli: FitCLI, masks: Masks | None = None, merge: bool = False) -> Rep
         The report; None on ranks other than 0, and of a part.
 
     Raises:
-        ValueError: If options, masks and model do not fit together.
+        ValueError: If options, masks and model do not fit together, or another process owns the run directory.
     """
     options, first = _options(cli, masks, merge), rank() == 0
-    scope, data, trainer = cli.model, cli.datamodule, cli.trainer
+    scope, data = cli.model, cli.datamodule
     identity = {"model": scope.source.identity(), "data": data.identity()} if first else {}
-    directory = RunDirectory(cli.run_dir, {**cli.fingerprint, **identity} if first else None)
-    if first:
-        _save_config(cli, directory)
+    with owned(cli.run_dir, _part(cli)) if first else nullcontext():
+        directory = RunDirectory(cli.run_dir, {**cli.fingerprint, **identity} if first else None)
+        if first:
+            if cli.share is None:
+                directory.sweep()
+            _save_config(cli, directory)
+        return _recover(cli, directory, options)
+
+
+def _part(cli: FitCLI) -> Path | None:
+    """The directory of this job's part, which it owns while other jobs own theirs; None of the whole run."""
+    return None if cli.share is None else RunDirectory(cli.run_dir, None).part(cli.share)
+
+
+def _recover(cli: FitCLI, directory: RunDirectory, options: RunOptions) -> Report | None:
+    """`recover` in a directory that this process owns, or that rank 0 owns for it."""
+    scope, data, trainer, first = cli.model, cli.datamodule, cli.trainer, rank() == 0
     for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
         if not cli.config.verbose and hasattr(callback, "print_table"):
             callback.print_table = False

@@ -8,6 +8,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
+from recon.basics.locks import owned
 from recon.cli.arguments import add_data_arguments, add_pruning_arguments, choose_device, parse, plain_data
 from recon.cli.names import CHOICES, with_short_paths
 from recon.cli.quiet import quiet
@@ -67,12 +68,15 @@ def main(args: list[str]) -> int:
     source = ModelSource(**config.model.as_dict())
     identity = {"model": source.identity(), "data": built.data.identity()}
     fingerprint = {"options": with_short_paths(options), "versions": versions(), **identity}
-    run = RunDirectory(Path(config.run_dir or f"runs/prune-{digest(fingerprint)[:8]}"), fingerprint)
+    path = Path(config.run_dir or f"runs/prune-{digest(fingerprint)[:8]}")
     console = Console(highlight=False, soft_wrap=True)
     chosen = RunOptions(built.criterion, built.pattern, built.pruning, drift=config.drift, baselines=config.baselines)
     begin(built.data)
-    with log_to(run.log):
-        report = measure_pruned(source, built.data, run, chosen, choose_device(config.device), config.save_model)
+    with owned(path):
+        run = RunDirectory(path, fingerprint)
+        run.sweep()
+        with log_to(run.log):
+            report = measure_pruned(source, built.data, run, chosen, choose_device(config.device), config.save_model)
     if config.summary:
         print_table(Results(with_references(report)), table_console(), config.verbose)
     moved = run.moved.is_file()

@@ -107,7 +107,8 @@ def measure_pruned(
         keep_model: Write the pruned model too.
 
     Returns:
-        The report; its seconds and peaks are those of pruning.
+        The report; its seconds and peaks are those of pruning, or, if an earlier start has pruned, of reading the
+        masks, and its environment says `resumed`.
 
     Raises:
         ValueError: If there is no criterion.
@@ -121,9 +122,14 @@ def measure_pruned(
     log.info(f"load {source.name}")
     model, data.tokenizer = source.load(device)
     data.require(("train", "test", "validation") if options.drift else ("train", "test"), model)
-    tokens = data.tokens("train")
-    started = time.monotonic()
-    masks = prune_to(run.masks, model, tokens, options.criterion, options.pattern, options.pruning, run.moved)
+    started, resumed = time.monotonic(), run.masks.exists()
+    if resumed:
+        log.info(f"{run.masks} holds the masks of this run: nothing to prune")
+        masks = Masks.load(run.masks)
+        masks.validate_for(model)
+    else:
+        tokens = data.tokens("train")
+        masks = prune_to(run.masks, model, tokens, options.criterion, options.pattern, options.pruning, run.moved)
     seconds = time.monotonic() - started
     costs.stop()
     apply(model, masks, moved_with(run.masks, masks))
@@ -139,6 +145,7 @@ def measure_pruned(
         data,
         evaluation,
         scope="pruned",
+        resumed=resumed,
         criterion=str(options.criterion),
         pattern=options.pruning.describe(options.pattern),
         sparsity=masks.sparsity,
@@ -168,8 +175,11 @@ class _Costs:
         """Measure no further."""
         self._peaks = self._meter.stop()
 
-    def report(self, source: ModelSource, data: TokenData, evaluation: Evaluation, **more: Any) -> Report:
-        """The report of a model, with `more` of its fields."""
+    def report(
+        self, source: ModelSource, data: TokenData, evaluation: Evaluation, resumed: bool | None = None, **more: Any
+    ) -> Report:
+        """The report of a model, with `more` of its fields; of pruning it tells whether an earlier start did that."""
+        known = {} if resumed is None else {"resumed": resumed}
         return Report(
             model=source.name,
             seed=data.seed,
@@ -178,7 +188,7 @@ class _Costs:
             peak_host_bytes=self._peaks.host_bytes,
             peak_device_bytes=self._peaks.device_allocated_bytes,
             baseline_host_bytes=self._baseline,
-            environment=environment(self._device),
+            environment=environment(self._device) | known,
             **more,
         )
 

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from recon.basics.files import write_json
+from recon.basics.files import partial, settle, sweep, write_json
 from recon.basics.run_paths import RunPaths
 from recon.distributed.part import Share
 
@@ -68,6 +68,17 @@ class RunDirectory(RunPaths):
     def read_parts(self) -> list[dict[str, Any]]:
         """The measurements of the jobs, in the order of shares; empty if none was divided."""
         return [json.loads(file.read_text()) for file in sorted(self.parts.glob("*/part.json"))]
+
+    def sweep(self) -> None:
+        """Delete what processes that were killed have left; only the owner of the directory may do so."""
+        places = self.path, self.text, self.block_masks, self.windows, self.checkpoints, *self.parts.glob("*")
+        for place in places:
+            sweep(place)
+        settle(self.model)
+        for product in (self.model, self.dense):
+            shutil.rmtree(partial(product), ignore_errors=True)
+        if self.report.exists():
+            self.clean()
 
     def clean(self) -> None:
         """Delete what a finished run has no more use for."""

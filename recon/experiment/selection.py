@@ -4,7 +4,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from recon.basics.files import locked
+from recon.basics.locks import locked
 from recon.experiment.job import Job
 from recon.experiment.requirements import require_interleavable
 from recon.profiling.phases import PhaseName

@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from recon.basics.files import partial, put_in_place
 from recon.experiment.job import Job
 from recon.profiling.phases import PhaseName
 
@@ -36,6 +37,8 @@ def save_model(
 ) -> None:
     """Write model and tokenizer as a plain Hugging Face directory that is whole or absent.
 
+    An older model in its place stays until the new one is whole.
+
     Args:
         model: What to write.
         tokenizer: Written beside it.
@@ -45,13 +48,12 @@ def save_model(
     Raises:
         OSError: If it cannot be written, naming `path`; nothing of it is kept then.
     """
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = partial(path)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         model.save_pretrained(temporary, state_dict=state)
         tokenizer.save_pretrained(temporary)
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.rename(path)
+        put_in_place(path)
     except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(

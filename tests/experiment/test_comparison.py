@@ -1,6 +1,7 @@
 """A comparison end to end: cells in processes of their own, kept by fingerprint, failures shown."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -96,6 +97,22 @@ def test_second_run_keeps_finished_cells_and_draws_again(smoke):
     assert reports == {path: path.stat().st_mtime_ns for path in directory.glob("*/report.json")}
     for name in ("pareto.png", "pareto.svg"):
         assert (directory / name).stat().st_size > 1000
+
+
+def test_two_comparisons_in_one_directory_share_its_cells(smoke, tmp_path):
+    recoveries = [{"scope": "matrix"}, {"scope": "submodule", "options": {"model.epochs": 1}}]
+    command = [*SMOKE, "--directory", str(tmp_path), f"--recoveries={json.dumps(recoveries)}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    both = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    said = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    took = [set(re.findall(r"^\[\d/4 (\w+)\]", text, re.MULTILINE)) for text in said]
+    assert took[0] | took[1] == {"dense", "pruned", "matrix", "submodule"}
+    assert not took[0] & took[1], "a cell was run twice"
+    ours, single = (json.loads((path / "results.json").read_text())["cells"] for path in (tmp_path, smoke[0]))
+    assert [(cell["scope"], cell["perplexity"]) for cell in ours] == [
+        (cell["scope"], cell["perplexity"]) for cell in single[:4]
+    ]
 
 
 def planned(comparison):

@@ -1,5 +1,6 @@
 """The scopes through Lightning's own fit, on models of three kinds: sequential, Conv1D, parallel attention."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -451,6 +454,41 @@ def test_only_missing_windows_are_trained_again(tmp_path: Path) -> None:
         assert same(fit(again, spy), expected)
         assert spy.windows == [one for one in missing for _ in range(EPOCHS * BATCHES)]
         assert list(again.results) == WINDOWS["submodule"]
+
+
+class Overtake(Callback):
+    """Puts the windows of another process into the run directory in the middle of a window."""
+
+    def __init__(self, window: str, theirs: Path, ours: Path) -> None:
+        self.window, self.theirs, self.ours = window, theirs, ours
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
+        if pl_module.window.name == self.window:
+            for file in self.theirs.glob("*"):
+                if not (self.ours / file.name).exists():
+                    shutil.copy(file, self.ours / file.name)
+
+
+@pytest.mark.parametrize(("kind", "at"), [("matrix", "001"), ("submodule", "000.attention"), ("block", "002")])
+def test_a_window_that_another_process_has_written_is_taken_and_not_written_again(
+    kind: str, at: str, tmp_path: Path
+) -> None:
+    name, theirs, ours = save_tiny("llama", tmp_path), tmp_path / "theirs", tmp_path / "ours"
+    fit(prepared(LOCAL[kind](name=name), directory=theirs))
+    for file in (theirs / "windows").iterdir():  # other weights than those that this process would make
+        weights = {one: weight * 1.5 for one, weight in load_file(file).items()}
+        with safe_open(file, "pt") as opened:
+            save_file(weights, file, opened.metadata())
+    (ours / "windows").mkdir(parents=True)
+    overtaken, spy = prepared(LOCAL[kind](name=name), directory=ours), Spy()
+    weights = fit(overtaken, spy, Overtake(at, theirs / "windows", ours / "windows"))
+    first = WINDOWS[kind].index(at)
+    assert list(dict.fromkeys(spy.windows)) == WINDOWS[kind][: first + 1]
+    for window in WINDOWS[kind][first:]:
+        mine, other = (one / "windows" / f"{window}.safetensors" for one in (ours, theirs))
+        assert mine.read_bytes() == other.read_bytes()
+        assert all(torch.equal(weights[one], weight) for one, weight in load_file(mine).items())
+    assert list(overtaken.results) == WINDOWS[kind]
 
 
 @pytest.mark.parametrize("stop_after", [15, 17, 18])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from recon.basics.children import parent_of_children
+from recon.basics.locks import locked
 from recon.basics.run_paths import RunPaths
 from recon.report import Report
 
@@ -29,8 +30,8 @@ class Cell:
     directory: Path
 
 
-def outcome(cell: Cell, prefix: str) -> Report | str:
-    """The report of a cell, found or made now, or why there is none.
+def outcome(cell: Cell, prefix: str) -> Report | str | None:
+    """The report of a cell, found or made now, or why there is none; None while another process runs the cell.
 
     Args:
         cell: What to run if its directory holds no report.
@@ -38,11 +39,25 @@ def outcome(cell: Cell, prefix: str) -> Report | str:
     """
     file = RunPaths(cell.directory).report
     if not file.exists():
-        error = _run(cell, prefix)
+        with locked(_lock(cell), wait=False) as is_free:
+            if not is_free:
+                return None
+            # Looked up again: another process may have ended the cell before this one had the lock.
+            error = None if file.exists() else _run(cell, prefix)
         if error is not None:
             log.error(f"{prefix} failed: {error}")
             return error
     return Report.load(file)
+
+
+def wait_for(cell: Cell) -> None:
+    """Wait until no process runs the cell."""
+    with locked(_lock(cell)):
+        pass
+
+
+def _lock(cell: Cell) -> Path:
+    return cell.directory / ".cell.lock"
 
 
 def _run(cell: Cell, prefix: str) -> str | None:

@@ -10,13 +10,13 @@ seeds then use the choice. Nothing is chosen on the test split.
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from recon.basics.run_paths import RunPaths
-from recon.experiment.comparison.cell import Cell, outcome
+from recon.experiment.comparison.cell import Cell, outcome, wait_for
 from recon.experiment.comparison.spec import ClassSpec, Comparison, Entry, Group, plan
 from recon.experiment.comparison.tuning import Choice, choose
 from recon.report import Report, Results
@@ -25,8 +25,45 @@ from recon.report.tuning import brief
 log = logging.getLogger("recon")
 
 
+class Cells:
+    """The cells of a comparison that this process knows or runs.
+
+    Several processes may run one comparison: each takes cells that nobody else runs, and passes over the others.
+
+    Args:
+        num: How many cells there are in all.
+
+    Attributes:
+        busy: Cells of other processes that the present pass went by.
+        took: Whether the present pass has found or run a cell that was not known before.
+    """
+
+    def __init__(self, num: int) -> None:
+        self._num = num
+        self._outcomes: dict[Path, Report | str] = {}
+        self.begin_pass()
+
+    def begin_pass(self) -> None:
+        """Go through the comparison again."""
+        self.busy: list[Cell] = []
+        self.took = False
+
+    def run(self, cell: Cell) -> Report | str | None:
+        """What `cell` came to: known, found or run now; None while another process runs it."""
+        if cell.directory not in self._outcomes:
+            found = outcome(cell, f"[{len(self._outcomes) + 1}/{self._num} {cell.title}]")
+            if found is None:
+                self.busy.append(cell)
+                return None
+            self._outcomes[cell.directory], self.took = found, True
+        return self._outcomes[cell.directory]
+
+
 def compare(comparison: Comparison, describe: Callable[[type, ClassSpec], str]) -> Results:
     """Run every cell that has not finished yet, one after another; write `results.json` as rows are known.
+
+    Another process may run the same comparison at the same time. Then each takes the next cell that is free, and waits
+    for those of the other when nothing else is left.
 
     Args:
         comparison: What to compare.
@@ -35,39 +72,61 @@ def compare(comparison: Comparison, describe: Callable[[type, ClassSpec], str]) 
     Returns:
         All cells; those that failed have `status` "failed" and say why.
     """
+    cells = Cells(comparison.num_cells)
+    planned = [list(plan(comparison, model, describe)) for model in comparison.models]
+    while True:
+        cells.begin_pass()
+        results = _pass(comparison, planned, cells)
+        if not cells.busy:
+            return results
+        if not cells.took:
+            log.info(f"wait for {cells.busy[0].title}, which another process runs")
+            wait_for(cells.busy[0])
+
+
+def _pass(comparison: Comparison, planned: Sequence[Sequence[Group]], cells: Cells) -> Results:
+    """Go through all cells once; the rows of those that are known in the end, which are all if none is busy."""
     results = Results([], name=comparison.name)
-    outcomes: dict[Path, Report | str] = {}
-
-    def run(cell: Cell) -> Report | str:
-        if cell.directory not in outcomes:
-            prefix = f"[{len(outcomes) + 1}/{comparison.num_cells} {cell.title}]"
-            outcomes[cell.directory] = outcome(cell, prefix)
-        return outcomes[cell.directory]
-
-    for model in comparison.models:
-        choices: list[Choice] = []
-        for group in plan(comparison, model, describe):
-            dense, pruned = run(group.dense), run(group.pruned)
+    for groups in planned:
+        choices: list[Choice | None] = [None] * len(comparison.recoveries)
+        for group in groups:
+            dense, pruned = cells.run(group.dense), cells.run(group.pruned)
+            if pruned is None:  # recoveries need its masks
+                continue
             row = partial(_row, group, dense, pruned)
-            results.cells.extend([row("dense", "", group.dense, dense), row("pruned", "", group.pruned, pruned)])
-            results.save(comparison.path / "results.json")
-            choices = choices or [_tune(group, entry, run) for entry in comparison.recoveries]
+            if dense is not None:
+                results.cells.extend([row("dense", "", group.dense, dense), row("pruned", "", group.pruned, pruned)])
+                _save(results, comparison, cells)
+            if group is groups[0]:
+                choices = [_tune(group, entry, cells) for entry in comparison.recoveries]
             for entry, choice in zip(comparison.recoveries, choices, strict=True):
+                if choice is None:
+                    continue
                 cell = group.recovery(entry, choice.options)
-                measured = choice.error or run(cell)
-                results.cells.append(row(entry.scope, entry.label, cell, measured, choice.tried))
-                results.save(comparison.path / "results.json")
+                measured = choice.error or cells.run(cell)
+                if measured is not None:
+                    results.cells.append(row(entry.scope, entry.label, cell, measured, choice.tried))
+                    _save(results, comparison, cells)
     return results
 
 
-def _tune(group: Group, entry: Entry, run: Callable[[Cell], Report | str]) -> Choice:
-    """The options of `entry` that reach the lowest validation perplexity on a group."""
-    trials = [(point, cell, run(cell)) for point, cell in group.trials(entry)]
-    for _, cell, measured in trials:
+def _save(results: Results, comparison: Comparison, cells: Cells) -> None:
+    """Write the rows; a process that waits for others' cells leaves a longer file as it is."""
+    if not cells.busy:
+        results.save(comparison.path / "results.json")
+
+
+def _tune(group: Group, entry: Entry, cells: Cells) -> Choice | None:
+    """The options of `entry` that reach the lowest validation perplexity on a group; None while a trial runs."""
+    trials = [(point, cell, cells.run(cell)) for point, cell in group.trials(entry)]
+    known = [(point, cell, measured) for point, cell, measured in trials if measured is not None]
+    if len(known) < len(trials):
+        return None
+    for _, cell, measured in known:
         if isinstance(measured, Report):  # the weights are of no use any more, and as large as the model
             for product in (RunPaths(cell.directory).model, RunPaths(cell.directory).windows):
                 shutil.rmtree(product, ignore_errors=True)
-    choice = choose([point for point, _, _ in trials], [measured for _, _, measured in trials])
+    choice = choose([point for point, _, _ in known], [measured for _, _, measured in known])
     if choice.options:
         log.info(f"{entry.title}: {brief(choice.options)} chosen of {len(trials)} on the validation split")
     return choice
@@ -75,7 +134,7 @@ def _tune(group: Group, entry: Entry, run: Callable[[Cell], Report | str]) -> Ch
 
 def _row(
     group: Group,
-    dense: Report | str,
+    dense: Report | str | None,
     pruned: Report | str,
     scope: str,
     label: str | None,

@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from recon.basics.files import locked
+from recon.basics.files import partial
+from recon.basics.locks import locked
 from recon.models.anatomy import Anatomy
 from recon.models.loading import ModelSource
 from recon.models.offload.blocks import OffloadedBlocks
@@ -56,7 +57,7 @@ def open_offloaded(
 def _written(source: ModelSource, directory: Path) -> ModelSource:
     with locked(directory.with_name(f".{directory.name}.lock")):  # several jobs may begin one run at a time
         if not directory.exists():
-            temporary = directory.with_name(f".{directory.name}.partial")
+            temporary = partial(directory)
             shutil.rmtree(temporary, ignore_errors=True)
             source.model().save_pretrained(temporary)
             temporary.rename(directory)

@@ -345,6 +345,8 @@ class LocalScope(Scope):
         for one in written:
             self._approach(one)
             self._take(one)
+        if window is None:  # another process has written them all meanwhile
+            raise StopIteration  # ends the loop of Lightning's fit in good order
         self.phases.enter(window_phase(window.name))
         self.begin(window)
         self.window, self._epoch = window, 0
@@ -373,7 +375,7 @@ class LocalScope(Scope):
         result = {"before": self._before, "after": self._after, **self.end(window)}
         self._precision.restore()
         self.masks.subset([name for name in window.owned if name in self.masks]).check(self.model)
-        self.files.write(window, self.model, result)
+        result = self.files.keep(window, self.model, result)
         if self.logger is not None:
             metrics = {f"window/{name}": result[name] for name in ("before", "after")}
             self.logger.log_metrics(metrics, step=self.schedule.index(window))

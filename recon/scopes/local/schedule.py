@@ -51,6 +51,7 @@ class Schedule:
         self.propagation: Propagation = propagation
         self.results: dict[str, dict[str, Any]] = {}
         self._written = written
+        self._found = {window.name for window in self.own if window in written}
         self._entered: set[int] = set()
         self._begun: dict[str, None] = {}
         self._owners: dict[str, Window] = {}
@@ -91,14 +92,17 @@ class Schedule:
                 f"{missing[0].name}; start it again, without trainer.max_time or a callback that stops it"
             )
 
-    def upcoming(self) -> tuple[list[Window], Window]:
-        """Return the written windows in front of the next one to recover, and that one.
+    def upcoming(self) -> tuple[list[Window], Window | None]:
+        """Return the written windows in front of the next one to recover, and that one; None if all are written.
 
-        One own window at least must be missing.
+        Other processes may write windows meanwhile. What is written is looked up here alone, so that everything up to
+        the next window follows from one view of the directory.
         """
         left = self.unfinished(self.own)
-        following = self.missing(left)[0]
-        return left[: left.index(following)], following
+        missing = self.missing(left)
+        names = {window.name for window in missing}
+        self._found = {window.name for window in self.own if window.name not in names}
+        return (left[: left.index(missing[0])], missing[0]) if missing else (left, None)
 
     def owner(self, name: str) -> Window | None:
         """Return the first window that recovers a parameter; None if all that share a window with it are dense."""
@@ -116,7 +120,7 @@ class Schedule:
     def is_known_now(self, name: str) -> bool:
         """Tell whether the inputs of a matrix, collected as its block is entered, serve a window to be recovered."""
         owner = self.owner(name)
-        if owner is None or owner not in self.own or owner in self._written:
+        if owner is None or owner not in self.own or owner.name in self._found:
             return False
         return not self.is_known_later(name)
 

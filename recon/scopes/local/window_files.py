@@ -35,6 +35,17 @@ class WindowFiles:
     def __contains__(self, window: Window) -> bool:
         return self.directory is not None and self.path(window).exists()
 
+    def keep(self, window: Window, model: nn.Module, result: dict[str, Any]) -> dict[str, Any]:
+        """Write a window as `write` does, or load it as `load` does if another process has written it meanwhile.
+
+        Returns:
+            The other results of the weights that `model` has in the end.
+        """
+        if window in self:
+            return self.load(window, model)
+        self.write(window, model, result)
+        return result
+
     def write(self, window: Window, model: nn.Module, result: dict[str, Any]) -> None:
         """Write the recovered weights of `window` in `model`, and other results, which must be JSON."""
         if self.directory is None:
