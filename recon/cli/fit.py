@@ -231,7 +231,13 @@ class FitCLI(LightningCLI):
 
 def parse_only(args: list[str]) -> Any:
     """The configuration that `args` make, with nothing built."""
-    return _cli(args, ParsingCLI).config
+    return parse_options(args)[1]
+
+
+def parse_options(args: list[str]) -> tuple[LightningArgumentParser, Any]:
+    """The parser, which can build parts of what it has parsed, and the configuration that `args` make."""
+    cli = _cli(args, ParsingCLI)
+    return cli.parser, cli.config
 
 
 class ParsingCLI(FitCLI):

@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 
 from recon.cli import main
-from recon.cli.compare import describe
+from recon.cli.resolver import CommandResolver
 from recon.data import TokenData
 from recon.evaluation.perplexity import evaluate
 from recon.experiment.comparison.compare import compare
@@ -155,7 +155,7 @@ def test_a_grid_that_fails_fails_its_cells(tmp_path, monkeypatch):
 def test_a_cell_is_found_again_under_another_title(tmp_path):
     def directory(label):
         comparison = Comparison("x", [Entry("block", label=label)], directory=str(tmp_path))
-        (group,) = plan(comparison, comparison.models[0], describe)
+        (group,) = plan(comparison, comparison.models[0], CommandResolver())
         return group.recovery(comparison.recoveries[0], {}).directory
 
     first = directory("one")

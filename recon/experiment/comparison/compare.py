@@ -17,7 +17,7 @@ from typing import Any
 
 from recon.basics.run_paths import RunPaths
 from recon.experiment.comparison.cell import Cell, outcome
-from recon.experiment.comparison.spec import ClassSpec, Comparison, Entry, Group, plan
+from recon.experiment.comparison.spec import Comparison, Entry, Group, Resolver, plan
 from recon.experiment.comparison.tuning import Choice, choose
 from recon.report import Report, Results
 from recon.report.tuning import brief
@@ -25,15 +25,18 @@ from recon.report.tuning import brief
 log = logging.getLogger("recon")
 
 
-def compare(comparison: Comparison, describe: Callable[[type, ClassSpec], str]) -> Results:
+def compare(comparison: Comparison, resolver: Resolver) -> Results:
     """Run every cell that has not finished yet, one after another; write `results.json` as rows are known.
 
     Args:
         comparison: What to compare.
-        describe: The name of a criterion or pattern that a class specification makes.
+        resolver: Knows the commands that cells run.
 
     Returns:
         All cells; those that failed have `status` "failed" and say why.
+
+    Raises:
+        ValueError: If a cell's options cannot be understood, before anything runs.
     """
     results = Results([], name=comparison.name)
     outcomes: dict[Path, Report | str] = {}
@@ -44,9 +47,11 @@ def compare(comparison: Comparison, describe: Callable[[type, ClassSpec], str]) 
             outcomes[cell.directory] = outcome(cell, prefix)
         return outcomes[cell.directory]
 
-    for model in comparison.models:
+    groups = [list(plan(comparison, model, resolver)) for model in comparison.models]
+    _require_readable(comparison.recoveries, groups)
+    for of_model in groups:
         choices: list[Choice] = []
-        for group in plan(comparison, model, describe):
+        for group in of_model:
             dense, pruned = run(group.dense), run(group.pruned)
             row = partial(_row, group, dense, pruned)
             results.cells.extend([row("dense", "", group.dense, dense), row("pruned", "", group.pruned, pruned)])
@@ -58,6 +63,17 @@ def compare(comparison: Comparison, describe: Callable[[type, ClassSpec], str]) 
                 results.cells.append(row(entry.scope, entry.label, cell, measured, choice.tried))
                 results.save(comparison.path / "results.json")
     return results
+
+
+def _require_readable(recoveries: list[Entry], groups: list[list[Group]]) -> None:
+    """Refuse a comparison whose cells are no commands of recon, before the first of them runs."""
+    for group in (group for of_model in groups for group in of_model):
+        for entry in recoveries:
+            try:
+                group.recovery(entry, {})
+                group.trials(entry)
+            except ValueError as error:
+                raise ValueError(f"recoveries: {entry.title!r} cannot run: {error}") from error
 
 
 def _tune(group: Group, entry: Entry, run: Callable[[Cell], Report | str]) -> Choice:
