@@ -87,6 +87,7 @@ class MatrixReconstruction(LocalScope):
 
     def observe(self, statistics: dict[str, InputStatistics]) -> None:
         """Pose the problem of each matrix, whose weight still is dense."""
+        self.tokens_of_window = max((one.num_tokens for one in statistics.values()), default=self.tokens_of_window)
         self._problems = {
             name: LeastSquares.of(found, weight_out_in(self._module(name)).clone())
             for name, found in statistics.items()

@@ -61,6 +61,7 @@ class LocalScope(Scope):
     Attributes:
         schedule: The windows and the progress through them; laid out by `prepare`.
         window: The window under way; None between two.
+        tokens_of_window: Calibration tokens that went through the training of that window so far.
     """
 
     by_window = True
@@ -89,7 +90,7 @@ class LocalScope(Scope):
         self.share, self.assembles, self.files = Share(), True, WindowFiles()
         self.window: Window | None = None
         self.interleaved: Interleaved | None = None
-        self._epoch = 0
+        self._epoch = self.tokens_of_window = 0
         self._before = self._after = 0.0
 
     @property
@@ -104,7 +105,11 @@ class LocalScope(Scope):
 
     @property
     def results(self) -> dict[str, dict[str, Any]]:
-        """For each finished window its held-out error `before` and `after` recovery, and facts that a scope adds."""
+        """Results of each finished window under its name.
+
+        They are its held-out error `before` and `after` recovery, the `tokens` that went through its training, the
+        `seconds` of the run until it was written, earlier starts included, and facts that a scope adds.
+        """
         return self.schedule.results
 
     @abstractmethod
@@ -126,8 +131,8 @@ class LocalScope(Scope):
 
     @property
     def train_tokens(self) -> int:
-        """Calibration tokens times epochs: every window sees them, and together they are one model."""
-        return self.data.tokens("train").numel() * self.epochs
+        """Tokens that went through a window, the most of all windows: together they are one model."""
+        return max((result["tokens"] for result in self.results.values()), default=0)
 
     @property
     def progress(self) -> str:
@@ -197,6 +202,11 @@ class LocalScope(Scope):
     def missing(self, windows: Sequence[Window]) -> list[Window]:
         """List those of `windows` that are not written yet."""
         return self.schedule.missing(windows)
+
+    def recall(self, windows: Sequence[Window]) -> None:
+        """Take over the seconds until the last of those of `windows` that are written."""
+        written = [window for window in windows if window in self.files]
+        self.tally.go_on(max((self.files.result(window)["seconds"] for window in written), default=0.0))
 
     def prepare(
         self,
@@ -346,6 +356,7 @@ class LocalScope(Scope):
             self._approach(one)
             self._take(one)
         self.phases.enter(window_phase(window.name))
+        self.tokens_of_window = 0
         self.begin(window)
         self.window, self._epoch = window, 0
         self._before = held_out_error(self.replay, window, self.held_out)
@@ -370,7 +381,8 @@ class LocalScope(Scope):
         """Check, write and leave the window under way."""
         window = self.window
         assert window is not None
-        result = {"before": self._before, "after": self._after, **self.end(window)}
+        cost = {"tokens": self.tokens_of_window, "seconds": self.tally.seconds}
+        result = {"before": self._before, "after": self._after, **cost, **self.end(window)}
         self._precision.restore()
         self.masks.subset([name for name in window.owned if name in self.masks]).check(self.model)
         self.files.write(window, self.model, result)
