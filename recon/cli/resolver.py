@@ -42,7 +42,7 @@ def _resolved(name: str, *args: str) -> dict[str, Any]:
 
 def _fit(args: list[str]) -> tuple[Namespace, Any]:
     parser, config = parse_options(args)
-    return config, parser.instantiate_classes(Namespace(data=config.data)).data
+    return config, parser.instantiate_classes(Namespace(data=config.data))["data"]
 
 
 def _other(name: str, args: list[str]) -> tuple[Namespace, Any]:
