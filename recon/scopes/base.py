@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Literal
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from recon.basics.run_paths import RunPaths
@@ -399,23 +398,3 @@ def check_finite(loss: torch.Tensor, where: str) -> None:
         raise FloatingPointError(
             f"the loss must be finite, got {loss.item()} in {where}; lower model.lr, or use a wider trainer.precision"
         )
-
-
-def warmup_and_linear_decay(
-    optimizer: torch.optim.Optimizer, num_steps: int, warmup: float, period: int | None = None
-) -> dict[str, Any]:
-    """Lightning's description of a per-step schedule: linear warm-up, then linear decay to zero.
-
-    Args:
-        optimizer: Whose learning rate is scheduled.
-        num_steps: Steps of one schedule.
-        warmup: Share of the steps that warm up.
-        period: Start again after so many steps; never if None.
-    """
-    rising = max(1, round(warmup * num_steps))
-
-    def factor(step: int) -> float:
-        step = step % period if period else min(step, num_steps)
-        return min((step + 1) / rising, max(0.0, (num_steps - step) / max(1, num_steps - rising)))
-
-    return {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}

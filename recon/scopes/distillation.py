@@ -10,7 +10,7 @@ from torch import Tensor
 from recon.calibration.statistics import InputStatistics
 from recon.models.linear import as_out_in, weight_out_in
 from recon.models.windows import Window, Windows, block_windows, group_windows, submodule_windows
-from recon.scopes.base import StartName, warmup_and_linear_decay
+from recon.scopes.base import StartName
 from recon.scopes.exact import solve
 from recon.scopes.local.batches import Batch
 from recon.scopes.local.module import LocalScope
@@ -18,6 +18,7 @@ from recon.scopes.local.window_error import outputs
 from recon.scopes.local.window_state import compiled
 from recon.scopes.lora import DEFAULT_LORA, Lora, attach, merge
 from recon.scopes.losses import WindowLoss, window_loss
+from recon.scopes.optimization import warmup_and_linear_decay
 from recon.scopes.trainable import Parameters, chosen
 
 
@@ -109,7 +110,7 @@ class Distillation(LocalScope):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of the window's output against its target."""
         assert self.window is not None
-        self.tokens_of_window += batch["hidden"].shape[:2].numel()
+        self._window_tokens += batch["hidden"].shape[:2].numel()
         output, target = outputs(self.replay, self.window, batch)
         loss = window_loss(output, target, self.loss)
         where = f"window {self.window.name}, epoch {self._epoch}, batch {batch_idx}"

@@ -13,8 +13,9 @@ from recon.calibration.statistics import InputStatistics
 from recon.models.linear import as_out_in, weight_out_in
 from recon.models.windows import Window, block_windows
 from recon.profiling.ledger import followed
-from recon.scopes.base import StartName, warmup_and_linear_decay
+from recon.scopes.base import StartName
 from recon.scopes.local.module import LocalScope
+from recon.scopes.optimization import warmup_and_linear_decay
 from recon.scopes.trainer_options import NO_ACCUMULATION, NO_OPTIMIZER, TrainerOption
 from recon.solvers import ConjugateGradients, GradientDescent, LeastSquares, Solver, relative_objective
 
@@ -87,7 +88,7 @@ class MatrixReconstruction(LocalScope):
 
     def observe(self, statistics: dict[str, InputStatistics]) -> None:
         """Pose the problem of each matrix, whose weight still is dense."""
-        self.tokens_of_window = max((one.num_tokens for one in statistics.values()), default=self.tokens_of_window)
+        self._window_tokens = max((one.num_tokens for one in statistics.values()), default=self._window_tokens)
         self._problems = {
             name: LeastSquares.of(found, weight_out_in(self._module(name)).clone())
             for name, found in statistics.items()

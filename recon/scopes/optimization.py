@@ -1,4 +1,4 @@
-"""Recipes of an optimizer and of a learning-rate schedule, whose parameters are known once the model is loaded."""
+"""The scopes' own learning-rate schedule, and recipes of other ones and of optimizers, which need a loaded model."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import ReduceLROnPlateau
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 
 @dataclass(frozen=True)
@@ -49,3 +49,23 @@ class LRSchedulerRecipe:
 
     def __str__(self) -> str:
         return self.kind.__name__
+
+
+def warmup_and_linear_decay(
+    optimizer: torch.optim.Optimizer, num_steps: int, warmup: float, period: int | None = None
+) -> dict[str, Any]:
+    """Lightning's description of a per-step schedule: linear warm-up, then linear decay to zero.
+
+    Args:
+        optimizer: Whose learning rate is scheduled.
+        num_steps: Steps of one schedule.
+        warmup: Share of the steps that warm up.
+        period: Start again after so many steps; never if None.
+    """
+    rising = max(1, round(warmup * num_steps))
+
+    def factor(step: int) -> float:
+        step = step % period if period else min(step, num_steps)
+        return min((step + 1) / rising, max(0.0, (num_steps - step) / max(1, num_steps - rising)))
+
+    return {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}

@@ -61,7 +61,6 @@ class LocalScope(Scope):
     Attributes:
         schedule: The windows and the progress through them; laid out by `prepare`.
         window: The window under way; None between two.
-        tokens_of_window: Calibration tokens that went through the training of that window so far.
     """
 
     by_window = True
@@ -90,7 +89,7 @@ class LocalScope(Scope):
         self.share, self.assembles, self.files = Share(), True, WindowFiles()
         self.window: Window | None = None
         self.interleaved: Interleaved | None = None
-        self._epoch = self.tokens_of_window = 0
+        self._epoch = self._window_tokens = 0
         self._before = self._after = 0.0
 
     @property
@@ -105,11 +104,7 @@ class LocalScope(Scope):
 
     @property
     def results(self) -> dict[str, dict[str, Any]]:
-        """Results of each finished window under its name.
-
-        They are its held-out error `before` and `after` recovery, the `tokens` that went through its training, the
-        `seconds` of the run until it was written, earlier starts included, and facts that a scope adds.
-        """
+        """For each finished window its held-out error `before` and `after`, `tokens`, `seconds` of the run, and more."""
         return self.schedule.results
 
     @abstractmethod
@@ -205,8 +200,7 @@ class LocalScope(Scope):
 
     def recall(self, windows: Sequence[Window]) -> None:
         """Take over the seconds until the last of those of `windows` that are written."""
-        written = [window for window in windows if window in self.files]
-        self.tally.go_on(max((self.files.result(window)["seconds"] for window in written), default=0.0))
+        self.tally.go_on(max((self.files.result(one)["seconds"] for one in windows if one in self.files), default=0.0))
 
     def prepare(
         self,
@@ -356,7 +350,6 @@ class LocalScope(Scope):
             self._approach(one)
             self._take(one)
         self.phases.enter(window_phase(window.name))
-        self.tokens_of_window = 0
         self.begin(window)
         self.window, self._epoch = window, 0
         self._before = held_out_error(self.replay, window, self.held_out)
@@ -381,7 +374,7 @@ class LocalScope(Scope):
         """Check, write and leave the window under way."""
         window = self.window
         assert window is not None
-        cost = {"tokens": self.tokens_of_window, "seconds": self.tally.seconds}
+        cost = {"tokens": self._window_tokens, "seconds": self.tally.seconds}
         result = {"before": self._before, "after": self._after, **cost, **self.end(window)}
         self._precision.restore()
         self.masks.subset([name for name in window.owned if name in self.masks]).check(self.model)
@@ -390,7 +383,7 @@ class LocalScope(Scope):
             metrics = {f"window/{name}": result[name] for name in ("before", "after")}
             self.logger.log_metrics(metrics, step=self.schedule.index(window))
         self._leave(window, result)
-        self.window = None
+        self.window, self._window_tokens = None, 0
 
     def _take(self, window: Window) -> None:
         """Load a window that is written already."""
