@@ -104,7 +104,7 @@ class LocalScope(Scope):
 
     @property
     def results(self) -> dict[str, dict[str, Any]]:
-        """For each finished window its held-out error `before` and `after`, `tokens`, `seconds` of the run, and more."""
+        """Per finished window its held-out error `before` and `after`, `tokens`, `seconds` of the run, and more."""
         return self.schedule.results
 
     @abstractmethod
