@@ -75,6 +75,11 @@ class RunPaths:
         return self.path / "checkpoints"
 
     @property
+    def begun(self) -> Path:
+        """There while a fit runs whose last seconds are recorded nowhere yet; what a killed one leaves."""
+        return self.path / "begun"
+
+    @property
     def log(self) -> Path:
         """The lines that recon logged."""
         return self.path / "log.txt"
@@ -114,6 +119,7 @@ class RunPaths:
             self.window_results,
             self.parts,
             self.checkpoints,
+            self.begun,
             self.log,
             self.logs,
             self.model,
@@ -129,4 +135,4 @@ class RunPaths:
     @property
     def temporary(self) -> tuple[Path, ...]:
         """Products without a use once the run has its report."""
-        return self.block_masks, self.start, self.dense, self.checkpoints
+        return self.block_masks, self.start, self.dense, self.checkpoints, self.begun

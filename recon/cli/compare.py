@@ -3,7 +3,8 @@
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from recon.cli.arguments import describe, parse
+from recon.cli.arguments import parse
+from recon.cli.resolver import CommandResolver
 from recon.experiment.comparison.compare import compare
 from recon.experiment.comparison.spec import Comparison
 from recon.report import draw_drift, draw_pareto, print_table, table_console
@@ -27,7 +28,7 @@ def main(args: list[str]) -> int:
     options = {key: value for key, value in built.as_dict().items() if key not in ("config", "verbose")}
     comparison = Comparison(**options)
     console = Console(highlight=False, soft_wrap=True, markup=False)
-    results = compare(comparison, describe)
+    results = compare(comparison, CommandResolver())
     print_table(results, table_console(), config.verbose)
     pictures = draw_pareto(results, comparison.path) + draw_drift(results, comparison.path)
     for file in [comparison.path / "results.json", *pictures]:

@@ -9,6 +9,18 @@ from typing import Any, Literal, TypeVar
 
 import lightning as L
 from jsonargparse import Namespace
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    BatchSizeFinder,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelPruning,
+    SpikeDetection,
+    StochasticWeightAveraging,
+    Timer,
+    WeightAveraging,
+)
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from rich.console import Console
@@ -59,14 +71,40 @@ NOT_FINGERPRINTED = (
 NOT_FINGERPRINTED_OF_MODEL = ("activations", "activations_budget", "activations_host_budget")
 """As above: a run whose disk was full goes on with its activations elsewhere."""
 
-DECISIVE = (
-    "precision",
-    "accumulate_grad_batches",
-    "gradient_clip_val",
-    "gradient_clip_algorithm",
-    "limit_train_batches",
+NOT_DECISIVE_OF_TRAINER = (
+    "accelerator",
+    "strategy",
+    "devices",
+    "num_nodes",
+    "logger",
+    "callbacks",
+    "log_every_n_steps",
+    "enable_checkpointing",
+    "enable_progress_bar",
+    "enable_model_summary",
+    "num_sanity_val_steps",
+    "default_root_dir",
+    "enable_autolog_hparams",
+    "profiler",
+    "detect_anomaly",
+    "inference_mode",
+    "barebones",
 )
-"""Options of the trainer that decide what a run computes."""
+"""As above; the number of processes and callbacks that change the training are added to what is left."""
+
+DECISIVE_CALLBACKS = (
+    BaseFinetuning,
+    BatchSizeFinder,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelPruning,
+    SpikeDetection,
+    StochasticWeightAveraging,
+    Timer,
+    WeightAveraging,
+)
+"""Callbacks that decide what a run computes; others only watch it."""
 
 
 NOT_INSTALLED = re.compile(r"(?:Requirement '|No module named ')([A-Za-z0-9_-]+)")
@@ -141,7 +179,7 @@ class FitCLI(LightningCLI):
         self.share = None if self.config.windows is None else Share.parse(self.config.windows)
         self.config.windows = None  # of this job, not of the run
         options = {key: value for key, value in self.config.as_dict().items() if key not in NOT_FINGERPRINTED}
-        options["trainer"] = {name: self.config.trainer[name] for name in DECISIVE}
+        options["trainer"] = _decisive(self.config.as_dict()["trainer"])
         options |= {"data": plain_data(options["data"])}
         for name in ("optimizer", "lr_scheduler"):
             if options[name] is None:
@@ -195,7 +233,13 @@ class FitCLI(LightningCLI):
 
 def parse_only(args: list[str]) -> Any:
     """The configuration that `args` make, with nothing built."""
-    return _cli(args, ParsingCLI).config
+    return parse_options(args)[1]
+
+
+def parse_options(args: list[str]) -> tuple[LightningArgumentParser, Any]:
+    """The parser, which can build parts of what it has parsed, and the configuration that `args` make."""
+    cli = _cli(args, ParsingCLI)
+    return cli.parser, cli.config
 
 
 class ParsingCLI(FitCLI):
@@ -203,6 +247,15 @@ class ParsingCLI(FitCLI):
 
     def instantiate_classes(self) -> None:
         """Build nothing."""
+
+
+def _decisive(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a trainer that decide what a run computes, with the callbacks that do."""
+    found = {name: value for name, value in options.items() if name not in NOT_DECISIVE_OF_TRAINER}
+    callbacks = options.get("callbacks") or []
+    specs = callbacks if isinstance(callbacks, list) else [callbacks]
+    decisive = [one for one in specs if issubclass(_class(one["class_path"]), DECISIVE_CALLBACKS)]
+    return found | ({"callbacks": decisive} if decisive else {})
 
 
 def _cli(args: list[str], kind: type[FitCLI] = FitCLI) -> FitCLI:
@@ -274,6 +327,8 @@ def execute(cli: FitCLI, masks: Masks | None = None, merge: bool = False) -> Rep
     options, first = _options(cli, masks, merge), rank() == 0
     scope, data = cli.model, cli.datamodule
     identity = {"model": scope.source.identity(), "data": data.identity()} if first else {}
+    if not scope.by_window:  # windows are the same, however many processes share them
+        identity["processes"] = cli.trainer.num_devices * cli.trainer.num_nodes
     with owned(cli.run_dir, _part(cli)) if first else nullcontext():
         directory = RunDirectory(cli.run_dir, {**cli.fingerprint, **identity} if first else None)
         if first:
@@ -312,8 +367,12 @@ def _recipe(kind: type[Recipe], given: Namespace | None) -> Recipe | None:
     """The recipe of a class that is configured by `class_path` and `init_args`."""
     if given is None:
         return None
-    module, _, name = given.class_path.rpartition(".")
-    return kind(getattr(import_module(module), name), given.get("init_args", Namespace()).as_dict())
+    return kind(_class(given.class_path), given.get("init_args", Namespace()).as_dict())
+
+
+def _class(path: str) -> type:
+    module, _, name = path.rpartition(".")
+    return getattr(import_module(module), name)
 
 
 def _options(cli: FitCLI, masks: Masks | None, merge: bool) -> RunOptions:

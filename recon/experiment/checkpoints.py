@@ -127,6 +127,11 @@ def last(directory: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def step_of(path: Path) -> int:
+    """The optimizer steps before a checkpoint."""
+    return json.loads(_marker(path).read_text())["step"]
+
+
 def require_same(path: Path, ours: dict[str, Any]) -> None:
     """Refuse to go on from the checkpoint of another run.
 

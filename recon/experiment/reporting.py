@@ -36,7 +36,7 @@ def build_report(job: Job, training: Training, measured: Measurement) -> Report:
         train_tokens=scope.train_tokens,
         protocol=measured.recovered.protocol | job.data.carving(job.options.evaluate_on),
         run_dir=str(job.run.path),
-        environment=environment(job.device) | {"resumed": training.resumed} | training.layout,
+        environment=environment(job.device) | _starts(training) | training.layout,
         ranks=training.peaks,
         prediction=dict(job.options.prediction),
         throughput=_throughput(job.trainer),
@@ -45,6 +45,11 @@ def build_report(job: Job, training: Training, measured: Measurement) -> Report:
         peak_device_bytes=largest(training.peaks, "peak_device_bytes"),
         baseline_host_bytes=largest(training.peaks, "baseline_host_bytes"),
     )
+
+
+def _starts(training: Training) -> dict[str, bool]:
+    """Whether the run had several starts, and whether seconds of them are missing."""
+    return {"resumed": training.resumed, "seconds_at_least": training.at_least}
 
 
 def _throughput(trainer: L.Trainer) -> dict[str, float | None]:

@@ -50,8 +50,9 @@ class Report(BaseModel):
         peak_host_bytes: Peak resident memory of the process.
         peak_device_bytes: Peak memory allocated on the accelerator; None without one.
         baseline_host_bytes: Resident memory with the libraries loaded, before the model.
-        seconds: Wall time of the recovery alone, without loading, pruning and evaluation.
-        train_tokens: Tokens that the recovery processed, epochs counted.
+        seconds: Wall time of the recovery alone, without loading, pruning and evaluation; of all starts of a resumed
+            run. `environment.seconds_at_least` says if a start was killed, so that its last seconds are missing.
+        train_tokens: Tokens that went through a training step, epochs counted, in all starts of a resumed run.
         status: "ok" or "failed".
         error: The reason of a failure.
         run_dir: Directory of the run.

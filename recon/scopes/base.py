@@ -33,6 +33,7 @@ from recon.scopes.enforcement import MaskEnforcer
 from recon.scopes.exact import solve_all
 from recon.scopes.optimization import LRSchedulerRecipe, OptimizerRecipe
 from recon.scopes.own_batches import OwnBatches
+from recon.scopes.tally import Tally
 from recon.scopes.trainer_options import EVERYWHERE, IN_WINDOWS, TrainerOption, refuse
 
 StartName = Literal["pruned", "moved", "exact"]
@@ -102,7 +103,8 @@ class Scope(L.LightningModule, ABC):
         self.residence: OffloadedBlocks | None = None  # of a model that is not on the device
         self._storage = ON_DEVICE
         self.start_weights: Mapping[str, torch.Tensor] | None = None  # of every mask; None for the dense survivors
-        self.start_seconds = 0.0  # what it took to solve for them
+        self.start_seconds = 0.0  # what it took to solve for them, in this start of the run
+        self.tally = Tally()
         self.model: PreTrainedModel
         self.dtype_to_save: torch.dtype
         self.data: TokenData
@@ -121,7 +123,10 @@ class Scope(L.LightningModule, ABC):
     @property
     @abstractmethod
     def train_tokens(self) -> int:
-        """Calibration tokens that went through a training step, counted once per pass over the model."""
+        """Calibration tokens that went through a training step, in all processes and in all starts of the run.
+
+        Counted once per pass over the model; known when the fit has ended.
+        """
 
     @property
     @abstractmethod
@@ -198,6 +203,9 @@ class Scope(L.LightningModule, ABC):
     def missing(self, windows: Sequence[Window]) -> list[Window]:
         """Those of `windows` that are not written yet; none where there are none."""
         return []
+
+    def recall(self, windows: Sequence[Window]) -> None:
+        """Take over the seconds that are recorded with those of `windows` that are written; there are none here."""
 
     @property
     def paths(self) -> RunPaths | None:
@@ -322,7 +330,9 @@ class Scope(L.LightningModule, ABC):
         """The exact solution of every matrix: from the run's directory, or solved for now and left there."""
         path = None if self.paths is None else self.paths.start
         found: dict[str, torch.Tensor] = {}
-        if path is None or not path.exists():
+        if path is not None and path.exists():
+            self.tally.at_least = True  # unless a checkpoint has the seconds of the start that solved it
+        else:
             tokens = self.data.tokens("train")  # to tokenise is no part of it
             self.phases.enter(PhaseName.START)
             started = time.monotonic()

@@ -110,6 +110,7 @@ class Distillation(LocalScope):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of the window's output against its target."""
         assert self.window is not None
+        self._window_tokens += batch["hidden"].shape[:2].numel()
         output, target = outputs(self.replay, self.window, batch)
         loss = window_loss(output, target, self.loss)
         where = f"window {self.window.name}, epoch {self._epoch}, batch {batch_idx}"

@@ -36,6 +36,9 @@ log = logging.getLogger("recon")
 FROZEN = "frozen"
 """Key in a checkpoint: the weights that were not trained, if the strategy holds them rounded."""
 
+TALLY = "tally"
+"""Key in a checkpoint: the cost so far, as `recon.scopes.tally.Tally` has it."""
+
 
 class FullRetraining(Scope):
     """Retrain the whole pruned model under its masks, on one device or sharded over many.
@@ -108,6 +111,7 @@ class FullRetraining(Scope):
         self._adapters: list[str] = []
         self._kind: type[PreTrainedModel]
         self._gathered: dict[str, Tensor] | None = None
+        self._train_tokens = 0
 
     @property
     def label(self) -> str:
@@ -123,16 +127,8 @@ class FullRetraining(Scope):
 
     @property
     def train_tokens(self) -> int:
-        """Tokens of all training batches so far; before a fit, of all that there will be without limits."""
-        sequences, seq_len = self.data.tokens("train").shape
-        if self._trainer is None:
-            return sequences * seq_len * self.epochs
-        trainer = self._trainer
-        together = self.data.batch_size * trainer.world_size  # sequences of one batch in all processes
-        batches, per_epoch = trainer.fit_loop.epoch_loop.total_batch_idx + 1, int(trainer.num_training_batches)
-        whole, rest = divmod(batches, max(1, per_epoch))
-        trained = whole * min(per_epoch * together, sequences) + min(rest * together, sequences)
-        return trained * seq_len
+        """See `Scope.train_tokens`; sequences that fill up the last batches of several processes are counted, too."""
+        return self._train_tokens
 
     @property
     def loads_whole(self) -> bool:
@@ -263,8 +259,18 @@ class FullRetraining(Scope):
                         self._frozen[name] = weight.to("cpu", self.dtype_to_save, copy=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save what DeepSpeed has only rounded."""
+        """Save what DeepSpeed has only rounded, and the cost so far."""
         checkpoint[FROZEN] = self._frozen
+        spent = self.tally.state()
+        checkpoint[TALLY] = spent | {"seconds": spent["seconds"] + self.start_seconds}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on from the cost so far."""
+        self.tally.go_on(**checkpoint[TALLY])
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Note that the batches so far make a step."""
+        self.tally.step()
 
     def on_fit_start(self) -> None:
         """Put the teacher where the model is."""
@@ -274,6 +280,7 @@ class FullRetraining(Scope):
 
     def on_fit_end(self) -> None:
         """Merge adapters, check the masks, let go of the teacher, and gather what the strategy has sharded."""
+        self._train_tokens = self.tally.tokens()
         sharded = isinstance(self.trainer.strategy, ZeroStrategy | FullyShardedStrategy)
         if not sharded:
             merge(self.model, self._adapters)
@@ -317,6 +324,7 @@ class FullRetraining(Scope):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Mean loss per predicted token."""
+        self.tally.count(batch["input_ids"].numel())
         loss = self._loss(batch["input_ids"])
         check_finite(loss, f"full retraining, step {self.global_step}, batch {batch_idx}")
         self.log("loss", loss, prog_bar=True)

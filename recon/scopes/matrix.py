@@ -88,6 +88,7 @@ class MatrixReconstruction(LocalScope):
 
     def observe(self, statistics: dict[str, InputStatistics]) -> None:
         """Pose the problem of each matrix, whose weight still is dense."""
+        self._window_tokens = max((one.num_tokens for one in statistics.values()), default=self._window_tokens)
         self._problems = {
             name: LeastSquares.of(found, weight_out_in(self._module(name)).clone())
             for name, found in statistics.items()

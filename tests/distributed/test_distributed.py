@@ -54,6 +54,7 @@ def test_weights_of_one_process_with_exact_masks(strategy: str, precision: str, 
     assert (one[frozen] == two[frozen]).all()  # not rounded by 16-bit training
     report = json.loads((run / "report.json").read_text())
     assert report["mask_violations"] == 0
+    assert report["train_tokens"] == 2 * 64 * 32
     assert len(report["ranks"]) == report["environment"]["processes"] == 2
     assert report["environment"]["strategy"] == strategy
 

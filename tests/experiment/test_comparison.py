@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from recon.cli.compare import describe
+from recon.cli.resolver import CommandResolver
 from recon.experiment.comparison.spec import Comparison, Entry, plan
 from recon.pruning.masks import Masks
 
@@ -117,7 +117,7 @@ def test_two_comparisons_in_one_directory_share_its_cells(smoke, tmp_path):
 
 def planned(comparison):
     """Groups of the only model, each with the cells of its recoveries."""
-    groups = plan(comparison, comparison.models[0], describe)
+    groups = plan(comparison, comparison.models[0], CommandResolver())
     return [(group, [group.recovery(entry, {}) for entry in comparison.recoveries]) for group in groups]
 
 
@@ -165,3 +165,56 @@ def test_an_option_changes_the_directory():
 def test_a_comparison_without_recoveries_is_refused():
     with pytest.raises(ValueError, match="at least one"):
         Comparison("x", [])
+
+
+def directories(comparison):
+    """Of the pruned cell and of the only recovery."""
+    ((group, (cell,)),) = planned(comparison)
+    return group.pruned.directory, cell.directory
+
+
+def test_an_edited_configuration_is_another_cell(tmp_path):
+    own = tmp_path / "own.yaml"
+    comparison = Comparison("x", [Entry("full", config=["scopes/full", str(own)])])
+    own.write_text("model: {init_args: {lr: 1.0e-3}}")
+    pruned, before = directories(comparison)
+    assert directories(comparison) == (pruned, before)
+    own.write_text("model: {init_args: {lr: 5.0e-2}}")
+    assert directories(comparison)[0] == pruned
+    after = directories(comparison)[1]
+    assert after != before
+    own.write_text("# words alone\nmodel: {init_args: {lr: 0.05}}")
+    assert directories(comparison)[1] == after
+
+
+def test_edited_text_is_another_cell(tmp_path):
+    text = tmp_path / "text.txt"
+    source = {"class_path": "recon.data.TextFiles", "init_args": {"paths": [str(text)]}}
+    comparison = Comparison("x", [Entry("full")], data={"source": source})
+    text.write_text("one text")
+    before = directories(comparison)
+    assert directories(comparison) == before
+    text.write_text("another text")
+    after = directories(comparison)
+    assert not set(before) & set(after)
+
+
+def test_edited_text_of_a_configuration_is_another_cell(tmp_path):
+    text, own = tmp_path / "text.txt", tmp_path / "own.yaml"
+    own.write_text(
+        f"data: {{init_args: {{source: {{class_path: recon.data.TextFiles, init_args: {{paths: [{text}]}}}}}}}}"
+    )
+    comparison = Comparison("x", [Entry("full", config=["scopes/full", str(own)])])
+    text.write_text("one text")
+    pruned, before = directories(comparison)
+    text.write_text("another text")
+    assert directories(comparison)[0] == pruned
+    assert directories(comparison)[1] != before
+
+
+def test_a_cell_that_is_no_command_stops_a_comparison_before_it_runs(tmp_path):
+    recoveries = json.dumps([{"scope": "matrix"}, {"scope": "full", "options": {"model.lrr": 1}}])
+    finished = run("--directory", str(tmp_path / "runs"), f"--recoveries={recoveries}")
+    assert finished.returncode != 0
+    assert "recoveries: 'full' cannot run: FullRetraining has no option --model.lrr" in finished.stderr
+    assert not (tmp_path / "runs").exists()

@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 
 from recon.cli import main
-from recon.cli.compare import describe
+from recon.cli.resolver import CommandResolver
 from recon.data import TokenData
 from recon.evaluation.perplexity import evaluate
 from recon.experiment.comparison.compare import compare
@@ -116,7 +116,7 @@ def test_tuned_once_per_model_and_used_everywhere(tmp_path, monkeypatch):
         options={"trainer.precision": "bf16-mixed"},
         directory=str(tmp_path),
     )
-    results = compare(comparison, describe)
+    results = compare(comparison, CommandResolver())
     assert len(commands) == comparison.num_cells == 2 * (1 + 2 + 4 * 3)
     trials = [command for title, command in commands if title.startswith("tune full lr=")]
     assert len(trials) == 4
@@ -142,7 +142,7 @@ def test_a_grid_that_fails_fails_its_cells(tmp_path, monkeypatch):
     monkeypatch.setattr("recon.experiment.comparison.compare.outcome", made_up)
     entries = [Entry("full", tune={"model.lr": [1e-3, 2e-3]}), Entry("matrix")]
     comparison = Comparison("x", entries, seeds=[0, 1], directory=str(tmp_path))
-    cells = compare(comparison, describe).cells
+    cells = compare(comparison, CommandResolver()).cells
     assert "full" not in titles
     assert [cell.status for cell in cells] == ["ok", "ok", "failed", "ok"] * 2
     for failed in (cells[2], cells[6]):
@@ -155,7 +155,7 @@ def test_a_grid_that_fails_fails_its_cells(tmp_path, monkeypatch):
 def test_a_cell_is_found_again_under_another_title(tmp_path):
     def directory(label):
         comparison = Comparison("x", [Entry("block", label=label)], directory=str(tmp_path))
-        (group,) = plan(comparison, comparison.models[0], describe)
+        (group,) = plan(comparison, comparison.models[0], CommandResolver())
         return group.recovery(comparison.recoveries[0], {}).directory
 
     first = directory("one")

@@ -10,14 +10,14 @@ seeds then use the choice. Nothing is chosen on the test split.
 
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from recon.basics.run_paths import RunPaths
 from recon.experiment.comparison.cell import Cell, outcome, wait_for
-from recon.experiment.comparison.spec import ClassSpec, Comparison, Entry, Group, plan
+from recon.experiment.comparison.spec import Comparison, Entry, Group, Resolver, plan
 from recon.experiment.comparison.tuning import Choice, choose
 from recon.report import Report, Results
 from recon.report.tuning import brief
@@ -59,7 +59,7 @@ class Cells:
         return self._outcomes[cell.directory]
 
 
-def compare(comparison: Comparison, describe: Callable[[type, ClassSpec], str]) -> Results:
+def compare(comparison: Comparison, resolver: Resolver) -> Results:
     """Run every cell that has not finished yet, one after another; write `results.json` as rows are known.
 
     Another process may run the same comparison at the same time. Then each takes the next cell that is free, and waits
@@ -67,13 +67,17 @@ def compare(comparison: Comparison, describe: Callable[[type, ClassSpec], str]) 
 
     Args:
         comparison: What to compare.
-        describe: The name of a criterion or pattern that a class specification makes.
+        resolver: Knows the commands that cells run.
 
     Returns:
         All cells; those that failed have `status` "failed" and say why.
+
+    Raises:
+        ValueError: If a cell's options cannot be understood, before anything runs.
     """
     cells = Cells(comparison.num_cells)
-    planned = [list(plan(comparison, model, describe)) for model in comparison.models]
+    planned = [list(plan(comparison, model, resolver)) for model in comparison.models]
+    _require_readable(comparison.recoveries, planned)
     while True:
         cells.begin_pass()
         results = _pass(comparison, planned, cells)
@@ -114,6 +118,17 @@ def _save(results: Results, comparison: Comparison, cells: Cells) -> None:
     """Write the rows; a process that waits for others' cells leaves a longer file as it is."""
     if not cells.busy:
         results.save(comparison.path / "results.json")
+
+
+def _require_readable(recoveries: Sequence[Entry], planned: Sequence[Sequence[Group]]) -> None:
+    """Refuse a comparison whose cells are no commands of recon, before the first of them runs."""
+    for group in (group for groups in planned for group in groups):
+        for entry in recoveries:
+            try:
+                group.recovery(entry, {})
+                group.trials(entry)
+            except ValueError as error:
+                raise ValueError(f"recoveries: {entry.title!r} cannot run: {error}") from error
 
 
 def _tune(group: Group, entry: Entry, cells: Cells) -> Choice | None:

@@ -1,11 +1,13 @@
 """What a comparison runs: models x criteria x patterns x allocations x seeds x recoveries, as commands.
 
-A cell's directory is named by its command and by the model it starts from, so that the same cell is found
-again, whatever it is called. Cells whose options are tuned are made when the options have been chosen.
+A cell's directory is named by its command, by what the configurations in it say, and by the contents of model and
+data: the same cell is found again, whatever it is called, and another one under the same names is not taken for it.
+Cells whose options are tuned are made when the options have been chosen.
 """
 
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -142,26 +144,42 @@ class Group:
         ]
 
 
+class Resolver(ABC):
+    """Knows recon's command line, which a comparison writes without knowing how it is read."""
+
+    @abstractmethod
+    def describe(self, kind: type, spec: ClassSpec) -> str:
+        """The name of a criterion, pattern or allocation that a class specification makes."""
+
+    @abstractmethod
+    def resolved(self, command: list[str]) -> Any:
+        """All options of a command, with what its configurations say, and the identity of its data, as JSON.
+
+        Raises:
+            ValueError: If the command cannot be understood.
+        """
+
+
 TRIAL = {"evaluate_on": "validation", "drift": False}
 """Options of a cell of a grid: what it measures, and that it measures nothing else."""
 
 
-def plan(comparison: Comparison, model: dict[str, Any], describe: Callable[[type, ClassSpec], str]) -> Iterator[Group]:
+def plan(comparison: Comparison, model: dict[str, Any], resolver: Resolver) -> Iterator[Group]:
     """The groups of one model of a comparison, which make the commands to run.
 
     Args:
         comparison: What to compare.
         model: One of its models.
-        describe: The name of a criterion, pattern or allocation that a class specification makes.
+        resolver: See there.
     """
     silent = ["--summary", "false"]
     text = [f"--data={json.dumps(comparison.data)}"] if comparison.data else []
-    identity = {"model": ModelSource(**model).identity(), "data": comparison.data, "versions": versions()}
+    identity = {"model": ModelSource(**model).identity(), "versions": versions()}
     of_model = _options(model, "model")
 
     def cell(title: str, command: list[str]) -> Cell:
         slug = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
-        key = digest([command, identity])[:8]
+        key = digest([command, resolver.resolved(command), identity])[:8]
         # A title is only what people read: the cell is found again under another one.
         found = sorted(comparison.path.glob(f"*-{key}"))
         directory = found[0] if found else comparison.path / f"{slug}-{key}"
@@ -180,14 +198,14 @@ def plan(comparison: Comparison, model: dict[str, Any], describe: Callable[[type
         comparison.criteria, comparison.patterns, comparison.allocations, comparison.seeds
     ):
         chosen = [f"--criterion={json.dumps(criterion)}", f"--pattern={json.dumps(pattern)}"]
-        of_pattern = describe(Pattern, pattern)
+        of_pattern = resolver.describe(Pattern, pattern)
         if allocation is not None:
             chosen.append(f"--pruning.allocation={json.dumps(allocation)}")
-            of_pattern += f", {describe(Allocation, allocation)}"
+            of_pattern += f", {resolver.describe(Allocation, allocation)}"
         common = [*of_model, *text, *chosen, "--seed_everything", str(seed)]
         pruned = cell("pruned", ["prune", *common, "--baselines", "false", *silent])
         masks = ["--masks", str(pruned.directory / "masks.safetensors")]
-        of_criterion = describe(Criterion, criterion)
+        of_criterion = resolver.describe(Criterion, criterion)
         yield Group(model, of_criterion, of_pattern, seed, dense, pruned, partial(fit, common, masks))
 
 

@@ -1,8 +1,7 @@
 """The Lightning module of the local scopes: one `Trainer.fit` that goes through the model window by window.
 
-A window takes `epochs` consecutive Lightning epochs. A finished window is written to the run directory at once. A
-restarted run loads it, recomputes only the activations, and ends bit-identically. With dense inputs and targets, the
-default, windows do not depend on each other. `schedule` decides which window is next, and what is known by then.
+A window takes `epochs` consecutive Lightning epochs, and is written to the run directory at once. A restarted run loads
+it, recomputes only the activations, and ends bit-identically. `schedule` decides which window is next.
 """
 
 from abc import abstractmethod
@@ -82,14 +81,13 @@ class LocalScope(Scope):
         self._storage = Storage(activations, dtype, budget)
         if batch_size < 1:
             raise ValueError(f"model.batch_size must be at least 1, got {batch_size}")
-        self.batch_size = batch_size
-        self.propagation: Propagation = propagation
+        self.batch_size, self.propagation = batch_size, propagation
         self.taps = False  # whether windows begin or end where attention returns
         self.schedule = Schedule()
         self.share, self.assembles, self.files = Share(), True, WindowFiles()
         self.window: Window | None = None
         self.interleaved: Interleaved | None = None
-        self._epoch = 0
+        self._epoch = self._window_tokens = 0
         self._before = self._after = 0.0
 
     @property
@@ -104,7 +102,7 @@ class LocalScope(Scope):
 
     @property
     def results(self) -> dict[str, dict[str, Any]]:
-        """For each finished window its held-out error `before` and `after` recovery, and facts that a scope adds."""
+        """Per finished window its held-out error `before` and `after`, `tokens`, `seconds` of the run, and more."""
         return self.schedule.results
 
     @abstractmethod
@@ -126,8 +124,8 @@ class LocalScope(Scope):
 
     @property
     def train_tokens(self) -> int:
-        """Calibration tokens times epochs: every window sees them, and together they are one model."""
-        return self.data.tokens("train").numel() * self.epochs
+        """Tokens that went through a window, the most of all windows: together they are one model."""
+        return max((result["tokens"] for result in self.results.values()), default=0)
 
     @property
     def progress(self) -> str:
@@ -197,6 +195,10 @@ class LocalScope(Scope):
     def missing(self, windows: Sequence[Window]) -> list[Window]:
         """List those of `windows` that are not written yet."""
         return self.schedule.missing(windows)
+
+    def recall(self, windows: Sequence[Window]) -> None:
+        """Take over the seconds until the last of those of `windows` that are written."""
+        self.tally.go_on(max((self.files.result(one)["seconds"] for one in windows if one in self.files), default=0.0))
 
     def prepare(
         self,
@@ -372,15 +374,16 @@ class LocalScope(Scope):
         """Check, write and leave the window under way."""
         window = self.window
         assert window is not None
-        result = {"before": self._before, "after": self._after, **self.end(window)}
+        result = {"before": self._before, "after": self._after, "tokens": self._window_tokens}
+        result |= {"seconds": self.tally.seconds, **self.end(window)}
         self._precision.restore()
         self.masks.subset([name for name in window.owned if name in self.masks]).check(self.model)
         result = self.files.keep(window, self.model, result)
         if self.logger is not None:
-            metrics = {f"window/{name}": result[name] for name in ("before", "after")}
-            self.logger.log_metrics(metrics, step=self.schedule.index(window))
+            errors = {"window/before": result["before"], "window/after": result["after"]}
+            self.logger.log_metrics(errors, step=self.schedule.index(window))
         self._leave(window, result)
-        self.window = None
+        self.window, self._window_tokens = None, 0
 
     def _take(self, window: Window) -> None:
         """Load a window that is written already."""

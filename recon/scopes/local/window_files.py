@@ -55,15 +55,19 @@ class WindowFiles:
             save_file(weights, temporary, {"result": json.dumps(result)})
         self._redirect(window)
 
+    def result(self, window: Window) -> dict[str, Any]:
+        """Return the results that were written with the weights of `window`."""
+        with safe_open(self.path(window), framework="pt") as file:
+            return json.loads(file.metadata()["result"])
+
     @torch.no_grad()
     def load(self, window: Window, model: nn.Module) -> dict[str, Any]:
         """Load the recovered weights of `window` into `model`, one at a time, and return the other results."""
         with safe_open(self.path(window), framework="pt") as file:
             for name in window.owned:
                 model.get_parameter(name).copy_(file.get_tensor(name))
-            result = json.loads(file.metadata()["result"])
         self._redirect(window)
-        return result
+        return self.result(window)
 
     def _redirect(self, window: Window) -> None:
         if self.disk_weights is not None:

@@ -1,0 +1,50 @@
+"""What a command of a comparison is, all its options resolved, without running it."""
+
+from typing import Any
+
+from jsonargparse import Namespace
+
+from recon.cli import prune, test
+from recon.cli.arguments import describe, parse
+from recon.cli.fit import parse_options
+from recon.experiment.comparison.spec import Resolver
+
+NOT_DECISIVE = ("config", "run_dir", "summary", "verbose", "masks")
+"""Where results go and what is printed; the file of the masks is keyed by its directory, which the command names."""
+
+
+class CommandResolver(Resolver):
+    """Reads the commands of a comparison as the child processes will."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, ...], Any] = {}
+
+    def describe(self, kind: type, spec: dict[str, Any]) -> str:
+        """The name of a criterion, pattern or allocation that a class specification makes."""
+        return describe(kind, spec)
+
+    def resolved(self, command: list[str]) -> Any:
+        """All options of a command, with what its configurations say, and the identity of its data, as JSON.
+
+        Raises:
+            UsageError: If the command cannot be understood.
+        """
+        if tuple(command) not in self._known:
+            self._known[tuple(command)] = _resolved(*command)
+        return self._known[tuple(command)]
+
+
+def _resolved(name: str, *args: str) -> dict[str, Any]:
+    config, data = _fit([*args]) if name == "fit" else _other(name, [*args])
+    options = {key: value for key, value in config.as_dict().items() if key not in NOT_DECISIVE}
+    return {"options": options, "text": data.identity()}
+
+
+def _fit(args: list[str]) -> tuple[Namespace, Any]:
+    parser, config = parse_options(args)
+    return config, parser.instantiate_classes(Namespace(data=config.data))["data"]
+
+
+def _other(name: str, args: list[str]) -> tuple[Namespace, Any]:
+    config, built = parse({"prune": prune, "test": test}[name].build_parser(), args)
+    return config, built.data
