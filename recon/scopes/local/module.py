@@ -81,14 +81,14 @@ class LocalScope(Scope):
         self._storage = Storage(activations, dtype, budget)
         if batch_size < 1:
             raise ValueError(f"model.batch_size must be at least 1, got {batch_size}")
-        self.batch_size, self.propagation = batch_size, propagation
+        self.batch_size = batch_size
+        self.propagation: Propagation = propagation
         self.taps = False  # whether windows begin or end where attention returns
         self.schedule = Schedule()
         self.share, self.assembles, self.files = Share(), True, WindowFiles()
         self.window: Window | None = None
         self.interleaved: Interleaved | None = None
-        self._epoch = self._window_tokens = 0
-        self._before = self._after = 0.0
+        self._epoch = self._window_tokens = self._before = self._after = 0
 
     @property
     def windows(self) -> Sequence[Window]:
