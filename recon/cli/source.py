@@ -10,6 +10,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+from docstring_parser import DocstringParam, ParseError
 from docstring_parser.google import parse
 
 from recon import FACE
@@ -227,8 +228,16 @@ def _documented(of: SourceClass, found: dict[str, Parameter]) -> dict[str, Param
     """Parameters with the help of the docstrings of the class and of its `__init__`."""
     inits = [node for node in of.node.body if isinstance(node, ast.FunctionDef) and node.name == "__init__"]
     texts = [ast.get_docstring(node) or "" for node in (of.node, *inits)]
-    docs = {one.arg_name: one.description or "" for text in texts for one in parse(text).params}
+    docs = {one.arg_name: one.description or "" for text in texts for one in _described(text)}
     docs = {
         name: " ".join(words.split()) for name, words in docs.items() if not (words.startswith("As in") or not words)
     }
     return {name: replace(one, help=docs.get(name, one.help)) for name, one in found.items()}
+
+
+def _described(text: str) -> list[DocstringParam]:
+    """The parameters that a docstring describes; none if it is not in Google style."""
+    try:
+        return parse(text).params
+    except ParseError:
+        return []

@@ -18,7 +18,10 @@ from recon.cli.fit import main as recon_fit
 from recon.experiment.peaks import NOT_FORESEEN
 from recon.profiling.entries import SIDES
 
-LEAN = ("--baselines", "false", "--drift", "false", "--summary", "false", "--data.num_test", "1")
+LEAN = (
+    *("--baselines", "false", "--drift", "false", "--summary", "false", "--data.num_test", "1"),
+    *("--model.save_dtype", "float32"),  # the bundled model is stored in bf16
+)
 """Leaves out what is not recovery, as far as that goes."""
 
 

@@ -23,7 +23,7 @@ def test_the_command_refuses_before_it_loads(
     option: str, match: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = tmp_path / "run"
-    assert main(["fit", "-c", "scopes/submodule", "--run_dir", str(run_dir), "--summary=false", option]) == 1
+    assert main(["fit", "-c", "scopes/submodule", "--run_dir", str(run_dir), "--summary=false", option]) == 2
     said = capsys.readouterr()
     assert "load" not in said.out
     assert said.err.startswith("recon fit: error: ")
