@@ -151,7 +151,7 @@ def test_a_class_that_does_not_fit_is_refused(
     command: str, calls: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     scope = ["-c", "scopes/matrix"] if command == "fit" else []
-    assert main([command, *scope, *MODEL, "--run_dir", "run", "--data=own_data.Foreign"]) == 1
+    assert main([command, *scope, *MODEL, "--run_dir", "run", "--data=own_data.Foreign"]) == 2
     error = capsys.readouterr().err
     assert "own_data.Foreign" in error
     assert "subclass of TokenData" in error
