@@ -52,6 +52,7 @@ NOISE = re.compile(
 )
 EXPECTED = re.compile(r"Expected (?:a |an )?(?P<type>.*?)(?:\. Got value: (?P<value>.*))?$")
 GIVEN = re.compile(r"Given value: (?:NestedArg\(key='.*?', val=(?P<nested>.*)\)|(?P<value>.*))$")
+FOREIGN = "does not correspond to a subclass"
 TYPES = {"float": "a number", "int": "a whole number", "bool": "true or false", "str": "a text", "list": "a list"}
 
 
@@ -78,6 +79,8 @@ def plain(message: str) -> str:
                 others.append(line)
     if others:
         lines = list(dict.fromkeys(others))
+        if FOREIGN in lines[0] and value:
+            lines[0] += f", got {value}"
         return _of_option(option, lines) if keys else "\n".join(lines)
     if value.startswith("Namespace("):
         value = ""
