@@ -39,7 +39,6 @@ from recon.cli.quiet import quiet
 from recon.data import TokenData
 from recon.distributed import ranks
 from recon.distributed.part import Share
-from recon.distributed.ranks import rank
 from recon.experiment.checkpoints import STOPPED, Checkpoints
 from recon.experiment.directory import RunDirectory, digest
 from recon.experiment.environment import versions
@@ -293,7 +292,7 @@ def run(args: list[str], merge: bool = False) -> int:
     try:
         report = execute(cli, merge=merge)
     except SIGTERMException:
-        if rank() == 0:
+        if ranks.rank() == 0:
             console.print(f"stopped; what was done is in {path}, the same command goes on from there")
         raise SIGTERMException(STOPPED) from None  # Lightning's own exit status would be 0, as if it had ended
     ranks.finish(cli.trainer)
@@ -324,7 +323,7 @@ def execute(cli: FitCLI, masks: Masks | None = None, merge: bool = False) -> Rep
     Raises:
         ValueError: If options, masks and model do not fit together, or another process owns the run directory.
     """
-    options, first = _options(cli, masks, merge), rank() == 0
+    options, first = _options(cli, masks, merge), ranks.rank() == 0
     scope, data = cli.model, cli.datamodule
     identity = {"model": scope.source.identity(), "data": data.identity()} if first else {}
     if not scope.by_window:  # windows are the same, however many processes share them
@@ -345,7 +344,7 @@ def _part(cli: FitCLI) -> Path | None:
 
 def _recover(cli: FitCLI, directory: RunDirectory, options: RunOptions) -> Report | None:
     """`recover` in a directory that this process owns, or that rank 0 owns for it."""
-    scope, data, trainer, first = cli.model, cli.datamodule, cli.trainer, rank() == 0
+    scope, data, trainer, first = cli.model, cli.datamodule, cli.trainer, ranks.rank() == 0
     for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
         if not cli.config.verbose and hasattr(callback, "print_table"):
             callback.print_table = False

@@ -127,7 +127,10 @@ class TokenData(L.LightningDataModule):
             faults[str(error)] = None
         if faults:
             raise ValueError("; and ".join(faults))
-        self._tokens.pop("test", None)  # read again when perplexity is measured: recovery need not hold it
+
+    def forget(self, split: Split) -> None:
+        """Let go of the sequences of `split`; they are tokenised again when they are asked for."""
+        self._tokens.pop(split, None)
 
     def carving(self, split: Split) -> dict[str, str]:
         """How `split` was cut out of the train text, for the protocol of a report.

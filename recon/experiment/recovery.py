@@ -103,6 +103,8 @@ def _load(job: Job) -> None:
     job.scope.load(job.data)
     measured: tuple[Split, ...] = () if job.options.part is not None else (job.options.evaluate_on,)
     job.data.require(("train", "validation", *measured), job.scope.model)
+    if not job.measures_baselines:
+        job.data.forget("test")  # not read before recovery has ended
 
 
 def _prepare(job: Job, selection: Selection) -> None:
