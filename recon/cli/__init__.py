@@ -7,7 +7,8 @@ import sys
 
 from recon import __version__
 from recon.basics.children import die_with_parent
-from recon.cli.errors import ERRORS, UsageError, did_you_mean, plain
+from recon.basics.refusals import UsageError
+from recon.cli.errors import ERRORS, did_you_mean, plain
 from recon.cli.interrupt import STATUS, Interrupt, told
 from recon.cli.messages import printed_messages
 

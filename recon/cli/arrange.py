@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from recon.basics.refusals import UsageError
 from recon.cli.command_line import CommandLine, Config, Item, classes_in, load_value
-from recon.cli.errors import UsageError, closest, did_you_mean
+from recon.cli.errors import closest, did_you_mean
 from recon.cli.names import CHOICES
 from recon.cli.options import ALWAYS, BOOL, DEFAULTS, LIST, Option, options, scope_names
 from recon.cli.source import parameters

@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
+from recon.basics.refusals import UsageError
 from recon.cli.configs import find_config, load, load_config
-from recon.cli.errors import UsageError
 from recon.cli.names import CHOICES, LISTS, resolve
 
 CONFIG = re.compile(r"(?:-c|--config)(?:=(?P<equals>.*))?$", re.DOTALL)

@@ -6,7 +6,8 @@ from typing import Any
 
 import yaml
 
-from recon.cli.errors import UsageError, did_you_mean
+from recon.basics.refusals import UsageError
+from recon.cli.errors import did_you_mean
 
 PACKAGE = Path(__file__).parents[1]
 

@@ -5,12 +5,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import SequenceMatcher, get_close_matches
 
+from recon.basics.refusals import UsageError
+
 ERRORS = (ValueError, OSError, FloatingPointError, MemoryError)
 """What a user can cure; anything else is a fault of ours and keeps its traceback."""
-
-
-class UsageError(ValueError):
-    """The command line, or a configuration that it names, cannot be understood."""
 
 
 @contextmanager

@@ -6,7 +6,8 @@ from decimal import Decimal
 from typing import Any
 
 from recon import FACE
-from recon.cli.errors import UsageError, did_you_mean
+from recon.basics.refusals import UsageError
+from recon.cli.errors import did_you_mean
 from recon.cli.source import SourceClass, descends, full_module, public_classes
 
 

@@ -8,6 +8,7 @@ import logging
 
 import lightning as L
 
+from recon.basics.refusals import refusals
 from recon.data import TokenData
 from recon.data.sources import Split
 from recon.distributed import ranks
@@ -48,13 +49,15 @@ def recover(scope: Scope, data: TokenData, trainer: L.Trainer, run: RunDirectory
         The report, also written to the run directory; None on ranks other than 0, and of a part.
 
     Raises:
-        ValueError: If options, masks and model do not fit together, or a pruned weight is not zero in the end;
-            the model is then not saved.
+        UsageError: If options do not fit together; nothing has been loaded.
+        ValueError: If masks and model do not fit together, or a pruned weight is not zero in the end; the model is then
+            not saved.
     """
     if run.report.exists():
         return _finished(run, options)
     job, resumed = Job(scope, data, trainer, run, options), run.has_begun
-    require_feasible(job)
+    with refusals():
+        require_feasible(job)
     _connect(job)
     with scope.phases.run(run.measurements(options.part).path, job.device):
         with ranks.rank_zero_first():

@@ -7,10 +7,10 @@ import time
 
 import pytest
 
+from recon.basics.refusals import UsageError
 from recon.cli import main
 from recon.cli.arrange import arrange
 from recon.cli.configs import find_config
-from recon.cli.errors import UsageError
 from recon.cli.fit import parse_only
 
 BLOCK = find_config("scopes/block")

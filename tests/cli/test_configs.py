@@ -2,10 +2,10 @@
 
 import pytest
 
+from recon.basics.refusals import UsageError
 from recon.cli.arrange import arrange
 from recon.cli.compare import build_parser
 from recon.cli.configs import config_directory, find_config, load_config, shipped_configs
-from recon.cli.errors import UsageError
 from recon.cli.fit import parse_only
 
 NAMES = [path.relative_to(config_directory()).with_suffix("").as_posix() for path in shipped_configs()]

@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
+from recon.basics.refusals import UsageError
 from recon.cli import main
-from recon.cli.errors import UsageError, closest, plain, usage
+from recon.cli.errors import closest, plain, usage
 
 UNION = """Parser key "model":
   Does not validate against any of the Union subtypes

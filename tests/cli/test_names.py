@@ -6,7 +6,7 @@ import inspect
 import pytest
 from lightning import LightningDataModule
 
-from recon.cli.errors import UsageError
+from recon.basics.refusals import UsageError
 from recon.cli.names import CHOICES, resolve, resolve_class, resolve_criterion, resolve_pattern, with_short_paths
 from recon.cli.source import full_module
 

@@ -90,7 +90,7 @@ def test_the_command_stops_with_the_cure(
 ) -> None:
     in_job(monkeypatch, 1)
     two = ["--trainer.devices=2", "--trainer.accelerator=cpu", "--run_dir", str(tmp_path / "run")]
-    assert main(["fit", "-c", "scopes/full", "-c", "strategies/ddp", *two]) == 2
+    assert main(["fit", "-c", "scopes/full", "-c", "strategies/ddp", *two]) == 1
     said = capsys.readouterr()
     assert "trainer.devices and trainer.num_nodes make 2 processes, got 1 from SLURM" in said.err
     assert "load" not in said.out
