@@ -248,7 +248,8 @@ class MemoryProfiler(Callback, PhaseListener):
                 "phases": self.phases,
                 **({"out_of_memory": self._shortage} if self._shortage else {}),
             }
-            write_json(RunPaths(self._directory).memory(rank()), content)
+            paths = RunPaths(self._directory)
+            write_json(paths.memory(rank()), content, paths.manifest.writing)
 
     def _table(self) -> Table:
         on_device = any(phase["device_allocated_bytes"] is not None for phase in self.phases)

@@ -26,7 +26,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from rich.console import Console
 from torch.optim import Optimizer
 
-from recon.basics.files import atomic_write
 from recon.basics.locks import owned
 from recon.basics.run_paths import RunPaths
 from recon.cli.arguments import add_pruning_arguments, default_data, keep_own_defaults, plain_data
@@ -37,6 +36,7 @@ from recon.cli.loggers import in_run_directory
 from recon.cli.names import with_short_paths
 from recon.cli.quiet import quiet
 from recon.data import TokenData
+from recon.data.texts import Texts
 from recon.distributed import ranks
 from recon.distributed.part import Share
 from recon.experiment.checkpoints import STOPPED, Checkpoints
@@ -309,13 +309,14 @@ def run(args: list[str], merge: bool = False) -> int:
     return 0
 
 
-def execute(cli: FitCLI, masks: Masks | None = None, merge: bool = False) -> Report | None:
+def execute(cli: FitCLI, masks: Masks | None = None, merge: bool = False, texts: Texts | None = None) -> Report | None:
     """Recover what `cli` has built: the way of the command and of the library.
 
     Args:
         cli: Parsed and instantiated.
         masks: In memory, in place of a file.
         merge: Train nothing.
+        texts: Documents in memory, written to the run directory.
 
     Returns:
         The report; None on ranks other than 0, and of a part.
@@ -334,6 +335,8 @@ def execute(cli: FitCLI, masks: Masks | None = None, merge: bool = False) -> Rep
             if cli.share is None:
                 directory.sweep()
             _save_config(cli, directory)
+            if texts is not None:
+                texts.write(directory.text, directory.manifest.writing)
         return _recover(cli, directory, options)
 
 
@@ -350,7 +353,7 @@ def _recover(cli: FitCLI, directory: RunDirectory, options: RunOptions) -> Repor
             callback.print_table = False
     if not scope.by_window:
         trainer.callbacks.append(Checkpoints(directory.checkpoints, cli.config.checkpoint_every_n_steps))  # pyright: ignore[reportAttributeAccessIssue]
-    if first and not directory.report.exists():
+    if first and not directory.is_finished:
         exclude = tuple(options.pruning.exclude)
         options = replace(options, prediction=forecast(scope, data, trainer, exclude, masked=options.prunes))
     with log_to(directory.measurements(cli.share).log) if first else nullcontext():
@@ -391,5 +394,5 @@ def _options(cli: FitCLI, masks: Masks | None, merge: bool) -> RunOptions:
 
 
 def _save_config(cli: FitCLI, directory: RunDirectory) -> None:
-    with atomic_write(directory.config) as temporary:
+    with directory.manifest.writing(directory.config) as temporary:
         cli.parser.save(cli.config, temporary, skip_unset=False, overwrite=True, multifile=False)

@@ -49,6 +49,7 @@ def train(job: Job, resumed: bool) -> Training:
     num_own, num_missing = len(scope.own_windows), len(scope.missing(scope.own_windows))
     checkpoint = checkpoints.last(run.checkpoints)
     if checkpoint is not None:
+        checkpoints.require_intact(checkpoint)
         checkpoints.require_same(checkpoint, checkpoints.identity(job.trainer, scope.masks))
         log.info(f"go on from {checkpoint}")
         scope.tally.at_least = False  # what was before, it knows

@@ -23,6 +23,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from recon.basics.digests import sha256_of
+from recon.basics.manifest import require_unchanged
 from recon.basics.seeds import isolated_seed
 from recon.models.stored import dtype_of
 from recon.models.weight_files import refuse_gguf, require_format, require_prunable, weight_places
@@ -229,6 +231,7 @@ class ModelSource:
         path = _directory("model.name", self.name)
         if path is None:
             return {"name": self.name, "revision": self.revision or "main", "dtype": self.dtype}
+        require_unchanged(path, "copy it again, or repeat the run that made it")
         return {"files": directory_digest(path), "dtype": self.dtype}
 
     def _random(self, shape: dict[str, Any]) -> PreTrainedModel:
@@ -378,6 +381,5 @@ def directory_digest(path: Path) -> str:
     for file in sorted(path.glob("*")):
         if file.suffix in (".safetensors", ".json", ".bin", ".model") and file.name != "card.json":
             digest.update(file.name.encode())
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
+            digest.update(bytes.fromhex(sha256_of(file)))
     return digest.hexdigest()

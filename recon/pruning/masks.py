@@ -19,8 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from recon.basics.files import atomic_write
+from recon.basics.files import Writer, atomic_write
 from recon.distributed.parameters import copies, whole, whole_shape
+from recon.pruning.recorded_pattern import broken
 
 FORMAT = "recon-masks-1"
 NUM_NAMES_SHOWN = 3
@@ -202,12 +203,13 @@ class Masks(Mapping[str, Tensor]):
             digest.update(bytes(self._packed[name].numpy().data))
         return digest.hexdigest()
 
-    def save(self, path: str | Path, metadata: dict[str, str] | None = None) -> None:
+    def save(self, path: str | Path, metadata: dict[str, str] | None = None, writing: Writer = atomic_write) -> None:
         """Write all masks to one bit-packed safetensors file, atomically.
 
         Args:
             path: The file; its directory is made if missing.
             metadata: What the masks were made from, for `read_metadata`.
+            writing: Opens the file; `Manifest.writing` records it, too.
 
         Raises:
             OSError: If the file cannot be written; an older file at `path` is then untouched.
@@ -217,7 +219,7 @@ class Masks(Mapping[str, Tensor]):
             "shapes": json.dumps(self._shapes),
             "metadata": json.dumps(metadata or {}),
         }
-        with atomic_write(path) as temporary:
+        with writing(Path(path)) as temporary:
             save_file(self._packed, temporary, header)
 
     @staticmethod
@@ -225,18 +227,32 @@ class Masks(Mapping[str, Tensor]):
         """Read the masks that `save` wrote, to the CPU.
 
         Raises:
-            ValueError: If `path` is not such a file.
+            ValueError: If `path` is not such a file, or the masks do not keep to the pattern that it records.
         """
-        shapes = json.loads(_read_header(path)["shapes"])
+        header = _read_header(path)
+        shapes = json.loads(header["shapes"])
         with safe_open(path, framework="pt") as file:
-            return Masks.of_packed(
+            masks = Masks.of_packed(
                 {name: file.get_tensor(name) for name in shapes}, {name: tuple(shape) for name, shape in shapes.items()}
             )
+        masks._require_recorded(path, json.loads(header["metadata"]))
+        return masks
 
     @staticmethod
     def read_metadata(path: str | Path) -> dict[str, str]:
         """Read what `save` received as metadata, without reading the masks."""
         return json.loads(_read_header(path)["metadata"])
+
+    def _require_recorded(self, path: str | Path, made_by: Mapping[str, str]) -> None:
+        try:
+            found = broken(made_by, self._packed, self._shapes)
+        except ValueError as error:
+            found = str(error)
+        if found is not None:
+            raise ValueError(
+                f"masks need to keep to the pattern that their file records, {made_by.get('pattern')}, got `{path}`, "
+                f"which keeps {found}; copy it again from where it was made, or prune again"
+            )
 
     def _num_pruned(self, name: str) -> int:
         return math.prod(self._shapes[name]) - count_bits(self._packed[name])
