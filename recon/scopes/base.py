@@ -328,8 +328,7 @@ class Scope(L.LightningModule, ABC):
 
     def solve_start(self) -> Mapping[str, torch.Tensor] | None:
         """The exact solution of every matrix: from the run's directory, or solved for now and left there."""
-        paths = self.paths
-        found: dict[str, torch.Tensor] = {}
+        paths, found = self.paths, dict[str, torch.Tensor]()
         if paths is not None and paths.manifest.is_intact(paths.start):
             self.tally.at_least = True  # unless a checkpoint has the seconds of the start that solved it
         else:
