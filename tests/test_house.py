@@ -33,16 +33,8 @@ PAGES = [page for page in PAGES if page.exists()]
 CONFIG_FOLDERS = "|".join(path.name for path in sorted((ROOT / "configs").iterdir()) if path.is_dir())
 FILE = re.compile(r"[\w./-]+\.(py|sh|sbatch|toml|yaml|md|png|svg|txt|json|safetensors)")
 WRITTEN_BY_RUNS = {
-    *(
-        "config.yaml",
-        "fingerprint.json",
-        "manifest.json",
-        "start.safetensors",
-        "masks.safetensors",
-        "moved.safetensors",
-        "windows.json",
-        "memory.json",
-    ),
+    *("config.yaml", "fingerprint.json", "manifest.json", "start.safetensors"),
+    *("masks.safetensors", "moved.safetensors", "windows.json", "memory.json"),
     *("memory.png", "memory.svg", "report.json", "results.json", "log.txt"),
 }
 OF_THE_READER = re.compile(r"(my|path|runs)/|(mine|it)\.yaml$|config\.json$|out\.json$")

@@ -45,7 +45,7 @@ from recon.experiment.environment import versions
 from recon.experiment.options import RunOptions
 from recon.experiment.recovery import recover
 from recon.planner.prediction import forecast
-from recon.pruning.masks import Masks
+from recon.pruning.masks import Masks, identity_of
 from recon.pruning.prune import Pruning
 from recon.report import Report, Results, print_table, table_console, with_references
 from recon.report.log import log_to
@@ -187,7 +187,7 @@ class FitCLI(LightningCLI):
             options["model"]["init_args"].pop(name, None)
         self.fingerprint: dict[str, Any] = {"options": with_short_paths(options), "versions": versions()}
         if masks is not None and Path(masks).is_file():
-            self.fingerprint["masks"] = digest(Path(masks).read_bytes().hex())
+            self.fingerprint["masks"] = identity_of(Path(masks))
         scope = self.config.model.class_path.rpartition(".")[2]
         default = f"runs/{scope}-{digest(self.fingerprint)[:8]}"
         self.run_dir = Path(self.config.run_dir or default)

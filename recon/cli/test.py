@@ -130,7 +130,8 @@ def main(args: list[str]) -> int:
     parser = build_parser()
     with usage():
         subject = Subject.of(parser.parse_args(arrange("test", args)).path)
-        subject.require_unchanged()
+    subject.require_unchanged()
+    with usage():
         parser.set_defaults(_data_of_run(subject))
     config, built = parse(parser, args)
     source = subject.source(config.model.as_dict())

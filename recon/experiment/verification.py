@@ -1,4 +1,4 @@
-"""The check of all that a run or a comparison has written: digests, masks against weights, patterns, metadata, versions."""
+"""The check of all that a run or a comparison has written: digests, masks, patterns, metadata, versions."""
 
 import json
 from collections.abc import Iterator
@@ -98,10 +98,8 @@ def _run(run: RunPaths) -> Iterator[Outcome]:
     yield from ((file, f"{file} is not recorded in {run.manifest.file}") for file in _unrecorded(run, records))
     if run.fingerprint_file in intact:
         ours = digest(_read(run.fingerprint_file)) == content.identity
-        yield (
-            run.manifest.file,
-            None if ours else f"{run.manifest.file} is that of another run than {run.fingerprint_file}",
-        )
+        other = f"{run.manifest.file} is that of another run than {run.fingerprint_file}"
+        yield run.manifest.file, None if ours else other
     if run.config in intact:
         yield run.config, _said(lambda: yaml.safe_load(run.config.read_text(encoding="utf-8")))
     masks = None
@@ -118,8 +116,8 @@ def _run(run: RunPaths) -> Iterator[Outcome]:
 
 
 def _unrecorded(run: RunPaths, records: dict[Path, Entry]) -> Iterator[Path]:
-    """Products that are there and not in the manifest; logs and locks are none."""
-    free = (run.manifest.file, run.begun, run.log, run.logs, run.parts)
+    """Products that are there and not in the manifest; logs, locks and what a killed run has measured are none."""
+    free = (run.manifest.file, run.begun, run.log, run.logs, run.parts, run.memory())
     for product in (path for path in run.products if path not in free):
         files = [product] if product.is_file() else sorted(product.rglob("*")) if product.is_dir() else []
         yield from (file for file in files if file.is_file() and file not in records and not file.name.startswith("."))
@@ -198,9 +196,8 @@ def _note_versions(found: Verification, run: RunPaths) -> None:
         made_with, here = _read(run.fingerprint_file)["versions"], versions()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return
-    different = [
-        f"{name} {made_with[name]}, here {here.get(name)}" for name in made_with if made_with[name] != here.get(name)
-    ]
+    other = [name for name in made_with if made_with[name] != here.get(name)]
+    different = [f"{name} {made_with[name]}, here {here.get(name)}" for name in other]
     note = f"made with {'; '.join(different)}"
     if different and note not in found.notes:
         found.notes.append(note)

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from recon.basics.digests import sha256_of
 from recon.basics.files import Writer, atomic_write
 from recon.distributed.parameters import copies, whole, whole_shape
 from recon.pruning.recorded_pattern import broken
@@ -263,6 +264,17 @@ class Masks(Mapping[str, Tensor]):
         parameters = _parameters(model)
         for name in self:
             yield name, parameters[name]
+
+
+def identity_of(path: Path) -> str:
+    """The `Masks.fingerprint` of the masks in a file: the order of a header's entries differs whenever it is written.
+
+    That of its bytes if it is no mask file, which is refused when the masks are needed.
+    """
+    try:
+        return Masks.load(path).fingerprint()
+    except (ValueError, SafetensorError):
+        return sha256_of(path)
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
