@@ -111,5 +111,7 @@ def refined(criterion: Criterion | None, refinement: Refinement | None) -> Crite
     if refinement is None:
         return criterion
     if criterion is None:
-        raise ValueError(f"refinement: {refinement} improves a criterion's masks, got no criterion; give one or drop it")
+        raise ValueError(
+            f"refinement: {refinement} improves a criterion's masks, got no criterion; give one or drop it"
+        )
     return Refined(criterion, refinement)

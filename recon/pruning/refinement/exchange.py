@@ -18,34 +18,40 @@ CHUNK = 2**18
 class Exchanged:
     """The exchanges made in each row.
 
+    Args:
+        forbidden: Pairs that may not be exchanged; left as it is.
+
     Attributes:
         added: Weights of P that are kept now, rows x a.
         removed: Weights of S that are pruned now, rows x b.
+        rows: The index of each row.
     """
 
-    def __init__(self, rows: int, a: int, b: int, device: torch.device) -> None:
-        self.added = torch.zeros(rows, a, dtype=torch.bool, device=device)
-        self.removed = torch.zeros(rows, b, dtype=torch.bool, device=device)
+    def __init__(self, forbidden: Bool[Tensor, "rows a b"]) -> None:
+        self.forbidden, self.rows = forbidden.clone(), torch.arange(len(forbidden), device=forbidden.device)
+        self.added, self.removed = torch.zeros_like(forbidden[:, :, 0]), torch.zeros_like(forbidden[:, 0])
 
     def best(
-        self, costs: Float[Tensor, "rows a b"], threshold: Float[Tensor, "rows"], allowed: Bool[Tensor, "rows"]
+        self, costs: Float[Tensor, "rows a b"], objective: Float[Tensor, "rows"], allowed: Bool[Tensor, "rows"]
     ) -> tuple[Int[Tensor, "rows"], Int[Tensor, "rows"], Bool[Tensor, "rows"]]:
-        """Find the pair with the lowest cost in each row and mark it as exchanged if it is below the threshold.
+        """Exchange the pair with the lowest cost in each row if its objective falls by more than `MIN_GAIN`.
 
         Args:
-            costs: Change of the objective by each exchange; infinite where none is possible. Changed in place.
-            threshold: Highest cost of an exchange, negative.
+            costs: Change of the objective by each exchange; changed in place.
+            objective: The objective of each row; changed in place.
             allowed: Rows in which weights may be exchanged.
 
         Returns:
             p, k and whether they are exchanged.
         """
-        costs.masked_fill_(self.added[:, :, None] | self.removed[:, None], torch.inf)
-        lowest, flat = costs.flatten(1).min(1)
+        lowest, flat = costs.masked_fill_(self.forbidden, torch.inf).flatten(1).min(1)
         p, k = flat // costs.shape[2], flat % costs.shape[2]
-        moves = (lowest < threshold) & allowed
-        self.added.scatter_(1, p[:, None], moves[:, None] | self.added.gather(1, p[:, None]))
-        self.removed.scatter_(1, k[:, None], moves[:, None] | self.removed.gather(1, k[:, None]))
+        moves = (lowest < -MIN_GAIN * objective) & allowed
+        objective.add_(torch.where(moves, lowest, 0)).clamp_(min=0)
+        for exchanged, which in ((self.added, p), (self.removed, k)):
+            exchanged[self.rows, which] |= moves
+        self.forbidden[self.rows, p] |= moves[:, None]
+        self.forbidden[self.rows, :, k] |= moves[:, None]
         return p, k, moves
 
 
@@ -59,8 +65,8 @@ def with_fixed_weights(
 ) -> Exchanged:
     """Exchange weights that keep their values.
 
-    With e the error of a row, r = e G, and v its weights, keeping p adds v_p^2 G_pp - 2 r_p v_p to e G e^T, pruning k adds
-    v_k^2 G_kk + 2 r_k v_k, and both together add 2 v_p v_k G_pk less than their sum.
+    With e the error of a row, r = e G, and v its weights, keeping p adds v_p^2 G_pp - 2 r_p v_p to e G e^T, pruning k
+    adds v_k^2 G_kk + 2 r_k v_k, and both together add 2 v_p v_k G_pk less than their sum.
 
     Args:
         add: The cost of keeping each weight of P.
@@ -70,16 +76,15 @@ def with_fixed_weights(
         objective: e G e^T of each row.
         limit: Highest number of exchanges of each row.
     """
-    (rows, a), b = add.shape, remove.shape[1]
-    done, at = Exchanged(rows, a, b, add.device), torch.arange(rows, device=add.device)
-    pairs, add, remove, objective = cross[:, :a, a:], add.clone(), remove.clone(), objective.clone()
+    a, b = forbidden.shape[1:]
+    done, add, remove, objective = Exchanged(forbidden), add.clone(), remove.clone(), objective.clone()
+    pairs, costs = cross[:, :a, a:].contiguous(), cross.new_empty(forbidden.shape)
     for step in range(min(a, b)):
-        costs = (add[:, :, None] + remove[:, None] - pairs).masked_fill_(forbidden, torch.inf)
-        p, k, moves = done.best(costs, -MIN_GAIN * objective, step < limit)
+        torch.sub(add[:, :, None], pairs, out=costs).add_(remove[:, None])
+        p, k, moves = done.best(costs, objective, step < limit)
         if not bool(moves.any()):
             break
-        objective += torch.where(moves, costs[at, p, k], 0)
-        change = (cross[at, p] - cross[at, a + k]) * moves[:, None]
+        change = (cross[done.rows, p] - cross[done.rows, a + k]) * moves[:, None]
         add += change[:, :a]
         remove -= change[:, a:]
     return done
@@ -104,22 +109,19 @@ def after_exact_solve(
         objective: The objective of each row.
         limit: Highest number of exchanges of each row.
     """
-    V, rows, b = tableau, len(tableau), tableau.shape[1] - 1 - a
-    done, at = Exchanged(rows, a, b, V.device), torch.arange(rows, device=V.device)
+    V, b, done, objective = tableau, tableau.shape[1] - 1 - a, Exchanged(forbidden), objective.clone()
     diagonal, B = V.diagonal(dim1=1, dim2=2), V[:, :a, a:-1]
-    objective, costs = objective.clone(), torch.empty_like(forbidden, dtype=V.dtype)
-    spread = torch.empty_like(costs)
+    costs, spread = V.new_empty(forbidden.shape), V.new_empty(forbidden.shape)
     for step in range(min(a, b)):
         s, t = diagonal[:, :a], V[:, :a, -1] / diagonal[:, :a]
         torch.mul(B, B, out=spread).div_(s[:, :, None]).sub_(diagonal[:, None, a:-1])  # H^-1 has a minus in V
         torch.mul(B, t[:, :, None], out=costs).sub_(V[:, None, a:-1, -1]).square_().div_(spread)
-        costs.sub_((t * V[:, :a, -1])[:, :, None]).masked_fill_(forbidden, torch.inf)
-        p, k, moves = done.best(costs, -MIN_GAIN * objective, step < limit)
+        costs.sub_((t * V[:, :a, -1])[:, :, None])
+        p, k, moves = done.best(costs, objective, step < limit)
         if not bool(moves.any()):
             break
-        objective += torch.where(moves, costs[at, p, k], 0)
         for pivot in (p, a + k):
-            line = V[at, pivot]
+            line = V[done.rows, pivot]
             scale = torch.where(moves, 1 / line.gather(1, pivot[:, None])[:, 0], 0)
             V.baddbmm_((line * scale[:, None])[:, :, None], line[:, None], alpha=-1)
     return done

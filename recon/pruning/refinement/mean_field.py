@@ -1,9 +1,10 @@
 """Conditional variances of inputs given a random part of the others, for all rows of a matrix at once.
 
-The exact cost of an exchange needs the inverse of the Gram matrix on each row's support: for 2048 x 2048 weights at half
-density more than 200 products of that size, and 8 GiB. But all rows have supports of about the same density f. Over random
-supports T of density f, (G_TT)^-1, filled up with zeros, is on average near K = (G + diag(L))^-1, with noise L that hides
-as much of each input as its absence does: L_j = (1 - f) / K_jj. An input's variance given the others in T is f / K_jj.
+The exact cost of an exchange needs the inverse of the Gram matrix on each row's support: for 2048 x 2048 weights at
+half density more than 200 products of that size, and 8 GiB. But all rows have supports of about the same density f.
+Over random supports T of density f, (G_TT)^-1, filled up with zeros, is on average near K = (G + diag(L))^-1, with
+noise L that hides as much of each input as its absence does: L_j = (1 - f) / K_jj. An input's variance given the others
+in T is f / K_jj.
 """
 
 import math
@@ -56,9 +57,7 @@ class MeanField:
         inverse = _inverse(G, noise)
         return cls(inverse, noise, density / inverse.diagonal())
 
-    def covariances(
-        self, chosen: Int[Tensor, "rows m"], usable: Bool[Tensor, "rows m"]
-    ) -> Float[Tensor, "rows m m"]:
+    def covariances(self, chosen: Int[Tensor, "rows m"], usable: Bool[Tensor, "rows m"]) -> Float[Tensor, "rows m m"]:
         """Compute the covariances of the chosen inputs of each row given the rest of the average support.
 
         Args:

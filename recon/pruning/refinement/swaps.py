@@ -28,39 +28,41 @@ _log = logging.getLogger(__name__)
 class Swaps(Refinement):
     """Exchange one kept for one pruned weight of a row, or of an n:m group, while the row's error falls.
 
-    The error is e G e^T for the row e of W - W0. With the objective `fixed` weights keep their values (SparseSwaps, arXiv
-    2512.10922). With `exact` it is the error after the remaining weights are set to their best values, and they are set
-    to them. Counts of rows and groups stay.
+    The error is e G e^T for the row e of W - W0. With the objective `fixed` weights keep their values (SparseSwaps,
+    arXiv 2512.10922). With `exact` it is the error after the remaining weights are set to their best values, and they
+    are set to them. Counts of rows and groups stay.
 
-    A round exchanges the most promising weights of all rows, then computes their errors. A row whose error has not fallen
-    gets its mask back and half as many exchanges in its next round.
+    A round exchanges the most promising weights of all rows, then computes their errors. A row whose error has not
+    fallen gets its mask back and half as many exchanges in its next round.
 
     Args:
         objective: The error that falls: with `fixed` weights, or after the `exact` solve.
         rounds: Limit of the rounds.
-        candidates: Pruned and kept weights of a row among which a round exchanges, each; n:m groups have as many together.
+        candidates: Pruned and kept weights of a row among which a round exchanges, each; of n:m
+            groups whole ones with as many weights together.
         damping: Added to the diagonal of G while masks are sought, relative to inputs of norm 1.
-        first_iterations: Of conjugate gradients before the first round, with `exact`.
-        iterations: Of conjugate gradients in each round, with `exact`.
+        tolerance: With `exact`, conjugate gradients stop in each round when the residuals of the kept weights are this
+            small, relative to those of the pruned ones.
+        max_iterations: Limit of conjugate gradients' iterations in each round.
     """
 
     objective: Objective = "exact"
-    rounds: int = 12
+    rounds: int = 8
     candidates: int = 16
     damping: float = 1e-3
-    first_iterations: int = 8
-    iterations: int = 4
+    tolerance: float = 0.1
+    max_iterations: int = 30
 
     def __post_init__(self) -> None:
         if self.objective not in get_args(Objective):
             raise ValueError(
-                f"swaps need an objective of {' or '.join(get_args(Objective))}, got {self.objective!r}; choose exact if "
-                "the weights are solved for or recovered afterwards"
+                f"swaps need an objective of {' or '.join(get_args(Objective))}, got {self.objective!r}; choose exact "
+                "if the weights are solved for or recovered afterwards"
             )
-        if not (min(self.rounds, self.candidates, self.first_iterations, self.iterations) >= 1 and self.damping > 0):
+        if not (min(self.rounds, self.candidates, self.max_iterations) >= 1 and min(self.damping, self.tolerance) > 0):
             raise ValueError(
-                "swaps need rounds, candidates, first_iterations and iterations of 1 or more and damping > 0, got "
-                f"{self.rounds}, {self.candidates}, {self.first_iterations}, {self.iterations} and {self.damping}; leave "
+                "swaps need rounds, candidates and max_iterations of 1 or more, damping and tolerance above 0, got "
+                f"{self.rounds}, {self.candidates}, {self.max_iterations}, {self.damping} and {self.tolerance}; leave "
                 "them at their defaults"
             )
 
@@ -122,8 +124,8 @@ class Swaps(Refinement):
             group: See `refine`.
 
         Returns:
-            The mask, and the number of products of all rows with a matrix of G's size that it took; a factorization with
-            its inverse counts as one.
+            The mask, and the number of products of all rows with a matrix of G's size that it took; a factorization
+            with its inverse counts as one of in_ rows.
         """
         search = _Search(self, dense, gram, values, keep, group)
         for _ in range(self.rounds):
@@ -154,7 +156,7 @@ class _Search:
         if swaps.objective == "exact":
             self.mean_field = MeanField.of(self.G, density)
             self.products += FACTORIZATIONS * len(self.G) / len(keep)
-            self.W, self.R = self._descend(self.W, self.R, keep.float(), swaps.first_iterations)
+            self.W, self.R = self._descend(self.W, self.R, keep.float())
         self.errors = vecdot(self.W0 - self.W, self.R)
 
     def advance(self) -> bool:
@@ -173,7 +175,7 @@ class _Search:
         W = (self.values if self.mean_field is None else self.W)[rows] * keep
         R = self.R[rows] + self._product(self.W[rows] - W)
         if self.mean_field is not None:
-            W, R = self._descend(W, R, keep.float(), self.swaps.iterations)
+            W, R = self._descend(W, R, keep.float())
         errors = vecdot(self.W0[rows] - W, R)
         better = errors < self.errors[rows]
         self.limit[rows[~better]] = count[~better] // 2
@@ -182,7 +184,7 @@ class _Search:
         return True
 
     def _chunk(self) -> int:
-        width = 2 * self.swaps.candidates if self.group is None else max(self.swaps.candidates, self.group)
+        width = max(2 * self.swaps.candidates, self.group or 0)
         return max(1, exchange.CHUNK // (width + 1) ** 2)
 
     def _exchange(self, rows: Int[Tensor, "some"]) -> tuple[Bool[Tensor, "some in_"], Int[Tensor, "some"]]:
@@ -213,21 +215,23 @@ class _Search:
     def _candidates(self, gain: Tensor, cost: Tensor, keep: Tensor) -> Candidates:
         if self.group is None:
             return in_rows(gain, cost, keep, self.swaps.candidates)
-        return in_groups(gain, cost, keep, self.swaps.candidates, self.group)
+        return in_groups(gain, cost, keep, 2 * self.swaps.candidates, self.group)
 
     def _product(self, rows: Tensor) -> Tensor:
         self.products += len(rows) / len(self.keep)
         return rows @ self.G
 
-    def _descend(self, W: Tensor, R: Tensor, M: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    def _descend(self, W: Tensor, R: Tensor, M: Tensor) -> tuple[Tensor, Tensor]:
         """Move W towards the best weights on the mask M by conjugate gradients, and R = (W0 - W) G with it.
 
         In these units the diagonal of G is constant, so that Jacobi's preconditioner changes nothing.
         """
         P, previous = torch.zeros_like(W), None
-        for _ in range(iterations):
+        for _ in range(self.swaps.max_iterations):
             D = R * M
             squares = vecdot(D, D)
+            if squares.sum() <= self.swaps.tolerance**2 * (vecdot(R, R) - squares).sum():
+                break
             factor = 0 if previous is None else torch.where(previous > 0, squares / previous, 0)[:, None]
             P, previous = D + factor * P, squares
             Q = self._product(P)
