@@ -21,10 +21,10 @@ class Candidates:
     pruned: Int[Tensor, "rows a"]
     kept: Int[Tensor, "rows b"]
     forbidden: Bool[Tensor, "rows a b"]
-    usable: Bool[Tensor, "rows a+b"]
+    usable: Bool[Tensor, "rows m"]
 
     @property
-    def inputs(self) -> Int[Tensor, "rows a+b"]:
+    def inputs(self) -> Int[Tensor, "rows m"]:
         """P, then S."""
         return torch.cat([self.pruned, self.kept], dim=1)
 

@@ -91,7 +91,7 @@ def with_fixed_weights(
 
 
 def after_exact_solve(
-    tableau: Float[Tensor, "rows m+1 m+1"],
+    tableau: Float[Tensor, "rows n n"],
     a: int,
     forbidden: Bool[Tensor, "rows a b"],
     objective: Float[Tensor, "rows"],
@@ -129,7 +129,7 @@ def after_exact_solve(
 
 def support_tableau(
     A: Float[Tensor, "rows m m"], x: Float[Tensor, "rows b"], r: Float[Tensor, "rows m"], a: int
-) -> Float[Tensor, "rows m+1 m+1"]:
+) -> Float[Tensor, "rows n n"]:
     """Sweep a quadratic form on its support, so that exchanges are rank-one updates of the result.
 
     Args:
