@@ -18,6 +18,7 @@ from recon.pruning.interleaved import Interleaved
 from recon.pruning.masks import Masks
 from recon.pruning.patterns import Unstructured
 from recon.pruning.prune import prune_block
+from recon.pruning.refinement import Refined, Swaps
 from recon.scopes import BlockDistillation, MatrixReconstruction, SubmoduleDistillation
 from recon.scopes.local.module import LocalScope
 from tests.support.families import tiny
@@ -270,6 +271,19 @@ def test_masks_are_chosen_from_recovered_inputs(kind: str, propagation: str, cri
         hidden = run_blocks(scope.model, hidden, block.index)
     assert scope.label.endswith("interleaved)")
     scope.masks.check(scope.model)
+
+
+def test_refined_masks_are_chosen_along_with_recovery(tmp_path: Path) -> None:
+    options = {"name": save_tiny("llama", tmp_path), "propagation": "recovered", "start": "moved"}
+    found = {}
+    for criterion in (Wanda(), Refined(Wanda(), Swaps())):
+        scope = interleaved(KINDS["matrix"](**options), criterion)
+        trainer_of(MaskEnforcer()).fit(scope)
+        found[str(criterion)] = dict(scope.masks)
+        scope.masks.check(scope.model)
+    plain, refined = found["wanda"], found["wanda + swaps"]
+    assert all(torch.equal(keep.sum(1), refined[name].sum(1)) for name, keep in plain.items())
+    assert any(not torch.equal(keep, refined[name]) for name, keep in plain.items())
 
 
 @pytest.mark.parametrize("start", ["moved", "exact", "pruned"])
