@@ -275,15 +275,10 @@ def test_masks_are_chosen_from_recovered_inputs(kind: str, propagation: str, cri
 
 def test_refined_masks_are_chosen_along_with_recovery(tmp_path: Path) -> None:
     options = {"name": save_tiny("llama", tmp_path), "propagation": "recovered", "start": "moved"}
-    found = {}
-    for criterion in (Wanda(), Refined(Wanda(), Swaps())):
-        scope = interleaved(KINDS["matrix"](**options), criterion)
-        trainer_of(MaskEnforcer()).fit(scope)
-        found[str(criterion)] = dict(scope.masks)
-        scope.masks.check(scope.model)
-    plain, refined = found["wanda"], found["wanda + swaps"]
-    assert all(torch.equal(keep.sum(1), refined[name].sum(1)) for name, keep in plain.items())
-    assert any(not torch.equal(keep, refined[name]) for name, keep in plain.items())
+    scope = interleaved(KINDS["matrix"](**options), Refined(Wanda(), Swaps()))
+    trainer_of(MaskEnforcer()).fit(scope)
+    scope.masks.check(scope.model)
+    assert all((2 * keep.sum(1) == keep.shape[1]).all() for keep in scope.masks.values())
 
 
 @pytest.mark.parametrize("start", ["moved", "exact", "pruned"])
