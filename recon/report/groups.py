@@ -90,8 +90,7 @@ class Group:
             if reset := cell.reset_windows:
                 notes.append(
                     f"{_name(cell)}: {len(reset)} of {len(cell.windows)} windows ended worse than they began and kept "
-                    f"their start, {reset[0]} the first: the learning rate is too high for this data, or there is too "
-                    f"little of it"
+                    f"their start: the learning rate is too high for this data, or there is too little of it"
                 )
         if _num_protocols(self.cells) > 1:
             notes.append("These perplexities are not comparable: their protocols differ, see results.json")
