@@ -46,6 +46,7 @@ from tests.support.scope_fixtures import (
     untimed,
     weights_of,
 )
+from tests.support.slow import quick, slow
 
 pytestmark = [pytest.mark.filterwarnings(one) for one in IGNORED]
 
@@ -96,7 +97,7 @@ def cases() -> list[Any]:
     return every + more + passing + [("llama", "submodule", "recovered_local"), ("llama", "block", "recovered_local")]
 
 
-@pytest.mark.parametrize(("family", "kind", "propagation"), cases())
+@pytest.mark.parametrize(("family", "kind", "propagation"), quick(cases(), *cases()[::2]))
 def test_an_offloaded_model_is_recovered_to_the_same_bits(
     family: str, kind: str, propagation: str, tmp_path: Path
 ) -> None:
@@ -212,7 +213,7 @@ def test_several_shards_are_read_and_a_missing_weight_is_named(tmp_path: Path) -
 @pytest.mark.parametrize("offload", ["host", "disk"])
 @pytest.mark.parametrize(
     ("kind", "propagation", "dtype"),
-    [("submodule", "dense", "float32"), ("groups", "dense", "float32"), ("block", "recovered", "bfloat16")],
+    [slow("submodule", "dense", "float32"), ("groups", "dense", "float32"), ("block", "recovered", "bfloat16")],
 )
 def test_a_killed_run_goes_on_to_the_same_bits(
     kind: str, propagation: str, dtype: str, offload: str, tmp_path: Path

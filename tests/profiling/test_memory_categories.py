@@ -17,6 +17,7 @@ from recon.profiling.phases import Phases
 from recon.report.memory_phases import fold_windows, phases_section, sides_of, tracked
 from recon.scopes import BlockDistillation, FullRetraining, MatrixReconstruction, SubmoduleDistillation
 from tests.support.scope_fixtures import IGNORED, data_of, random_masks, save_tiny, trainer_of, weights_of
+from tests.support.slow import slow
 
 pytestmark = [pytest.mark.filterwarnings("error"), *(pytest.mark.filterwarnings(one) for one in IGNORED)]
 
@@ -164,7 +165,9 @@ def test_accumulation_follows_the_batch_that_steps(tmp_path: Path) -> None:
     assert of(phase)["optimizer"] == 2 * bytes_of(trained) + 4 * len(trained)
 
 
-@pytest.mark.parametrize("kind", [MatrixReconstruction, SubmoduleDistillation, BlockDistillation, FullRetraining])
+@pytest.mark.parametrize(
+    "kind", [slow(MatrixReconstruction), SubmoduleDistillation, slow(BlockDistillation), FullRetraining]
+)
 def test_following_leaves_every_bit_as_it_was(kind: Any, tmp_path: Path) -> None:
     found = []
     for by_category in (False, True):
