@@ -166,7 +166,7 @@ class Acceptance:
         files = [str(file) for file in sorted((ROOT / "tests").rglob("test_*.py")) if MARK in file.read_text()]
         # A warning of a library in a version that was never met is not a failure; without xdist there is no -n.
         line = [sys.executable, "-m", "pytest", "-m", "gpu", "-W", "default", "-p", "no:cacheprovider", "-q"]
-        line += [] if gpu_packages.missing(("xdist",)) else ["-n", "0"]
+        line += ["--continue-on-collection-errors", *([] if gpu_packages.missing(("xdist",)) else ["-n", "0"])]
         began = time.monotonic()
         with self.log.open("a") as file:
             file.write("\n== GPU tests\n")

@@ -9,12 +9,15 @@ import sys
 import time
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 from tests.benchmarks import gpu, gpu_packages, gpu_process
+from tests.benchmarks.gpu_kernels import KernelProfile
 from tests.benchmarks.gpu_process import Died, Stopped
 from tests.benchmarks.gpu_rows import COMMAND, ZERO, Row
 
@@ -140,3 +143,31 @@ def test_all_that_ran_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(gpu_process, "run", lambda *args: {})
     assert acceptance(tmp_path, monkeypatch, Row("one"), Row("lacks", packages=("no",))).run() == 0
     assert acceptance(tmp_path, monkeypatch, Row("lacks", packages=("no",))).run() == 1  # nothing ran
+
+
+def event(name: str, microseconds: float, kind: DeviceType = DeviceType.CUDA, annotates: bool = False) -> Any:
+    time_range = SimpleNamespace(elapsed_us=lambda: microseconds)
+    return SimpleNamespace(name=name, time_range=time_range, device_type=kind, is_user_annotation=annotates)
+
+
+def test_kernels_of_a_device_are_summed_by_name() -> None:
+    profile = KernelProfile(torch.device("cuda"), 1, 1)
+    events = [event("gemm", 3000), event("copy", 1000), event("gemm", 4000)]
+    events += [event("cudaLaunchKernel", 9000, DeviceType.CPU), event("Optimizer.step", 8000, annotates=True)]
+    profile._profile, profile._seconds = SimpleNamespace(events=lambda: events), 0.016  # pyright: ignore
+    assert profile.result() == {
+        "seconds": 0.016,
+        "busy_seconds": 0.008,
+        "kernels": [
+            {"name": "gemm", "share": 7 / 8, "milliseconds": 7.0, "calls": 2},
+            {"name": "copy", "share": 1 / 8, "milliseconds": 1.0, "calls": 1},
+        ],
+    }
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_build_without_a_profile_of_the_device_says_so() -> None:
+    profile = KernelProfile(torch.device("cuda"), 1, 1)
+    profile.on_phase_start("window a")
+    profile.on_run_end(failed=False)
+    assert profile.result() == {"reason": "this build of torch cannot profile cuda"}
