@@ -238,7 +238,7 @@ def test_a_call_that_fails_in_training_leaves_the_dense_model(monkeypatch: pytes
 def test_nothing_is_printed_and_everything_is_logged(capsys: Any, caplog: pytest.LogCaptureFixture) -> None:
     model, tokenizer = gpt2()
     recon.prune(model, tokenizer, text=TEXT, options=SMALL)
-    recon.recover(model, tokenizer, scope="block", text=TEXT, options=SMALL | {"model.epochs": 1})
+    recon.recover(model, tokenizer, scope="block", text=TEXT, options=SMALL | {"model.epochs": 1, "model.lr": 1e-4})
     assert capsys.readouterr() == ("", "")
     assert caplog.messages == []
     caplog.set_level(logging.INFO, "recon")

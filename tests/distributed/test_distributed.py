@@ -4,7 +4,12 @@ Every run writes to <directory of the module>/<kind>/<name>; the model and the m
 """
 
 import json
+import os
 import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -20,6 +25,9 @@ from tests.support.processes import Failed, in_processes
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 PRECISIONS = ("32-true", "bf16-mixed")
+ROOT = Path(__file__).parents[2]
+SECONDS = 20.0  # from the checkpoint of a process that is told to stop to its end; two, but for a machine under load
+PATIENCE = 120.0  # seconds
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +159,41 @@ def test_a_terminated_run_saves_the_step_that_it_is_in_and_ends_bit_identically(
     assert [path.name for path in (run / "checkpoints").glob("*.json")] == [f"step-00000{step}.json"]
     in_processes(runs.fit, strategy, "bf16-mixed", world, run, world=world)
     assert runs.same(runs.weights(run), runs.weights(finished(directory, strategy, "bf16-mixed")))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+@pytest.mark.parametrize("told", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_both_processes_of_a_command_end_when_one_is_told_to(told: int, directory: Path) -> None:
+    run = directory / f"ddp-told-{told}" / "bf16-mixed"
+    args = [sys.executable, "-m", "tests.support.stopped_run", str(told), *runs.options("ddp", "bf16-mixed", 2, run)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(args, env=environment, cwd=ROOT, start_new_session=True) as first:
+        try:
+            assert first.wait(PATIENCE) == 143
+            written = run / "checkpoints" / "step-000003.json"
+            assert time.time() - written.stat().st_mtime < SECONDS
+            end = time.monotonic() + SECONDS
+            while living := in_session(first.pid):
+                assert time.monotonic() < end, f"{living} outlived the command"
+                time.sleep(0.1)
+        finally:
+            if in_session(first.pid):
+                os.killpg(first.pid, signal.SIGKILL)
+    assert not (run / "report.json").exists()
+    in_processes(runs.fit, "ddp", "bf16-mixed", 2, run)
+    assert json.loads((run / "report.json").read_text())["environment"]["resumed"]
+    assert runs.same(runs.weights(run), runs.weights(finished(directory, "ddp", "bf16-mixed")))
+
+
+def in_session(leader: int) -> list[int]:
+    """Living processes of a session."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            state, _, _, session = path.read_text().rpartition(")")[2].split()[:4]
+            if int(session) == leader and state != "Z":
+                found.append(int(path.parent.name))
+    return found
 
 
 def test_one_process_that_fails_saves_its_last_step_and_ends_bit_identically(directory: Path) -> None:

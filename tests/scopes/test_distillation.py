@@ -193,9 +193,7 @@ def test_groups_take_dense_inputs_and_return_what_the_dense_ones_do(tmp_path: Pa
 
     def noting(window: Any) -> None:
         begin(window)
-        scope.window = window
         seen[window.name] = scope.calibration.batch(window, slice(None))
-        scope.window = None
 
     scope.begin = noting
     fit(scope)

@@ -56,11 +56,9 @@ class Watching:
 
         def watching(window: Any) -> None:
             begin(window)
-            scope.window = window
             self.seen[window.name] = {
                 name: t.clone() for name, t in scope.calibration.batch(window, slice(None)).items()
             }
-            scope.window = None
 
         scope.begin = watching  # type: ignore[method-assign]
 
