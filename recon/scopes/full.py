@@ -23,10 +23,10 @@ from recon.models.anatomy import Anatomy
 from recon.models.loading import empty
 from recon.pruning.interleaved import Interleaved
 from recon.pruning.masks import Masks
-from recon.scopes.base import Scope, check_finite
+from recon.scopes.base import Scope
 from recon.scopes.enforcement import require_zero_keeping
 from recon.scopes.lora import DEFAULT_LORA, Lora, attach, merge, merge_state, round_merged
-from recon.scopes.losses import ModelLoss, cross_entropy, distillation, next_token_logits
+from recon.scopes.losses import ModelLoss, check_finite, cross_entropy, distillation, next_token_logits
 from recon.scopes.optimization import LRSchedulerRecipe, OptimizerRecipe, warmup_and_linear_decay
 from recon.scopes.trainable import Parameters, chosen
 from recon.scopes.trainer_options import EVERYWHERE, TrainerOption
