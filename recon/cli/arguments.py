@@ -13,6 +13,7 @@ from recon.data import TokenData
 from recon.pruning.criteria import Criterion
 from recon.pruning.patterns import Pattern
 from recon.pruning.prune import Pruning
+from recon.pruning.refinement import Refinement
 
 DEFAULT_CRITERION = {"class_path": "recon.criteria.Wanda"}
 DEFAULT_PATTERN = {"class_path": "recon.patterns.Unstructured"}
@@ -20,9 +21,12 @@ DEFAULT_DATA = {"class_path": "recon.data.TokenData"}
 
 
 def add_pruning_arguments(parser: ArgumentParser) -> None:
-    """Add `criterion`, `pattern` and `pruning`; the first two may be null."""
+    """Add `criterion`, `refinement`, `pattern` and `pruning`; the first three may be null."""
     parser.add_argument(
         "--criterion", type=Criterion | None, default=DEFAULT_CRITERION, help="How much a weight matters."
+    )
+    parser.add_argument(
+        "--refinement", type=Refinement | None, default=None, help="How masks are improved, with the Gram matrix."
     )
     parser.add_argument("--pattern", type=Pattern | None, default=DEFAULT_PATTERN, help="Which zeros are allowed.")
     parser.add_class_arguments(Pruning, "pruning")

@@ -47,6 +47,7 @@ from recon.experiment.recovery import recover
 from recon.planner.prediction import forecast
 from recon.pruning.masks import Masks
 from recon.pruning.prune import Pruning
+from recon.pruning.refinement import refined
 from recon.report import Report, Results, print_table, table_console, with_references
 from recon.report.log import log_to
 from recon.scopes import Scope
@@ -351,8 +352,9 @@ def _recover(cli: FitCLI, directory: RunDirectory, options: RunOptions) -> Repor
     if not scope.by_window:
         trainer.callbacks.append(Checkpoints(directory.checkpoints, cli.config.checkpoint_every_n_steps))  # pyright: ignore[reportAttributeAccessIssue]
     if first and not directory.report.exists():
-        exclude = tuple(options.pruning.exclude)
-        options = replace(options, prediction=forecast(scope, data, trainer, exclude, masked=options.prunes))
+        exclude, criterion = tuple(options.pruning.exclude), options.criterion
+        by_gram = criterion is not None and options.interleaves and criterion.needs == "gram"
+        options = replace(options, prediction=forecast(scope, data, trainer, exclude, options.prunes, by_gram))
     with log_to(directory.measurements(cli.share).log) if first else nullcontext():
         return recover(scope, data, trainer, directory, options)
 
@@ -378,7 +380,7 @@ def _options(cli: FitCLI, masks: Masks | None, merge: bool) -> RunOptions:
     config: Any = cli.config
     built: Any = cli.config_init
     return RunOptions(
-        criterion=built.criterion,
+        criterion=refined(built.criterion, built.refinement),
         pattern=built.pattern,
         pruning=built.pruning or Pruning(),
         masks=masks if masks is not None or config.masks is None else Path(config.masks),

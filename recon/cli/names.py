@@ -41,11 +41,17 @@ CHOICES = {
     "data.source": Choice("recon.data", ("TextSource",)),
     "criterion": Choice("recon.criteria", ("Criterion",)),
     "pattern": Choice("recon.patterns", ("Pattern",), internal=("Counted",)),
+    "refinement": Choice("recon.refinement", ("Refinement",)),
     "pruning.allocation": Choice("recon.allocation", ("Allocation",)),
 }
 """The options that choose a class."""
 
-LISTS = {"criteria": "criterion", "patterns": "pattern", "allocations": "pruning.allocation"}
+LISTS = {
+    "criteria": "criterion",
+    "patterns": "pattern",
+    "refinements": "refinement",
+    "allocations": "pruning.allocation",
+}
 """The options of a comparison that list classes, and the option that chooses one."""
 
 

@@ -11,7 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 
 from recon.basics.units import in_bytes
-from recon.cli.fit import ParsingCLI, _cli, choose_optimizer
+from recon.cli.fit import ParsingCLI, _class, _cli, choose_optimizer
 from recon.cli.quiet import quiet
 from recon.data import TokenData
 from recon.models.loading import ModelSource
@@ -154,7 +154,15 @@ def _options(scope: Scope, data: TokenData, config: Namespace) -> PlanOptions:
     trainer = configured_trainer_options(config.trainer, is_local)
     if is_local and trainer["world_size"] > 1:
         scope.require_independent("strategy window_parallel")
-    return PlanOptions.of(scope, data, trainer, tuple(config.pruning.exclude), config.pattern is not None)
+    exclude, masked = tuple(config.pruning.exclude), config.pattern is not None
+    return PlanOptions.of(scope, data, trainer, exclude, masked, _prunes_by_gram(config))
+
+
+def _prunes_by_gram(config: Namespace) -> bool:
+    """Whether masks are chosen along with recovery, from Gram matrices."""
+    if config.pruning.inputs != "recovered" or config.criterion is None:
+        return False
+    return config.refinement is not None or _class(config.criterion.class_path).needs == "gram"
 
 
 def _proposals(shape: Shape, predictions: list[Prediction], memory: int) -> dict[str, list[Proposal]]:

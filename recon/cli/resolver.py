@@ -20,7 +20,7 @@ class CommandResolver(Resolver):
         self._known: dict[tuple[str, ...], Any] = {}
 
     def describe(self, kind: type, spec: dict[str, Any]) -> str:
-        """The name of a criterion, pattern or allocation that a class specification makes."""
+        """The name of a criterion, refinement, pattern or allocation that a class specification makes."""
         return describe(kind, spec)
 
     def resolved(self, command: list[str]) -> Any:

@@ -209,7 +209,12 @@ def _disk(shape: Shape, options: PlanOptions) -> dict[str, int]:
 
 
 def forecast(
-    scope: Scope, data: TokenData, trainer: L.Trainer, exclude: tuple[str, ...], masked: bool
+    scope: Scope,
+    data: TokenData,
+    trainer: L.Trainer,
+    exclude: tuple[str, ...],
+    masked: bool,
+    prunes_by_gram: bool = False,
 ) -> dict[str, Any]:
     """Predict the needs of a run that is about to begin, as plain data. It never stops the run.
 
@@ -222,12 +227,13 @@ def forecast(
         trainer: The trainer, before or after its processes are connected.
         exclude: Patterns of modules that stay dense.
         masked: Whether the model is pruned.
+        prunes_by_gram: Whether masks are chosen along with recovery, from Gram matrices.
 
     Returns:
         `Prediction.as_dict`, or the `reason` alone why there is none; a warning in the log then says it too.
     """
     try:
-        options = PlanOptions.of(scope, data, trainer_options(trainer), exclude, masked)
+        options = PlanOptions.of(scope, data, trainer_options(trainer), exclude, masked, prunes_by_gram)
         return predict(Shape(scope.source), options).as_dict()
     except Exception as error:  # whatever fails here, the run itself may succeed
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -169,6 +169,9 @@ def test_gram_matrices_by_hand(llama: Shape) -> None:
     assert held["solve"]["optimizer"] == held["solve"]["gradients"] == 0
     two = predict(llama, replace(options, scope="block", start="exact", num_blocks=2))
     assert {snapshot.name: snapshot.held for snapshot in two.snapshots}["solve"]["gram"] == 2 * gram
+    choosing = predict(llama, replace(options, scope="block", propagation="recovered", prunes_by_gram=True))
+    assert {snapshot.name: snapshot.held for snapshot in choosing.snapshots}["collect"]["gram"] == gram
+    assert "solve" not in {snapshot.name for snapshot in choosing.snapshots}
     cross = predict(llama, replace(options, propagation="recovered"))
     assert cross.peak.held["gram"] == 3 * gram
 
