@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import torch
-import yaml
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
 from recon.basics.run_paths import RunPaths
+from recon.cli.configs import load_options
 from recon.cli.quiet import quiet
 from recon.experiment import checkpoints
 from recon.experiment.consolidation import consolidate
@@ -38,9 +38,14 @@ def main(args: list[str]) -> int:
             f"consolidate needs a run of scopes/full that has a checkpoint, got {run.path}, which has none; a run "
             f"that ended has its model in {run.model}"
         )
-    options = yaml.safe_load(run.config.read_text())["model"]
-    if not options["class_path"].endswith(".FullRetraining"):
-        raise ValueError(f"consolidate needs a run of FullRetraining, got {options['class_path']}; let the run end")
+    options = load_options(run.config, ["model"])["model"]
+    if missing := [name for name in (*SOURCE, "save_dtype") if name not in options.get("init_args", {})]:
+        raise ValueError(
+            f"consolidate needs the options of the model, got {run.config} without model.{missing[0]}, made by another "
+            f"version of recon; use that version"
+        )
+    if not options.get("class_path", "").endswith(".FullRetraining"):
+        raise ValueError(f"consolidate needs a run of FullRetraining, got {options.get('class_path')}; let the run end")
     source = ModelSource(**{name: options["init_args"][name] for name in SOURCE})
     named = options["init_args"]["save_dtype"]
     dtype = source.stored_dtype() if named is None else getattr(torch, named)
@@ -49,10 +54,19 @@ def main(args: list[str]) -> int:
         masks = Masks.load(run.masks)
         merge_state(model, attach(model, masks, masks, Lora(**options["init_args"]["lora"]), seed=0), weights)
     weights = {name: weight.to(dtype) if weight.is_floating_point() else weight for name, weight in weights.items()}
+    shapes = {name: weight.shape for name, weight in model.state_dict().items()}
+    if other := [name for name, weight in weights.items() if name in shapes and weight.shape != shapes[name]]:
+        raise ValueError(
+            f"{checkpoint} needs the shapes of the model's weights, got {list(weights[other[0]].shape)} for {other[0]} "
+            f"{list(shapes[other[0]])}; delete it to begin anew, or let the run end"
+        )
     model.load_state_dict(weights, assign=True, strict=False)  # tied weights may be there under one name only
     model.tie_weights()
     if missing := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
-        raise ValueError(f"{checkpoint} needs all of the model's weights, it lacks {len(missing)}, first {missing[0]}")
+        raise ValueError(
+            f"{checkpoint} needs all of the model's weights, got {len(missing)} missing, the first "
+            f"{missing[0]}; delete it to begin anew, or let the run end"
+        )
     if run.masks.exists():
         Masks.load(run.masks).check(model)
     to = Path(config.to or run.path / f"model-{checkpoint.stem}")

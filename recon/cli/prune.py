@@ -71,12 +71,13 @@ def main(args: list[str]) -> int:
     path = Path(config.run_dir or f"runs/prune-{digest(fingerprint)[:8]}")
     console = Console(highlight=False, soft_wrap=True)
     chosen = RunOptions(built.criterion, built.pattern, built.pruning, drift=config.drift, baselines=config.baselines)
+    device = choose_device(config.device)
     begin(built.data)
     with owned(path):
         run = RunDirectory(path, fingerprint)
         run.sweep()
         with log_to(run.log):
-            report = measure_pruned(source, built.data, run, chosen, choose_device(config.device), config.save_model)
+            report = measure_pruned(source, built.data, run, chosen, device, config.save_model)
     if config.summary:
         print_table(Results(with_references(report)), table_console(), config.verbose)
     moved = run.moved.is_file()

@@ -3,7 +3,7 @@
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +31,7 @@ from recon.pruning.masks import Masks
 from recon.pruning.start_weights import Start, apply, written
 from recon.scopes.enforcement import MaskEnforcer
 from recon.scopes.exact import solve_all
+from recon.scopes.losses import check_finite
 from recon.scopes.optimization import LRSchedulerRecipe, OptimizerRecipe
 from recon.scopes.own_batches import OwnBatches
 from recon.scopes.tally import Tally
@@ -95,7 +96,7 @@ class Scope(L.LightningModule, ABC):
     ) -> None:
         super().__init__()
         if epochs < 1:
-            raise ValueError(f"model.epochs must be at least 1, got {epochs}")
+            raise ValueError(f"model.epochs must be at least 1, got {epochs}; give --model.epochs 1")
         self.source = ModelSource(name, shape, dtype, revision, tokenizer, trust_remote_code)
         self.save_dtype = save_dtype
         self.epochs, self.start = epochs, start
@@ -211,6 +212,14 @@ class Scope(L.LightningModule, ABC):
     def paths(self) -> RunPaths | None:
         """The places of the run's products; None without a directory."""
         return None if self.directory is None else RunPaths(self.directory)
+
+    def require_model(self, anatomy: Anatomy, pruned: Collection[str]) -> None:
+        """Refuse a loaded model that the options of this scope do not fit, before it is pruned; any model fits here.
+
+        Args:
+            anatomy: The blocks of the model.
+            pruned: Names of the parameters to be pruned.
+        """
 
     def refused_options(self) -> tuple[TrainerOption, ...]:
         """Options of a trainer that this scope does not honour."""
@@ -386,15 +395,3 @@ class Scope(L.LightningModule, ABC):
             ValueError: Naming the first parameter with a pruned weight that is not zero.
         """
         self.check(self.masks)
-
-
-def check_finite(loss: torch.Tensor, where: str) -> None:
-    """Stop a run whose loss is no number.
-
-    Raises:
-        FloatingPointError: If `loss` is NaN or infinite, with the place and the usual cures.
-    """
-    if not torch.isfinite(loss):
-        raise FloatingPointError(
-            f"the loss must be finite, got {loss.item()} in {where}; lower model.lr, or use a wider trainer.precision"
-        )
