@@ -12,6 +12,7 @@ from recon.basics.refusals import UsageError
 from recon.cli.arrange import arrange
 from recon.cli.errors import usage
 from recon.data import TokenData
+from recon.data.module import LARGEST_SEED
 from recon.pruning.criteria import Criterion
 from recon.pruning.patterns import Pattern
 from recon.pruning.prune import Pruning
@@ -68,7 +69,19 @@ def parse(parser: ArgumentParser, args: list[str]) -> tuple[Any, Any]:
         config = parser.parse_args(args)
         if keep_own_defaults(parser, config):
             config = parser.parse_args(args)
+        if "seed_everything" in config:
+            require_seed(config.seed_everything)
         return config, parser.instantiate_classes(config)
+
+
+def require_seed(seed: int) -> None:
+    """Refuse a seed that numpy does not take.
+
+    Raises:
+        UsageError: If it is negative or too large.
+    """
+    if not 0 <= seed <= LARGEST_SEED:
+        raise UsageError(f"--seed_everything must be from 0 to {LARGEST_SEED}, got {seed}; 0 is the default")
 
 
 def describe(kind: type, spec: dict[str, Any]) -> str:

@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 from recon.basics.files import atomic_write
 from recon.basics.locks import owned
 from recon.basics.run_paths import RunPaths
-from recon.cli.arguments import add_pruning_arguments, default_data, keep_own_defaults, plain_data
+from recon.cli.arguments import add_pruning_arguments, default_data, keep_own_defaults, plain_data, require_seed
 from recon.cli.arrange import arrange
 from recon.cli.building import packages, trainer_of
 from recon.cli.configs import config_directory
@@ -169,6 +169,7 @@ class FitCLI(LightningCLI):
         super().parse_arguments(parser, args)
         if keep_own_defaults(parser, self.config):
             super().parse_arguments(parser, args)
+        require_seed(self.config.seed_everything)
 
     def before_instantiate_classes(self) -> None:
         """Settle the run directory, which trainer, logger and checkpoints go by."""

@@ -225,7 +225,7 @@ def test_damaged_directory_is_one_clear_message(directory, damage):
 
 def test_weights_that_are_missing_are_not_made_up(directory):
     change_config(directory, num_hidden_layers=3)
-    with pytest.raises(ValueError, match=r"lacks 9 of LlamaForCausalLM's weights, the first is model.layers.2."):
+    with pytest.raises(ValueError, match=r"lacks 9 of LlamaForCausalLM's weights, model.layers.2."):
         ModelSource(str(directory)).model()
 
 
