@@ -58,7 +58,7 @@ def main(args: list[str]) -> int:
     parser = build_parser()
     config, built = parse(parser, args)
     if built.criterion is None or built.pattern is None:
-        raise ValueError("recon prune needs a criterion and a pattern, got null")
+        raise ValueError("recon prune needs a criterion and a pattern, got null for one of them; name both")
     options = {
         key: value
         for key, value in config.as_dict().items()

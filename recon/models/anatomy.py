@@ -100,8 +100,8 @@ class Anatomy:
         for pattern in exclude:
             if not any(fnmatchcase(name, pattern) for name in matrices):
                 raise ValueError(
-                    f"Each pattern of pruning.exclude must match the module name of a prunable matrix, got {pattern!r}, "
-                    f"which matches none of {_listed(list(matrices))}. Embeddings and the head are never pruned "
+                    f"Each pattern of pruning.exclude must match the module name of a prunable matrix, "
+                    f"{pattern!r} matches none of {_listed(list(matrices))}. Embeddings and the head are never pruned "
                     f"and need no pattern; correct it."
                 )
         kept = {

@@ -1,4 +1,4 @@
-"""Reports and `memory.json` that are damaged or of another version: one message with the file and the value at fault."""
+"""Reports and `memory.json` that are damaged or of another version: one message names file and value."""
 
 import json
 from pathlib import Path
