@@ -94,12 +94,10 @@ def load_config(path: str) -> dict[str, Any]:
         content = load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"-c needs a YAML file, got {path}: {' '.join(str(error).split())}; correct it") from error
-    if content is not None and not isinstance(content, dict):
-        raise UsageError(
-            f"-c needs a YAML file of options and values, got {path}, which holds a {type(content).__name__}; "
-            f"correct it"
-        )
-    return content or {}
+    if not content or not isinstance(content, dict):
+        held = f"holds a {type(content).__name__}" if content else "is empty"
+        raise UsageError(f"-c needs a YAML file of options and values, got {path}, which {held}; correct it")
+    return content
 
 
 def load_options(path: Path, sections: Sequence[str]) -> dict[str, Any]:

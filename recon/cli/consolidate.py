@@ -6,11 +6,12 @@ import torch
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
+from recon.basics.refusals import UsageError
 from recon.basics.run_paths import RunPaths
 from recon.cli.configs import load_options
 from recon.cli.quiet import quiet
 from recon.experiment import checkpoints
-from recon.experiment.consolidation import consolidate
+from recon.experiment.consolidation import consolidate, require_weights
 from recon.experiment.writing import save_model
 from recon.models.loading import ModelSource
 from recon.pruning.masks import Masks
@@ -32,6 +33,8 @@ def main(args: list[str]) -> int:
     parser.add_argument("--to", type=str | None, default=None, help="Where to write; <run_dir>/model-step-<n> if null.")
     config = parser.parse_args(args)
     run = RunPaths(Path(config.run_dir))
+    if config.to is not None and not _is_free(Path(config.to)):
+        raise UsageError(f"--to needs a new directory, or one with a model to replace, got {config.to}; name another")
     checkpoint = checkpoints.last(run.checkpoints)
     if checkpoint is None:
         raise ValueError(
@@ -54,12 +57,7 @@ def main(args: list[str]) -> int:
         masks = Masks.load(run.masks)
         merge_state(model, attach(model, masks, masks, Lora(**options["init_args"]["lora"]), seed=0), weights)
     weights = {name: weight.to(dtype) if weight.is_floating_point() else weight for name, weight in weights.items()}
-    shapes = {name: weight.shape for name, weight in model.state_dict().items()}
-    if other := [name for name, weight in weights.items() if name in shapes and weight.shape != shapes[name]]:
-        raise ValueError(
-            f"{checkpoint} needs the shapes of the model's weights, got {list(weights[other[0]].shape)} for {other[0]} "
-            f"{list(shapes[other[0]])}; delete it to begin anew, or let the run end"
-        )
+    require_weights(checkpoint, weights, {name: one for name, one in model.state_dict().items() if name in weights})
     model.load_state_dict(weights, assign=True, strict=False)  # tied weights may be there under one name only
     model.tie_weights()
     if missing := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
@@ -73,3 +71,8 @@ def main(args: list[str]) -> int:
     save_model(model, source.load_tokenizer(), to)
     Console(highlight=False, soft_wrap=True).print(f"{checkpoint} written to {to}, masks exact")
     return 0
+
+
+def _is_free(path: Path) -> bool:
+    """Whether nothing but a model would be replaced."""
+    return not path.exists() or (path.is_dir() and ((path / "config.json").exists() or not any(path.iterdir())))

@@ -173,6 +173,8 @@ class FitCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Settle the run directory, which trainer, logger and checkpoints go by."""
+        if not isinstance(self.config.trainer, Namespace):
+            raise ValueError(f"trainer needs options of Lightning's Trainer, got {self.config.trainer}; leave it out")
         masks = self.config.masks
         self.share = None if self.config.windows is None else Share.parse(self.config.windows)
         self.config.windows = None  # of this job, not of the run

@@ -1,7 +1,7 @@
 """The weights in a checkpoint of full retraining, whole, on the host: no process group, no GPU, no second copy."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -69,6 +69,26 @@ def load_file(checkpoint: Path, keys: Sequence[str]) -> dict[str, Any]:
             f"recon or of Lightning; use that version, or {cure}"
         )
     return content
+
+
+def require_weights(checkpoint: Path, held: Mapping[str, Tensor], needed: Mapping[str, Tensor]) -> None:
+    """Refuse a checkpoint without a weight, or with one of another shape.
+
+    Args:
+        checkpoint: Where the weights are from.
+        held: Name -> weight in the checkpoint.
+        needed: Name -> weight of the model.
+
+    Raises:
+        ValueError: Naming the first weight.
+    """
+    other = [name for name, weight in needed.items() if name not in held or held[name].shape != weight.shape]
+    if other:
+        got = list(held[other[0]].shape) if other[0] in held else "none"
+        raise ValueError(
+            f"a checkpoint needs the model's weights in their shapes, got {got} for {other[0]} "
+            f"{list(needed[other[0]].shape)} in {checkpoint}; delete {checkpoint.parent} to begin anew"
+        )
 
 
 def _from_deepspeed(checkpoint: Path) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from recon.distributed.part import Share
 from recon.experiment.checkpoints import Checkpoints
 from recon.experiment.job import Job
 from recon.models.anatomy import Anatomy
+from recon.pruning.prune import require_fit
 from recon.scopes.base import NO_MOVED
 from recon.scopes.local.module import LocalScope
 from recon.scopes.local.schedule import require_recovered_inputs
@@ -49,6 +50,8 @@ def require_suitable(job: Job) -> None:
     anatomy = Anatomy.of(scope.model)
     has_masks = options.masks is not None or job.run.masks.exists()
     pruned = anatomy.prunable(options.pruning.exclude) if options.prunes and not has_masks else {}
+    if options.pattern is not None:
+        require_fit(pruned, options.pattern, options.pruning)
     scope.require_model(anatomy, pruned)
 
 

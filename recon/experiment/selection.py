@@ -9,7 +9,7 @@ from recon.experiment.job import Job
 from recon.profiling.phases import PhaseName
 from recon.pruning.interleaved import Interleaved
 from recon.pruning.masks import Masks
-from recon.pruning.prune import CAME_WITH_MOVED, block_patterns, moved_with, prune_to, require_fit
+from recon.pruning.prune import CAME_WITH_MOVED, block_patterns, moved_with, prune_to
 from recon.pruning.start_weights import Start
 
 GIVEN = {"criterion": "given masks", "pattern": "given masks"}
@@ -99,6 +99,5 @@ def _interleaved(job: Job) -> Interleaved:
     assert options.pattern is not None
     replay, tokens = scope.to(job.device).open_replay(), job.data.tokens("train")
     prunable = replay.anatomy.prunable(options.pruning.exclude)
-    require_fit(prunable, options.pattern, options.pruning)
     patterns = block_patterns(replay, tokens, options.criterion, options.pattern, options.pruning, scope.storage)
     return Interleaved(options.criterion, patterns, prunable, job.run.block_masks)

@@ -254,9 +254,8 @@ def moved_with(masks_file: Path, masks: Masks) -> Start | None:
     path = masks_file.parent / made_by[CAME_WITH_MOVED]
     if not path.exists():
         raise ValueError(
-            f"the masks in {masks_file} come from {made_by.get('criterion', 'a criterion')}, which moves weights, and need "
-            f"{path}, "
-            f"which does not exist; copy it there, or prune again"
+            f"the masks in {masks_file} are those of {made_by.get('criterion', 'a criterion')}, which moves weights, "
+            f"and need {path}, which does not exist; copy it there, or prune again"
         )
     return Start(path, masks)
 
