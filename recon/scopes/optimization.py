@@ -80,10 +80,10 @@ def require_buildable(optimizer: OptimizerRecipe | None, lr_scheduler: LRSchedul
     option = "--optimizer"
     try:
         made = torch.optim.AdamW(parameters) if optimizer is None else optimizer(parameters)
-        made.step()
         if lr_scheduler is not None:
             option, recipe = "--lr_scheduler", lr_scheduler
             schedule: Any = lr_scheduler(made)["scheduler"]
+            made.step()  # schedules want it before theirs; without gradients it does nothing
             schedule.step(*([0.0] if isinstance(schedule, ReduceLROnPlateau) else []))
     except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
         given = ", ".join(f"{name} {value}" for name, value in recipe.options.items()) or "none"
