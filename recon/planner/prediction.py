@@ -14,7 +14,7 @@ from recon.models.loading import ModelSource
 from recon.planner.fake.model import FakeModel
 from recon.planner.flops import Kind, full_flops, local_flops, seconds_of, uniform
 from recon.planner.full import full_snapshots, held_on_host, optimizer_bytes
-from recon.planner.local import FakeModels, calibration_bytes, local_snapshots, windows_to_recover
+from recon.planner.local import FakeModels, calibration_bytes, local_snapshots, start_bytes, windows_to_recover
 from recon.planner.options import PlanOptions
 from recon.planner.snapshot import Snapshot, numel
 from recon.planner.trainer_options import trainer_options
@@ -185,6 +185,8 @@ def _host(shape: Shape, options: PlanOptions) -> dict[str, int]:
         held["gradients"], held["optimizer"] = offloaded["gradients"], offloaded["optimizer"]
     if options.device == "cpu" and options.offload == "none" and not options.offload_parameters:
         held["weights"] = 0  # the host's are the device's
+    if options.is_local:
+        held["weights"] += start_bytes(fake, options)
     processes = -(-options.world_size // options.num_nodes)
     return {name: processes * held[name] for name in CATEGORIES}
 

@@ -149,10 +149,10 @@ def apply(model: nn.Module, masks: Masks, start: Mapping[str, Tensor] | None) ->
             parameter.copy_(weight)
 
 
-def amend_by(masks: Masks, start: Mapping[str, Tensor] | None, residence: OffloadedBlocks) -> Callable[[Block], None]:
+def amend_by(masks: Masks, start: Mapping[str, Tensor] | None, offloaded: OffloadedBlocks) -> Callable[[Block], None]:
     """Make the function for `OffloadedBlocks.amend` that prunes each block and sets its survivors to `start`."""
 
     def amend(block: Block) -> None:
-        apply(residence.model, masks.subset(name for name in block.parameters() if name in masks), start)
+        apply(offloaded.model, masks.subset(name for name in block.parameters() if name in masks), start)
 
     return amend

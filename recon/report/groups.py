@@ -87,6 +87,11 @@ class Group:
                 notes.append(f"{_name(cell)} has no finite perplexity")
             if cell.mask_violations:
                 notes.append(f"{_name(cell)} violates its masks: {cell.mask_violations:,} pruned weights are not zero")
+            if reset := cell.reset_windows:
+                notes.append(
+                    f"{_name(cell)}: {len(reset)} of {len(cell.windows)} windows ended worse than they began and kept "
+                    f"their start: the learning rate is too high for this data, or there is too little of it"
+                )
         if _num_protocols(self.cells) > 1:
             notes.append("These perplexities are not comparable: their protocols differ, see results.json")
         if baseline := estimate(cell.baseline_host_bytes for cell in self.cells):

@@ -65,6 +65,8 @@ class Report(BaseModel):
         references: `dense` and `pruned` -> their `sparsity`, `model_sparsity` and `disk_bytes`, where measured.
         prediction: Predicted needs of the run, as `recon.planner.Prediction` has them, or the `reason` why there is no
             prediction; empty for what is not planned.
+        windows: Name of each recovered window -> held-out error `before` and `after` of the weights that it has kept.
+            One that ended worse than it began has kept its start, with the error of its end as `discarded`.
         throughput: Tokens per second of all processes, model FLOP utilisation, and the tokens and seconds of their
             measurement; empty if not measured.
         tuning: The points tried to choose this cell's options: `options`, `perplexity` on the validation split (None if
@@ -104,6 +106,7 @@ class Report(BaseModel):
     environment: dict[str, Any] = {}
     ranks: list[dict[str, Any]] = []
     references: dict[str, dict[str, Any]] = {}
+    windows: dict[str, dict[str, float]] = {}
     throughput: dict[str, Any] = {}
     drift: dict[str, Any] = {}
     prediction: dict[str, Any] = {}
@@ -161,6 +164,11 @@ class Report(BaseModel):
     def peaks(self) -> dict[str, int | None]:
         """Peak bytes on the `host` (resident memory, libraries included) and the `device`; None if unmeasured."""
         return {"host": self.peak_host_bytes, "device": self.peak_device_bytes}
+
+    @property
+    def reset_windows(self) -> list[str]:
+        """The windows that ended worse than they began, and have kept their start."""
+        return [name for name, errors in self.windows.items() if "discarded" in errors]
 
     def replace(self, **changes: Any) -> "Report":
         """A copy with some fields changed, validated as a new one."""

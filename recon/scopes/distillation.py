@@ -107,9 +107,7 @@ class Distillation(LocalScope):
     def begin(self, window: Window) -> None:
         """As `LocalScope.begin`; the parameters that learn require gradients from now on."""
         super().begin(window)
-        parameters = {name: self.model.get_parameter(name) for name in window.owned}
-        matrices = {f"{name}.weight" for block in window.blocks for name in block.matrices}
-        names = chosen(parameters, matrices, self.which_parameters, f"window {window.name}")
+        names = self.trained(window)
         if self.which_parameters == "lora":
             self._adapters = attach(self.model, self.masks, window.owned, self.lora, self.data.seed)
             names = self._adapters
@@ -117,13 +115,22 @@ class Distillation(LocalScope):
         if self.compiles:
             self._compiled = compiled(window.blocks)
 
+    def trained(self, window: Window) -> list[str]:
+        """Names of the parameters of `window` that learn; those that adapters are merged into where these learn."""
+        if self.which_parameters == "lora":
+            return super().trained(window)
+        parameters = {name: self.model.get_parameter(name) for name in window.owned}
+        matrices = {f"{name}.weight" for block in window.blocks for name in block.matrices}
+        return chosen(parameters, matrices, self.which_parameters, f"window {window.name}")
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of the window's output against its target."""
-        assert self.window is not None
-        self._window_tokens += batch["hidden"].shape[:2].numel()
-        output, target = outputs(self.replay, self.window, batch)
+        assert self.under_way is not None
+        window = self.under_way.window
+        self.under_way.tokens += batch["hidden"].shape[:2].numel()
+        output, target = outputs(self.replay, window, batch)
         loss = window_loss(output, target, self.loss)
-        where = f"window {self.window.name}, epoch {self._epoch}, batch {batch_idx}"
+        where = f"window {window.name}, epoch {self.under_way.epoch}, batch {batch_idx}"
         self.log_loss("loss", loss, where, prog_bar=True, batch_size=len(batch["hidden"]))
         return loss
 

@@ -20,9 +20,10 @@ import lightning as L
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import addmm_flop, flop_registry, sdpa_backward_flop, sdpa_flop
+from torch.utils.flop_counter import addmm_flop
 
 from recon.cli.fit import main as recon_fit
+from recon.planner.fake.tracker import FORMULAS
 
 from .bare_loop import QUICK, Size
 from .fits import arguments, fit, say
@@ -30,11 +31,7 @@ from .fits import arguments, fit, say
 SCOPES = ("matrix", "submodule", "block", "full")
 
 aten = torch.ops.aten
-FORMULAS: dict[Any, Callable[..., int]] = flop_registry | {  # it lacks these
-    aten.addmm_: addmm_flop,
-    aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
-}
+ALL_FORMULAS: dict[Any, Callable[..., int]] = FORMULAS | {aten.addmm_: addmm_flop}
 
 
 class Operations(TorchDispatchMode):
@@ -48,7 +45,7 @@ class Operations(TorchDispatchMode):
         """Count one operation."""
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
-        if formula := FORMULAS.get(func._overloadpacket):
+        if formula := ALL_FORMULAS.get(func._overloadpacket):
             self.total += formula(*args, **kwargs, out_val=output)
         return output
 

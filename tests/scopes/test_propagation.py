@@ -32,6 +32,7 @@ from tests.support.scope_fixtures import (
     untimed,
     weights_of,
 )
+from tests.support.slow import slow
 
 pytestmark = [pytest.mark.filterwarnings("error"), *(pytest.mark.filterwarnings(one) for one in IGNORED)]
 
@@ -56,11 +57,9 @@ class Watching:
 
         def watching(window: Any) -> None:
             begin(window)
-            scope.window = window
             self.seen[window.name] = {
                 name: t.clone() for name, t in scope.calibration.batch(window, slice(None)).items()
             }
-            scope.window = None
 
         scope.begin = watching  # type: ignore[method-assign]
 
@@ -251,7 +250,7 @@ def interleaved(scope: LocalScope, criterion: Any = None, directory: Path | None
     return scope
 
 
-@pytest.mark.parametrize("criterion", [Wanda(), SparseGPT()], ids=str)
+@pytest.mark.parametrize("criterion", [slow(Wanda()), SparseGPT()], ids=str)
 @pytest.mark.parametrize("propagation", RECOVERED)
 @pytest.mark.parametrize("kind", ["matrix", "submodule", "block"])
 def test_masks_are_chosen_from_recovered_inputs(kind: str, propagation: str, criterion: Any, tmp_path: Path) -> None:
