@@ -102,7 +102,8 @@ def require_zero_keeping(kind: type) -> None:
     if not issubclass(kind, ZERO_KEEPING):
         raise ValueError(
             f"masks need an optimizer that keeps zeros at zero "
-            f"({', '.join(one.__name__ for one in ZERO_KEEPING)}), got {kind.__name__}"
+            f"({', '.join(one.__name__ for one in ZERO_KEEPING)}), got {kind.__name__}; choose one of "
+            f"them"
         )
 
 
