@@ -102,8 +102,7 @@ def require_zero_keeping(kind: type) -> None:
     if not issubclass(kind, ZERO_KEEPING):
         raise ValueError(
             f"masks need an optimizer that keeps zeros at zero "
-            f"({', '.join(one.__name__ for one in ZERO_KEEPING)}), got {kind.__name__}; choose one of "
-            f"them"
+            f"({', '.join(one.__name__ for one in ZERO_KEEPING)}), got {kind.__name__}"
         )
 
 

@@ -49,6 +49,9 @@ def refused(args: list[str], capsys: pytest.CaptureFixture[str], *said: str) -> 
         (["--windows=3/2"], ["--windows needs one part of several", "got '3/2'", "give its number"]),
         (["--model.lr=-1"], ["model.lr must be above 0 and finite, got -1"]),
         (["--model.windows.groups=[['*.x']]", "--model.propagation=recovered"], ["choose model.propagation: dense"]),
+        (["--trainer.max_steps=0"], ["trainer.max_steps, got 0", "nothing would be trained"]),
+        (["--trainer.limit_train_batches=0"], ["trainer.limit_train_batches, got 0", "nothing would be trained"]),
+        (["--trainer.val_check_interval=0"], ["trainer.val_check_interval, got 0", "leave it out"]),
         (["--pruning.batch_size=0"], ["pruning.batch_size must be at least 1, got 0"]),
     ],
 )

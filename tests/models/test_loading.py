@@ -101,7 +101,10 @@ def test_arguments_that_make_no_sense(options, message):
     [{"model_type": "nonsense"}, {"model_type": "t5"}, {**SHAPE, "hidden_size": 15}, {**SHAPE, "hidden_size": "x"}],
 )
 def test_shape_that_is_no_causal_language_model(shape):
-    with pytest.raises(ValueError, match=r"model.shape needs the configuration of a causal language model: .+"):
+    with pytest.raises(
+        ValueError,
+        match=r"model.shape needs the configuration of a causal language model, got one that makes none: .+; correct",
+    ):
         random(shape=shape).model()
 
 
