@@ -308,7 +308,8 @@ def _read_header(path: str | Path) -> dict[str, str]:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise ValueError(
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(
             f"`{path}` needs to be a mask file of recon, got no safetensors file, or a truncated one ({error}); name "
             f"the masks.safetensors that `recon prune` wrote, or prune again"
         ) from error

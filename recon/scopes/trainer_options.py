@@ -64,7 +64,7 @@ EVERYWHERE = (
     TrainerOption("limit_train_batches", _if_zero(lambda trainer: trainer.limit_train_batches), NOTHING),
     TrainerOption(
         "val_check_interval",
-        _if_zero(lambda trainer: trainer.val_check_interval),
+        _if_zero(lambda trainer: getattr(trainer, "val_check_interval", None)),
         "it is a number of batches, or a share of an epoch; leave it out to measure after each epoch",
     ),
     TrainerOption(

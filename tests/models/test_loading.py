@@ -219,7 +219,7 @@ def change_config(path: Path, **changes: object) -> None:
 )
 def test_damaged_directory_is_one_clear_message(directory, damage):
     damage(directory)
-    with pytest.raises(ValueError, match=f"model.name needs .* the directory {directory} could not be read") as caught:
+    with pytest.raises(ValueError, match=f"model.name needs .* {directory}( could not be read|, )") as caught:
         ModelSource(str(directory)).model()
     assert len(str(caught.value)) < 900
     assert "\n" not in str(caught.value)

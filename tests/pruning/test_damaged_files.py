@@ -29,7 +29,6 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "garbage": (lambda file: file.write_bytes(b"hello"), "no safetensors file"),
     "empty": (lambda file: file.write_bytes(b""), "no safetensors file"),
     "truncated": (lambda file: file.write_bytes(file.read_bytes()[:-2]), "truncated"),
-    "missing": (lambda file: file.unlink(), "no safetensors file"),
     "foreign": (lambda file: rewritten(file, format=None), "another kind"),
     "no shapes": (lambda file: rewritten(file, shapes=None), "no shapes"),
     "unreadable shapes": (lambda file: rewritten(file, shapes="{"), "shapes that cannot be read"),
