@@ -1,6 +1,5 @@
 """`recon fit`: prune a model and recover it at one scope, configured by LightningCLI."""
 
-import re
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib import import_module
@@ -22,15 +21,16 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from torch.optim import Optimizer
 
 from recon.basics.files import atomic_write
 from recon.basics.locks import owned
 from recon.basics.run_paths import RunPaths
-from recon.cli.arguments import add_pruning_arguments, default_data, keep_own_defaults, plain_data
+from recon.cli.arguments import add_pruning_arguments, default_data, keep_own_defaults, plain_data, require_seed
 from recon.cli.arrange import arrange
+from recon.cli.building import packages, trainer_of
 from recon.cli.configs import config_directory
 from recon.cli.errors import usage
 from recon.cli.loggers import in_run_directory
@@ -65,6 +65,7 @@ NOT_FINGERPRINTED = (
     "verbose",
     "trainer",
     "checkpoint_every_n_steps",
+    "__default_config__",
 )
 """Parts of the configuration that do not decide what a run computes, or whose content is taken instead."""
 
@@ -106,9 +107,6 @@ DECISIVE_CALLBACKS = (
 )
 """Callbacks that decide what a run computes; others only watch it."""
 
-
-NOT_INSTALLED = re.compile(r"(?:Requirement '|No module named ')([A-Za-z0-9_-]+)")
-"""How libraries say that a package is missing."""
 
 Recipe = TypeVar("Recipe", OptimizerRecipe, LRSchedulerRecipe)
 
@@ -172,9 +170,12 @@ class FitCLI(LightningCLI):
         super().parse_arguments(parser, args)
         if keep_own_defaults(parser, self.config):
             super().parse_arguments(parser, args)
+        require_seed(self.config.seed_everything)
 
     def before_instantiate_classes(self) -> None:
         """Settle the run directory, which trainer, logger and checkpoints go by."""
+        if not isinstance(self.config.trainer, Namespace):
+            raise ValueError(f"trainer needs options of Lightning's Trainer, got {self.config.trainer}; leave it out")
         masks = self.config.masks
         self.share = None if self.config.windows is None else Share.parse(self.config.windows)
         self.config.windows = None  # of this job, not of the run
@@ -207,28 +208,21 @@ class FitCLI(LightningCLI):
         part = "" if held is None else held.name
         self.config.trainer.logger = in_run_directory(given.trainer.logger, self.run_dir, part)
         try:
-            super().instantiate_classes()
-        except (ImportError, ValueError) as error:
-            if (found := NOT_INSTALLED.search(str(error))) is None:
-                raise
-            raise ValueError(
-                f"the configuration names a class that needs the package {found[1]}, which is not installed; install "
-                f"it (pip install {found[1]}), or leave out what names the class"
-            ) from error
-        except MisconfigurationException as error:
-            raise ValueError(str(error)) from error
-        except RuntimeError as error:
-            if "SLURM" not in str(error):
-                raise
-            raise ValueError(str(error)) from error  # that the job was asked for with --ntasks
+            with packages():
+                super().instantiate_classes()
         finally:
             self.config = given
         self.datamodule.seed = given.seed_everything  # of a class that takes no seed, too
         choose_optimizer(self.model, given)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """As LightningCLI's, with what the trainer writes by itself in the run directory."""
-        return super().instantiate_trainer(default_root_dir=str(self.run_dir), **kwargs)
+        """As LightningCLI's, with what the trainer writes by itself in the run directory.
+
+        Raises:
+            ValueError: If this machine lacks the devices, or options contradict.
+        """
+        with trainer_of(self.config.trainer):
+            return super().instantiate_trainer(default_root_dir=str(self.run_dir), **kwargs)
 
 
 def parse_only(args: list[str]) -> Any:

@@ -60,7 +60,7 @@ def main(args: list[str]) -> int:
     config, built = parse(parser, args)
     criterion = refined(built.criterion, built.refinement)
     if criterion is None or built.pattern is None:
-        raise ValueError("recon prune needs a criterion and a pattern, got null")
+        raise ValueError("recon prune needs a criterion and a pattern, got null for one of them; name both")
     options = {
         key: value
         for key, value in config.as_dict().items()
@@ -73,12 +73,13 @@ def main(args: list[str]) -> int:
     path = Path(config.run_dir or f"runs/prune-{digest(fingerprint)[:8]}")
     console = Console(highlight=False, soft_wrap=True)
     chosen = RunOptions(criterion, built.pattern, built.pruning, drift=config.drift, baselines=config.baselines)
+    device = choose_device(config.device)
     begin(built.data)
     with owned(path):
         run = RunDirectory(path, fingerprint)
         run.sweep()
         with log_to(run.log):
-            report = measure_pruned(source, built.data, run, chosen, choose_device(config.device), config.save_model)
+            report = measure_pruned(source, built.data, run, chosen, device, config.save_model)
     if config.summary:
         print_table(Results(with_references(report)), table_console(), config.verbose)
     moved = run.moved.is_file()

@@ -6,11 +6,14 @@ from jsonargparse import Namespace
 
 from recon.cli import prune, test
 from recon.cli.arguments import describe, parse
-from recon.cli.fit import parse_options
+from recon.cli.fit import choose_optimizer, parse_options
 from recon.experiment.comparison.spec import Resolver
 
 NOT_DECISIVE = ("config", "run_dir", "summary", "verbose", "masks")
 """Where results go and what is printed; the file of the masks is keyed by its directory, which the command names."""
+
+BUILT = ("model", "data", "criterion", "pattern", "pruning")
+"""Options of `recon fit` whose classes are built, so that what they refuse is known before the first cell runs."""
 
 
 class CommandResolver(Resolver):
@@ -42,7 +45,9 @@ def _resolved(name: str, *args: str) -> dict[str, Any]:
 
 def _fit(args: list[str]) -> tuple[Namespace, Any]:
     parser, config = parse_options(args)
-    return config, parser.instantiate_classes(Namespace(data=config.data))["data"]
+    built: Any = parser.instantiate_classes(Namespace(**{name: config[name] for name in BUILT}))
+    choose_optimizer(built.model, config)
+    return config, built.data
 
 
 def _other(name: str, args: list[str]) -> tuple[Namespace, Any]:

@@ -51,6 +51,10 @@ class Pruning:
     batch_size: int = 8
     allocation: Allocation | None = None
 
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"pruning.batch_size must be at least 1, got {self.batch_size}; 8 is the default")
+
     def describe(self, pattern: Pattern) -> str:
         """Name `pattern` for reports, with the allocation if there is one: `60% per row, owl`."""
         return str(pattern) if self.allocation is None else f"{pattern}, {self.allocation}"
@@ -90,6 +94,7 @@ def prune(
     _require_compatible(criterion, pattern, options)
     replay = replay or Replay(model, Anatomy.of(model))
     blocks = matrices_by_block(replay.anatomy, options.exclude)
+    require_fit(replay.anatomy.prunable(options.exclude), pattern, options)
     patterns = block_patterns(replay, tokens, criterion, pattern, options, storage)
     walk = Activations(replay, tokens, options.batch_size, replay.device, storage=storage)
     # Scores need no Gram matrix of a criterion whose masks are refined when all are chosen.
@@ -279,10 +284,26 @@ def moved_with(masks_file: Path, masks: Masks) -> Start | None:
     path = masks_file.parent / made_by[CAME_WITH_MOVED]
     if not path.exists():
         raise ValueError(
-            f"the masks in {masks_file} are those of {made_by['criterion']}, which moves weights, and need {path}, "
-            f"which does not exist; copy it there, or prune again"
+            f"the masks in {masks_file} are those of {made_by.get('criterion', 'a criterion')}, which moves weights, "
+            f"and need {path}, which does not exist; copy it there, or prune again"
         )
     return Start(path, masks)
+
+
+def require_fit(matrices: Mapping[str, nn.Module], pattern: Pattern, options: Pruning) -> None:
+    """Refuse matrices that the pattern does not fit, before the first is scored.
+
+    Args:
+        matrices: Parameter name -> linear map to prune.
+        pattern: The pattern of the whole model.
+        options: With an allocation the pattern differs from block to block, and is not checked here.
+
+    Raises:
+        ValueError: Naming the first matrix.
+    """
+    if options.allocation is None:
+        for name, module in matrices.items():
+            pattern.require(name, *weight_out_in(module).shape)
 
 
 def _require_compatible(criterion: Criterion, pattern: Pattern, options: Pruning) -> None:

@@ -24,6 +24,7 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 
 from recon.basics.files import write_json
+from recon.report.parts import PARTS, first_fault
 
 SCOPES = ("dense", "sparse", "pruned", "matrix", "submodule", "block", "full")
 """Subjects of reports, in the order of tables: three models without recovery, then the recovery scopes."""
@@ -129,6 +130,15 @@ class Report(BaseModel):
     @classmethod
     def _none_if_not_finite(cls, value: float | None) -> float | None:
         return value if value is not None and math.isfinite(value) else None
+
+    @model_validator(mode="after")
+    def _as_tables_read_it(self) -> "Report":
+        for name, form in PARTS.items():
+            try:
+                form.validate_python(getattr(self, name))
+            except ValidationError as error:
+                raise ValueError(f"`{name}` is not as recon writes it: {first_fault(error)}") from None
+        return self
 
     @model_validator(mode="after")
     def _says_why_it_failed(self) -> "Report":
@@ -242,6 +252,9 @@ class Results:
         return _validated(cls, {"created": ""} | payload, str(file))
 
 
+_CURE = "name another file, or delete this one and run again: a run then only measures"
+
+
 def _find(path: Path) -> Path:
     candidates = [path / "results.json", path / "report.json"] if path.is_dir() else [path]
     for candidate in candidates:
@@ -263,9 +276,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         payload = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
     except ValueError as error:
-        raise ValueError(f"{path} must hold strict JSON as recon writes it; reading it failed: {error}") from error
+        raise ValueError(
+            f"{path} must hold strict JSON as recon writes it; reading it failed: {error}; {_CURE}"
+        ) from error
     if not isinstance(payload, dict):
-        raise ValueError(f"{path} must hold a JSON object as recon writes it; got {_brief(payload)}")
+        raise ValueError(f"{path} must hold a JSON object as recon writes it; got {_brief(payload)}; {_CURE}")
     return payload
 
 
@@ -285,7 +300,7 @@ def _validated(kind: Any, payload: Any, source: str) -> Any:
         return TypeAdapter(kind).validate_python(payload)
     except ValidationError as error:
         faults = "; ".join(_fault(one) for one in error.errors(include_url=False))
-        raise ValueError(f"{source} is no valid {kind.__name__.lower()}: {faults}") from error
+        raise ValueError(f"{source} is no valid {kind.__name__.lower()}: {faults}; {_CURE}") from error
 
 
 def _fault(error: Any) -> str:

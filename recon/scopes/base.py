@@ -2,7 +2,7 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -92,7 +92,7 @@ class Scope(L.LightningModule, ABC):
     ) -> None:
         super().__init__()
         if epochs < 1:
-            raise ValueError(f"model.epochs must be at least 1, got {epochs}")
+            raise ValueError(f"model.epochs must be at least 1, got {epochs}; give --model.epochs 1")
         self.source = ModelSource(name, shape, dtype, revision, tokenizer, trust_remote_code)
         self.save_dtype = save_dtype
         self.epochs, self.start = epochs, start
@@ -213,6 +213,14 @@ class Scope(L.LightningModule, ABC):
     def paths(self) -> RunPaths | None:
         """The places of the run's products; None without a directory."""
         return None if self.directory is None else RunPaths(self.directory)
+
+    def require_model(self, anatomy: Anatomy, pruned: Collection[str]) -> None:
+        """Refuse a loaded model that the options of this scope do not fit, before it is pruned; any model fits here.
+
+        Args:
+            anatomy: The blocks of the model.
+            pruned: Names of the parameters to be pruned.
+        """
 
     def refused_options(self) -> tuple[TrainerOption, ...]:
         """Options of a trainer that this scope does not honour."""

@@ -121,7 +121,7 @@ def test_prune_then_fit_with_its_masks_then_test(tmp_path, capsys):
     assert broken["mask_violations"] == int((~masks[next(iter(masks))]).sum())
 
 
-USAGE = {"sparsity", "epochs", "unknown option", "unknown scope"}
+USAGE = {"sparsity", "epochs", "unknown option", "unknown scope", "pattern", "exclusion"}
 """Mistakes of the command line itself."""
 
 WRONG = {

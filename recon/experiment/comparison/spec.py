@@ -9,7 +9,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -24,7 +24,11 @@ from recon.pruning.allocation import Allocation
 from recon.pruning.criteria import Criterion
 from recon.pruning.patterns import Pattern
 from recon.pruning.refinement import Refinement
+from recon.report import SCOPES
 from recon.report.tuning import brief
+
+RECOVERIES = SCOPES[3:]
+"""The scopes of recovery."""
 
 ClassSpec = dict[str, Any]
 """A class by `class_path` and `init_args`, as in every configuration file."""
@@ -43,7 +47,7 @@ class Entry:
             their product. The point with the lowest perplexity on the validation split is used, the first of several.
 
     Raises:
-        ValueError: If an option to tune has no values, or has one in `options` as well.
+        ValueError: If the scope is unknown, or an option to tune has no values, or has one in `options` as well.
     """
 
     scope: str
@@ -53,6 +57,10 @@ class Entry:
     tune: dict[str, list[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.scope not in RECOVERIES:
+            raise ValueError(
+                f"recoveries: scope needs one of {', '.join(RECOVERIES)}, got {self.scope!r}; name it by its label"
+            )
         self.config = self.config or [f"scopes/{self.scope}"]
         for name, values in self.tune.items():
             if not values:
@@ -99,7 +107,13 @@ class Comparison:
     def __post_init__(self) -> None:
         for name in ("recoveries", "criteria", "refinements", "patterns", "allocations", "models", "seeds"):
             if not getattr(self, name):
-                raise ValueError(f"a comparison needs at least one of its {name}, got none")
+                raise ValueError(f"a comparison needs at least one of its {name}, got none; name one, or leave it out")
+        known = [field.name for field in fields(ModelSource)]
+        for model in self.models:
+            if unknown := [name for name in model if name not in known]:
+                raise ValueError(f"models: a model has {', '.join(known)}, got {unknown[0]}; correct it")
+            if not isinstance(model.get("name", ""), str):
+                raise ValueError(f"models: name needs a text, got {model['name']!r}; correct it")
 
     @property
     def path(self) -> Path:
