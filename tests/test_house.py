@@ -35,7 +35,7 @@ FILE = re.compile(r"[\w./-]+\.(py|sh|sbatch|toml|yaml|md|png|svg|txt|json|safete
 WRITTEN_BY_RUNS = {
     *("config.yaml", "fingerprint.json", "manifest.json", "start.safetensors"),
     *("masks.safetensors", "moved.safetensors", "windows.json", "memory.json"),
-    *("memory.png", "memory.svg", "report.json", "results.json", "log.txt"),
+    *("memory.png", "memory.svg", "report.json", "results.json", "log.txt", "gpu.json", "gpu.md"),
 }
 OF_THE_READER = re.compile(r"(my|path|runs)/|(mine|it)\.yaml$|config\.json$|out\.json$")
 """Names that stand for a reader's own files."""

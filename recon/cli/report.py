@@ -1,6 +1,5 @@
 """`recon report`: print the results of any set of runs and comparisons, or the memory of a run phase by phase."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from recon.cli.arrange import arrange
 from recon.cli.errors import usage
 from recon.report import collect, markdown_table, print_table, table_console
 from recon.report.memory_phases import phases_section, sides_of
+from recon.report.parts import load_memory
 from recon.report.sections import Section
 
 
@@ -87,7 +87,7 @@ def _load(path: Path) -> dict[str, Any]:
             f"{path}; name one, such as a cell's directory within a comparison"
         )
     require_unchanged(file, "copy it again, or repeat the run")
-    return json.loads(file.read_text())
+    return load_memory(file)
 
 
 def _table(section: Section) -> Table:

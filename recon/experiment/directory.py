@@ -7,12 +7,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from recon.basics.files import partial, settle, sweep, write_json
+from recon.basics.files import partial, read_json, settle, sweep, write_json
 from recon.basics.manifest import Content
 from recon.basics.run_paths import RunPaths
 from recon.distributed.part import Share
 
 log = logging.getLogger("recon")
+
+DELETE_FILE = "delete it: its measurements alone are lost"
+"""Cure for a damaged file of measurements."""
 
 
 def digest(content: Any) -> str:
@@ -51,11 +54,7 @@ class RunDirectory(RunPaths):
     def _not_ours(self, held: Content | None, ours: dict[str, Any]) -> str:
         needs = f"run_dir needs a new directory or one of this very run, got {self.path}"
         cure = "name another run_dir or delete this one"
-        try:
-            different = _differences(json.loads(self.fingerprint_file.read_text(encoding="utf-8")), ours)
-        except (OSError, ValueError) as error:
-            return f"{needs}, whose {self.fingerprint_file.name} cannot be read ({error}); {cure}"
-        if different:
+        if different := _differences(read_json(self.fingerprint_file, dict, "run_dir", cure), ours):
             return f"{needs}, whose run differs in {', '.join(different)}; {cure}"
         is_missing = "is missing" if held is None else "is that of another run"
         return f"{needs}, whose {self.manifest.file.name} {is_missing}, so nothing is known of what lies there; {cure}"
@@ -124,7 +123,7 @@ class RunDirectory(RunPaths):
     def peaks(self, rank: int = 0, share: Share | None = None) -> dict[str, Any] | None:
         """The measurements of MemoryProfiler on a rank, or in the job of a share; None without."""
         file = self.measurements(share).memory(rank)
-        return json.loads(file.read_text()) if file.exists() else None
+        return read_json(file, dict, "a report", DELETE_FILE) if file.exists() else None
 
     def write_part(self, share: Share, measured: dict[str, Any]) -> None:
         """Note the measurements of the job of a share."""
@@ -138,10 +137,15 @@ class RunDirectory(RunPaths):
         """
         files = sorted(self.parts.glob("*/part.json"))
         for file in files:
-            self.manifest.require(
-                file, "copy it again, or delete it to do without the seconds and the memory of its job"
-            )
-        return [json.loads(file.read_text()) for file in files]
+            self.manifest.require(file, f"copy it again, or {DELETE_FILE}")
+        parts = [read_json(file, dict, "merge", DELETE_FILE) for file in files]
+        for file, part in zip(files, parts, strict=True):
+            if missing := [name for name in ("seconds", "at_least", "resumed", "peaks") if name not in part]:
+                raise ValueError(
+                    f"merge needs measurements with {', '.join(missing)}, got {file}, made by another version of "
+                    f"recon; {DELETE_FILE}, or use that version"
+                )
+        return parts
 
     def sweep(self) -> None:
         """Delete what processes that were killed have left; only the owner of the directory may do so."""
