@@ -3,6 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from recon.basics.manifest import NAME, Manifest
+
+PARTS = "parts"
+
 
 @dataclass(frozen=True)
 class RunPaths:
@@ -13,6 +17,11 @@ class RunPaths:
     """
 
     path: Path
+
+    @property
+    def manifest(self) -> Manifest:
+        """The records of all products that are read again; a part has those of its run."""
+        return Manifest(self.path.parents[1] if self.path.parent.name == PARTS else self.path)
 
     @property
     def fingerprint_file(self) -> Path:
@@ -67,7 +76,7 @@ class RunPaths:
     @property
     def parts(self) -> Path:
         """The measurements of jobs that each recover one part of the windows."""
-        return self.path / "parts"
+        return self.path / PARTS
 
     @property
     def checkpoints(self) -> Path:
@@ -107,6 +116,7 @@ class RunPaths:
     def products(self) -> tuple[Path, ...]:
         """All of the above; `memory` of rank 0 stands for those of all ranks."""
         return (
+            self.path / NAME,
             self.fingerprint_file,
             self.config,
             self.text,

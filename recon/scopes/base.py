@@ -338,9 +338,8 @@ class Scope(L.LightningModule, ABC):
 
     def solve_start(self) -> Mapping[str, torch.Tensor] | None:
         """The exact solution of every matrix: from the run's directory, or solved for now and left there."""
-        path = None if self.paths is None else self.paths.start
-        found: dict[str, torch.Tensor] = {}
-        if path is not None and path.exists():
+        paths, found = self.paths, dict[str, torch.Tensor]()
+        if paths is not None and paths.manifest.is_intact(paths.start):
             self.tally.at_least = True  # unless a checkpoint has the seconds of the start that solved it
         else:
             tokens = self.data.tokens("train")  # to tokenise is no part of it
@@ -348,10 +347,11 @@ class Scope(L.LightningModule, ABC):
             started = time.monotonic()
             with ExitStack() as stack:
                 like = {name: self.model.get_parameter(name) for name in self.masks}
-                sink = found.__setitem__ if path is None else stack.enter_context(written(path, like))
+                to_file = paths and written(paths.start, like, paths.manifest.writing)
+                sink = stack.enter_context(to_file) if to_file else found.__setitem__
                 solve_all(self.model, tokens, self.masks, sink, self.forward_batch_size)
             self.start_seconds = time.monotonic() - started
-        return found if path is None else Start(path, self.masks)
+        return found if paths is None else Start(paths.start, self.masks)
 
     def begin_from_start(self, masks: Masks) -> None:
         """Prune the weights of `masks` and give the survivors what recovery starts from."""
