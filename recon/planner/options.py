@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from recon.basics.units import in_bytes
 from recon.calibration.activations import Propagation
 from recon.calibration.storage import Place, Storage
 from recon.data import TokenData
@@ -21,6 +22,7 @@ from recon.scopes import (
 )
 from recon.scopes.base import StartName
 from recon.scopes.distillation import Distillation
+from recon.scopes.full import LOGITS_MEMORY
 from recon.scopes.local.module import LocalScope
 from recon.scopes.trainable import Parameters
 from recon.solvers import GradientDescent
@@ -61,6 +63,7 @@ class PlanOptions:
         lora_rank: Rank of the adapters, with `parameters: lora`.
         train: `blocks` or `all`, in full retraining.
         gradient_checkpointing: Keep only the inputs of each block, in full retraining.
+        logits_memory: Full retraining: bytes of a batch's fp32 logits above which its loss is computed in chunks.
         accumulate: Batches an optimizer step.
         precision: Lightning's name of the precision.
         sharding: Division of the model among processes.
@@ -96,6 +99,7 @@ class PlanOptions:
     lora_rank: int = 16
     train: Literal["blocks", "all"] = "blocks"
     gradient_checkpointing: bool = False
+    logits_memory: int = in_bytes(LOGITS_MEMORY)
     accumulate: int = 1
     precision: str = "32-true"
     sharding: Sharding = "none"
@@ -239,6 +243,7 @@ def _of_scope(scope: Scope, data: TokenData) -> dict[str, Any]:
         found |= {"loss": scope.loss, "parameters": scope.which_parameters, "lora_rank": scope.lora.rank}
     if isinstance(scope, FullRetraining):
         found |= {"train": scope.train_what, "gradient_checkpointing": scope.gradient_checkpointing}
+        found["logits_memory"] = scope.logits_memory
     return found
 
 

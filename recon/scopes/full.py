@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from recon.basics.units import in_bytes
 from recon.data import TokenData
 from recon.distributed.parameters import gather, whole
 from recon.distributed.ranks import layout, rank
@@ -25,8 +26,10 @@ from recon.pruning.interleaved import Interleaved
 from recon.pruning.masks import Masks
 from recon.scopes.base import Scope, check_finite
 from recon.scopes.enforcement import require_zero_keeping
+from recon.scopes.heads import objection_to_chunks
 from recon.scopes.lora import DEFAULT_LORA, Lora, attach, merge, merge_state, round_merged
-from recon.scopes.losses import ModelLoss, cross_entropy, distillation, next_token_logits
+from recon.scopes.losses import ModelLoss
+from recon.scopes.model_loss import chunk_rows, logits_bytes, model_loss
 from recon.scopes.optimization import LRSchedulerRecipe, OptimizerRecipe, warmup_and_linear_decay
 from recon.scopes.trainable import Parameters, chosen
 from recon.scopes.trainer_options import EVERYWHERE, TrainerOption
@@ -38,6 +41,10 @@ FROZEN = "frozen"
 
 TALLY = "tally"
 """Key in a checkpoint: the cost so far, as `recon.scopes.tally.Tally` has it."""
+
+
+LOGITS_MEMORY = "256MiB"
+"""Most memory of a batch's fp32 logits by default."""
 
 
 class FullRetraining(Scope):
@@ -60,6 +67,9 @@ class FullRetraining(Scope):
         warmup: Share of the steps with a rising learning rate; it falls linearly to zero afterwards. Another
             `--lr_scheduler` takes the place of both.
         gradient_checkpointing: Keep only what enters each block for the backward pass and compute the rest again.
+        logits_memory: Most memory of a batch's fp32 logits. The loss of a batch with more is computed in chunks of
+            tokens whose logits take as much, if the model's logits are the output of a linear head as it is. A chunk
+            of cross-entropy needs twice this memory, one of distillation up to four times.
         partitioned: For models larger than a process's memory: load them partitioned, by ZeRO-3. Needs masks made
             before (`--masks`) and `--baselines false`, since both take a whole model; so does `start: exact`.
         **options: Which model: see `Scope`.
@@ -80,6 +90,7 @@ class FullRetraining(Scope):
         betas: tuple[float, float] = (0.9, 0.999),
         warmup: float = 0.1,
         gradient_checkpointing: bool = False,
+        logits_memory: str = LOGITS_MEMORY,
         partitioned: bool = False,
         **options: Any,
     ) -> None:
@@ -104,6 +115,8 @@ class FullRetraining(Scope):
         self.lora = lora
         self.lr, self.weight_decay, self.betas, self.warmup = lr, weight_decay, betas, warmup
         self.gradient_checkpointing, self.partitioned = gradient_checkpointing, partitioned
+        self.logits_memory = in_bytes(logits_memory)
+        self._chunk_rows: int | None = None  # predictions whose logits exist at a time; all if None
         self._optimizer: OptimizerRecipe | None = None
         self._lr_scheduler: LRSchedulerRecipe | None = None
         self._teacher: list[Any] = []  # a list, so that Lightning does not see its parameters
@@ -273,10 +286,23 @@ class FullRetraining(Scope):
         self.tally.step()
 
     def on_fit_start(self) -> None:
-        """Put the teacher where the model is."""
+        """Put the teacher where the model is, and find out if the loss can be computed in chunks."""
         strategy = self.trainer.strategy
         frozen = strategy.frozen if isinstance(strategy, ZeroStrategy) else lambda teacher: teacher.to(self.device)
         self._teacher = [frozen(teacher) for teacher in self._teacher]
+        if logits_bytes(self.model, self.data.batch_size, self.data.seq_len) > self.logits_memory:
+            self._chunk_if_possible()
+
+    def _chunk_if_possible(self) -> None:
+        tokens = torch.zeros((1, 2), dtype=torch.long, device=self.device)
+        with self.trainer.precision_plugin.forward_context():
+            objections = [objection_to_chunks(model, tokens) for model in (self.model, *self._teacher)]
+        if found := next((one for one in objections if one), None):
+            log.warning(
+                f"the loss needs all logits of a batch at once, not model.logits_memory: of this model, {found}"
+            )
+        else:
+            self._chunk_rows = chunk_rows(self.model, self.logits_memory)
 
     def on_fit_end(self) -> None:
         """Merge adapters, check the masks, let go of the teacher, and gather what the strategy has sharded."""
@@ -352,9 +378,6 @@ class FullRetraining(Scope):
         }
 
     def _loss(self, input_ids: Tensor) -> Tensor:
-        logits = next_token_logits(self.model(input_ids=input_ids, use_cache=False).logits)
-        if self.loss == "cross_entropy":
-            return cross_entropy(logits, input_ids)
-        with torch.no_grad():
-            target = next_token_logits(self._teacher[0](input_ids=input_ids, use_cache=False).logits)
-        return distillation(logits, target, self.temperature)
+        teacher = self._teacher[0] if self._teacher else None
+        rows = self._chunk_rows if logits_bytes(self.model, *input_ids.shape) > self.logits_memory else None
+        return model_loss(self.model, input_ids, self.loss, teacher, self.temperature, rows)

@@ -191,6 +191,21 @@ def test_distillation_by_a_sharded_teacher(strategy: str, more: tuple[str, ...],
     assert measured["mask_violations"] == 0
 
 
+@pytest.mark.parametrize(
+    ("strategy", "loss"),
+    [("zero2", "distillation"), ("zero3", "cross_entropy"), ("zero3", "distillation"), ("fsdp2", "distillation")],
+)
+def test_a_loss_in_chunks_by_a_sharded_head(strategy: str, loss: str, directory: Path) -> None:
+    one, two = directory / "chunked" / f"one-{loss}", directory / "chunked" / f"{strategy}-{loss}"
+    options = ("--model.loss", loss, "--model.train", "all")
+    if not one.exists():
+        in_processes(runs.fit, "auto", "32-true", 1, one, *options, world=1)
+    in_processes(runs.fit, strategy, "32-true", 2, two, *options, "--model.logits_memory", "100KiB")
+    assert runs.difference(runs.weights(one), runs.weights(two)) < 2e-6
+    assert runs.largest_pruned(two) == 0
+    assert "logits" not in (two / "log.txt").read_text()  # where chunks are refused, the log says why
+
+
 @pytest.mark.parametrize("more", [(), ("--model.parameters", "lora")], ids=["all", "lora"])
 def test_a_partitioned_bf16_model_is_measured_as_it_is_written(more: tuple[str, ...], directory: Path) -> None:
     source = directory / "masks" / "bf16"
