@@ -67,6 +67,7 @@ class PlanOptions:
         accumulate: Batches an optimizer step.
         precision: Lightning's name of the precision.
         sharding: Division of the model among processes.
+        reduce_each_batch: FSDP2: gradients are reduced with every accumulated batch, not once a step.
         offload_optimizer: ZeRO: gradients and optimizer state on the host.
         offload_parameters: ZeRO-3: the weights too.
         world_size: Processes; in the local scopes each recovers its share of the windows.
@@ -103,6 +104,7 @@ class PlanOptions:
     accumulate: int = 1
     precision: str = "32-true"
     sharding: Sharding = "none"
+    reduce_each_batch: bool = False
     offload_optimizer: bool = False
     offload_parameters: bool = False
     world_size: int = 1
@@ -139,6 +141,11 @@ class PlanOptions:
         return self.sharding.startswith("zero")
 
     @property
+    def gathers_half(self) -> bool:
+        """Whether FSDP2 gathers in 16 bits the weights that it has in fp32."""
+        return self.sharding == "fsdp2" and self.precision == "bf16-mixed"
+
+    @property
     def half(self) -> torch.dtype | None:
         """The 16-bit type of products; None in fp32."""
         return PRECISIONS[self.precision]
@@ -173,7 +180,7 @@ class PlanOptions:
         stored = self.dtype or stored
         if self.offload != "none":
             return stored  # Lightning, which casts, does not have the model
-        cast = self.precision.endswith("-true") or self.is_zero
+        cast = self.precision.endswith("-true") or self.is_zero or self.gathers_half
         return self.half if self.half is not None and cast else stored
 
     def as_dict(self) -> dict[str, Any]:

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from recon.basics.run_paths import RunPaths
 from recon.basics.units import in_bytes
 from recon.data import TokenData
-from recon.distributed.parameters import gather, whole
+from recon.distributed.parameters import frozen_copies, gather, round_working_copies
 from recon.distributed.ranks import layout, rank
 from recon.distributed.strategies import FullyShardedStrategy, WindowParallelStrategy, ZeroStrategy
 from recon.evaluation.perplexity import evaluate
@@ -25,12 +26,12 @@ from recon.models.loading import empty
 from recon.pruning.interleaved import Interleaved
 from recon.pruning.masks import Masks
 from recon.scopes.base import Scope, check_finite
+from recon.scopes.best import BestWeights, validate_now, validates_next
 from recon.scopes.enforcement import require_zero_keeping
-from recon.scopes.heads import objection_to_chunks
 from recon.scopes.lora import DEFAULT_LORA, Lora, attach, merge, merge_state, round_merged
 from recon.scopes.losses import ModelLoss
 from recon.scopes.model_loss import chunk_rows, logits_bytes, model_loss
-from recon.scopes.optimization import LRSchedulerRecipe, OptimizerRecipe, warmup_and_linear_decay
+from recon.scopes.optimization import LRSchedulerRecipe, OptimizerRecipe, adamw, warmup_and_linear_decay
 from recon.scopes.trainable import Parameters, chosen
 from recon.scopes.trainer_options import EVERYWHERE, TrainerOption
 
@@ -38,6 +39,9 @@ log = logging.getLogger("recon")
 
 FROZEN = "frozen"
 """Key in a checkpoint: the weights that were not trained, if the strategy holds them rounded."""
+
+VALIDATES_NEXT = "validates_next"
+"""Key in a checkpoint: whether the next thing to do was to measure the held-out loss."""
 
 TALLY = "tally"
 """Key in a checkpoint: the cost so far, as `recon.scopes.tally.Tally` has it."""
@@ -70,6 +74,8 @@ class FullRetraining(Scope):
         logits_memory: Most memory of a batch's fp32 logits. The loss of a batch with more is computed in chunks of
             tokens whose logits take as much, if the model's logits are the output of a linear head as it is. A chunk
             of cross-entropy needs twice this memory, one of distillation up to four times.
+        keep_best: Return the weights of the lowest held-out loss, which is measured after each epoch or each
+            `trainer.val_check_interval`, not those of the last step. A run directory then holds them in a file.
         partitioned: For models larger than a process's memory: load them partitioned, by ZeRO-3. Needs masks made
             before (`--masks`) and `--baselines false`, since both take a whole model; so does `start: exact`.
         **options: Which model: see `Scope`.
@@ -91,6 +97,7 @@ class FullRetraining(Scope):
         warmup: float = 0.1,
         gradient_checkpointing: bool = False,
         logits_memory: str = LOGITS_MEMORY,
+        keep_best: bool = True,
         partitioned: bool = False,
         **options: Any,
     ) -> None:
@@ -117,6 +124,9 @@ class FullRetraining(Scope):
         self.gradient_checkpointing, self.partitioned = gradient_checkpointing, partitioned
         self.logits_memory = in_bytes(logits_memory)
         self._chunk_rows: int | None = None  # predictions whose logits exist at a time; all if None
+        self.keep_best = keep_best
+        self._best: BestWeights | None = None
+        self._resumed = self._validates_next = False  # a checkpoint was loaded; a validation was due when it was saved
         self._optimizer: OptimizerRecipe | None = None
         self._lr_scheduler: LRSchedulerRecipe | None = None
         self._teacher: list[Any] = []  # a list, so that Lightning does not see its parameters
@@ -238,8 +248,11 @@ class FullRetraining(Scope):
                 self._teacher = [strategy.load(self.source.model).requires_grad_(False)]
             self._make_ready()
         self._kind = type(self.model)
-        if isinstance(strategy, ZeroStrategy):
-            self._keep_frozen()
+        precision = str(self.trainer.precision)
+        half = torch.bfloat16 if precision.startswith("bf16") else torch.float16
+        if isinstance(strategy, ZeroStrategy) and not precision.startswith("32") and self.dtype_to_save != half:
+            # DeepSpeed rounds what it does not train, and has no master copy of it.
+            self._frozen = frozen_copies(self.model, self.dtype_to_save, keep=rank() == 0)
         if isinstance(strategy, FullyShardedStrategy):
             for model in (self.model, *self._teacher):
                 strategy.shard(model, [block.module for block in Anatomy.of(model).blocks])
@@ -261,25 +274,32 @@ class FullRetraining(Scope):
             for block in blocks:  # not the model's own way, which needs the training mode and with it dropout
                 block.module.forward = partial(checkpoint, block.module.forward, use_reentrant=False)
 
-    def _keep_frozen(self) -> None:
-        """In 16-bit training DeepSpeed rounds what it does not train, and has no master copy of it."""
-        precision = str(self.trainer.precision)
-        half = torch.bfloat16 if precision.startswith("bf16") else torch.float16
-        if not precision.startswith("32") and self.dtype_to_save != half:
-            for name, parameter in self.model.named_parameters():
-                if not parameter.requires_grad:
-                    with whole(parameter) as weight:
-                        self._frozen[name] = weight.to("cpu", self.dtype_to_save, copy=True)
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save what DeepSpeed has only rounded, and the cost so far."""
         checkpoint[FROZEN] = self._frozen
         spent = self.tally.state()
         checkpoint[TALLY] = spent | {"seconds": spent["seconds"] + self.start_seconds}
+        checkpoint[VALIDATES_NEXT] = validates_next(self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on from the cost so far."""
         self.tally.go_on(**checkpoint[TALLY])
+        self._resumed, self._validates_next = True, checkpoint[VALIDATES_NEXT]
+
+    def on_train_start(self) -> None:
+        """Find the best weights of earlier starts, and measure the held-out loss that the last one was about to."""
+        if self.keep_best:
+            directory = Path(self.trainer.default_root_dir) if self.directory is None else self.directory
+            self._best = BestWeights(RunPaths(directory).best)
+            self._best.begin(self.trainer, self._resumed)
+            if self._validates_next:
+                validate_now(self.trainer)
+
+    def on_validation_end(self) -> None:
+        """Keep the weights if they are the best so far."""
+        if self._best is not None and not self.trainer.sanity_checking:
+            loss = self.trainer.callback_metrics["held_out_loss"].item()
+            self._best.offer(loss, self.trainer.global_step, self.model)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Note that the batches so far make a step."""
@@ -291,31 +311,32 @@ class FullRetraining(Scope):
         frozen = strategy.frozen if isinstance(strategy, ZeroStrategy) else lambda teacher: teacher.to(self.device)
         self._teacher = [frozen(teacher) for teacher in self._teacher]
         if logits_bytes(self.model, self.data.batch_size, self.data.seq_len) > self.logits_memory:
-            self._chunk_if_possible()
-
-    def _chunk_if_possible(self) -> None:
-        tokens = torch.zeros((1, 2), dtype=torch.long, device=self.device)
-        with self.trainer.precision_plugin.forward_context():
-            objections = [objection_to_chunks(model, tokens) for model in (self.model, *self._teacher)]
-        if found := next((one for one in objections if one), None):
-            log.warning(
-                f"the loss needs all logits of a batch at once, not model.logits_memory: of this model, {found}"
-            )
-        else:
-            self._chunk_rows = chunk_rows(self.model, self.logits_memory)
+            with self.trainer.precision_plugin.forward_context():
+                self._chunk_rows = chunk_rows([self.model, *self._teacher], self.logits_memory, self.device)
 
     def on_fit_end(self) -> None:
-        """Merge adapters, check the masks, let go of the teacher, and gather what the strategy has sharded."""
+        """Merge adapters, check the masks, let go of the teacher, and gather what the strategy has sharded.
+
+        Where the last weights are not the best, those of rank 0 become the best; of a partitioned model, of all ranks.
+        """
         self._train_tokens = self.tally.tokens()
         sharded = isinstance(self.trainer.strategy, ZeroStrategy | FullyShardedStrategy)
+        best = None if self._best is None else self._best.other_than(self.trainer.global_step)
+        if best is not None and (self.partitioned or (not sharded and rank() == 0)):
+            best.restore(self.model)
         if not sharded:
             merge(self.model, self._adapters)
         super().on_fit_end()
         self._teacher.clear()
-        if not sharded:
-            return
-        if self.partitioned:
-            self._round()
+        if sharded:
+            self._gather(best)
+        if self._best is not None and self.directory is None:
+            self._best.forget()
+
+    def _gather(self, best: BestWeights | None) -> None:
+        if self.partitioned:  # not loaded whole to be measured, so it is rounded here as it will be written
+            round_working_copies(self.model, self.dtype_to_save, exact=self._adapters)
+            round_merged(self.model, self._adapters, self.dtype_to_save)
             self.evaluation = evaluate(
                 self.model, self.data.evaluation_dataloader(), self.data.evaluate_on, device=self.device
             )
@@ -323,16 +344,10 @@ class FullRetraining(Scope):
         self._gathered = gather(self.model, self.dtype_to_save, directory, rank() == 0, exact=self._adapters)
         for name in self._gathered.keys() & self._frozen.keys():
             self._gathered[name].copy_(self._frozen[name])  # in place: tied ones stay tied
+        for name in best.names() if best is not None and self._gathered else ():
+            self._gathered[name].copy_(best.weight(name))
         if self._gathered:
             merge_state(self.model, self._adapters, self._gathered)
-
-    def _round(self) -> None:
-        """Round the working copies to the precision of the written model, which is not loaded whole to be measured."""
-        for name, parameter in self.model.named_parameters():
-            if name not in self._adapters and parameter.dtype != self.dtype_to_save:
-                with whole(parameter, write=True) as weight:
-                    weight.copy_(weight.to(self.dtype_to_save))
-        round_merged(self.model, self._adapters, self.dtype_to_save)
 
     def result(self) -> tuple[PreTrainedModel, dict[str, Tensor] | None]:
         """The recovered model; gathered, if a strategy had sharded it."""
@@ -362,11 +377,18 @@ class FullRetraining(Scope):
         check_finite(loss, f"full retraining, step {self.global_step}, held-out batch {batch_idx}")
         self.log("held_out_loss", loss, prog_bar=True, sync_dist=True)
 
+    @property
+    def _steps_fused(self) -> bool:
+        """On CUDA, and where ZeRO steps on the host. Elsewhere rounding would differ from that of the local scopes."""
+        strategy = self.trainer.strategy
+        offloads = isinstance(strategy, ZeroStrategy) and strategy.offloads_optimizer
+        return offloads or strategy.root_device.type == "cuda"
+
     def configure_optimizers(self):
         """AdamW with warm-up and linear decay, or what was chosen."""
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if self._optimizer is None:
-            optimizer = torch.optim.AdamW(trained, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
+            optimizer = adamw(trained, self._steps_fused, self.lr, betas=self.betas, weight_decay=self.weight_decay)
         else:
             optimizer = self._optimizer(trained)
         if self._lr_scheduler is not None:

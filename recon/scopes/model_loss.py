@@ -1,5 +1,8 @@
 """The training loss of a whole model, from whole logits or in chunks; full retraining and the planner call it."""
 
+import logging
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -7,7 +10,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from recon.scopes.chunked import mean_over_chunks, product_dtype
-from recon.scopes.heads import answering, head_of
+from recon.scopes.heads import Same, answering, head_of, objection_to_chunks
 from recon.scopes.losses import (
     ModelLoss,
     cross_entropy,
@@ -19,15 +22,34 @@ from recon.scopes.losses import (
 
 FP32 = 4
 
+log = logging.getLogger("recon")
+
 
 def logits_bytes(model: PreTrainedModel, batch_size: int, seq_len: int) -> int:
     """Bytes of the fp32 logits of a batch."""
     return batch_size * seq_len * FP32 * model.config.get_text_config().vocab_size
 
 
-def chunk_rows(model: PreTrainedModel, memory: int) -> int:
-    """How many predictions have fp32 logits of at most `memory` bytes; at least one."""
-    return max(1, memory // logits_bytes(model, 1, 1))
+def chunk_rows(
+    models: Sequence[PreTrainedModel], memory: int, device: torch.device, same: Same = torch.equal
+) -> int | None:
+    """How many predictions have fp32 logits of at most `memory` bytes, at least one.
+
+    Args:
+        models: The model that learns, and its teacher.
+        memory: Bytes.
+        device: Where they compute; all processes call this.
+        same: See `objection_to_chunks`.
+
+    Returns:
+        The number; None, with a warning, if the loss of one of the models needs whole logits.
+    """
+    tokens = torch.zeros((1, 2), dtype=torch.long, device=device)
+    for model in models:
+        if objection := objection_to_chunks(model, tokens, same):
+            log.warning(f"all logits of a batch are computed at once, model.logits_memory or not: {objection}")
+            return None
+    return max(1, memory // logits_bytes(models[0], 1, 1))
 
 
 def model_loss(

@@ -1,4 +1,4 @@
-"""Losses in chunks of tokens: loss and gradients of whole logits, for every kind of head that can be cut, and no other."""
+"""Losses in chunks of tokens: loss and gradients of whole logits, for heads that can be cut."""
 
 import logging
 from pathlib import Path

@@ -83,7 +83,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         # DeepSpeed's default is the precision of training: sums of many gradients lose most of their bits in bf16.
         self.config |= {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
         self.config = _merged(self.config, config or {})
-        self.stage = stage
+        self.stage, self.offloads_optimizer = stage, offload_optimizer
         self.strategy_name = f"zero{stage}{'_offload' if offload_optimizer or offload_parameters else ''}"
 
     @override

@@ -36,7 +36,6 @@ from recon.planner.fake.tracker import Tracker
 from recon.planner.options import PlanOptions
 from recon.planner.snapshot import numel
 from recon.pruning.masks import Masks
-from recon.scopes.heads import objection_to_chunks
 from recon.scopes.lora import A, B, Lora, attach, merge
 from recon.scopes.losses import window_loss
 from recon.scopes.model_loss import chunk_rows, logits_bytes, model_loss
@@ -314,13 +313,12 @@ class FakeModel:
         if logits_bytes(self.model, options.batch_size, options.seq_len) <= options.logits_memory:
             return None
 
-        def find() -> str | None:
+        def find() -> int | None:
             with only_first(self.model, self.anatomy.blocks[0]):
-                return objection_to_chunks(self.model, torch.zeros((1, 2), dtype=torch.long), _same_storage)
+                return chunk_rows([self.model], options.logits_memory, torch.device("cpu"), _same_storage)
 
         with self.faked():
-            objection = self._once("objection", find)
-        return None if objection else chunk_rows(self.model, options.logits_memory)
+            return self._once(("rows", options.logits_memory), find)
 
     def _forward_flops(self, loss: Callable[[list[Tensor], int], Tensor], rows: int) -> int:
         with Tracker(self.parameters.values()) as tracker, torch.no_grad():
