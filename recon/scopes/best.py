@@ -15,6 +15,9 @@ from recon.pruning.start_weights import written
 
 log = logging.getLogger("recon")
 
+VALIDATES_NEXT = "validates_next"
+"""Key in a checkpoint: whether the next thing to do was to measure the held-out loss."""
+
 
 class BestWeights:
     """The weights that learn as they were when the held-out loss was lowest.

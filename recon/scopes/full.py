@@ -26,7 +26,7 @@ from recon.models.loading import empty
 from recon.pruning.interleaved import Interleaved
 from recon.pruning.masks import Masks
 from recon.scopes.base import Scope, check_finite
-from recon.scopes.best import BestWeights, validate_now, validates_next
+from recon.scopes.best import VALIDATES_NEXT, BestWeights, validate_now, validates_next
 from recon.scopes.enforcement import require_zero_keeping
 from recon.scopes.lora import DEFAULT_LORA, Lora, attach, merge, merge_state, round_merged
 from recon.scopes.losses import ModelLoss
@@ -39,9 +39,6 @@ log = logging.getLogger("recon")
 
 FROZEN = "frozen"
 """Key in a checkpoint: the weights that were not trained, if the strategy holds them rounded."""
-
-VALIDATES_NEXT = "validates_next"
-"""Key in a checkpoint: whether the next thing to do was to measure the held-out loss."""
 
 TALLY = "tally"
 """Key in a checkpoint: the cost so far, as `recon.scopes.tally.Tally` has it."""
@@ -248,10 +245,7 @@ class FullRetraining(Scope):
                 self._teacher = [strategy.load(self.source.model).requires_grad_(False)]
             self._make_ready()
         self._kind = type(self.model)
-        precision = str(self.trainer.precision)
-        half = torch.bfloat16 if precision.startswith("bf16") else torch.float16
-        if isinstance(strategy, ZeroStrategy) and not precision.startswith("32") and self.dtype_to_save != half:
-            # DeepSpeed rounds what it does not train, and has no master copy of it.
+        if isinstance(strategy, ZeroStrategy) and strategy.rounds(self.dtype_to_save):
             self._frozen = frozen_copies(self.model, self.dtype_to_save, keep=rank() == 0)
         if isinstance(strategy, FullyShardedStrategy):
             for model in (self.model, *self._teacher):

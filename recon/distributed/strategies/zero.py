@@ -132,6 +132,11 @@ class ZeroStrategy(DeepSpeedStrategy):
         del alive
         return model
 
+    def rounds(self, dtype: torch.dtype) -> bool:
+        """Whether training rounds weights of this precision that do not learn: they have no master copy."""
+        half = {"bf": torch.bfloat16, "16": torch.float16}.get(self.precision_plugin.precision[:2])
+        return half not in (None, dtype)
+
     def frozen(self, model: nn.Module) -> nn.Module:
         """`model` for forward passes only, in the precision of training; in stage 3 partitioned too."""
         import deepspeed
