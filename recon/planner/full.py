@@ -52,16 +52,16 @@ def held_on_host(fake: FakeModel, options: PlanOptions) -> Counter[str]:
     item, trained = fake.dtype.itemsize, numel(learning(fake, options))
     if options.offload_optimizer:
         found["optimizer"] = optimizer_bytes(fake, options) // options.world_size
-        # Summed up, then copied to those of the fp32 weights; where ZeRO-2 casts, it sums up on the device.
-        copies = 1 if _sums_on_device(options, item) else 2
-        found["gradients"] = copies * FP32 * trained // options.world_size
+        # Summed up, by ZeRO-1 as trained, then copied to fp32; where ZeRO-2 casts, it sums up on the device.
+        sums = 0 if _sums_on_device(options, item) else item if options.sharding == "zero1" else FP32
+        found["gradients"] = (sums + FP32) * trained // options.world_size
     if options.offload_parameters:
         found["weights"] = item * fake.num_parameters // options.world_size
     return found
 
 
 def _sums_on_device(options: PlanOptions, item: int) -> bool:
-    return options.sharding in ("zero1", "zero2") and item < FP32
+    return options.sharding == "zero2" and item < FP32
 
 
 def full_snapshots(fake: FakeModel, options: PlanOptions) -> Iterator[Snapshot]:
@@ -106,9 +106,8 @@ def _held_all_along(fake: FakeModel, options: PlanOptions) -> tuple[Counter[str]
         base["other"] = item * trained  # buckets in which gradients are reduced
     if options.is_zero:
         base["optimizer"] = 0 if options.offload_optimizer else shares(optimizer)
-        # Reduced and summed up in fp32; ZeRO-1 keeps the whole sums, beside gradients as they are computed.
-        whole = (item + FP32 if item < FP32 else item) * trained
-        base["gradients"] = whole if options.sharding == "zero1" else FP32 * shares(trained)
+        # Reduced in fp32, and summed up in fp32 except by ZeRO-1.
+        base["gradients"] = item * trained if options.sharding == "zero1" else FP32 * shares(trained)
         base["other"] = (2 if options.sharding != "zero3" else 1) * item * BUCKET
         base["other"] += FP32 * BUCKET if item < FP32 else 0
         if options.offload_optimizer and options.sharding != "zero1" and not _sums_on_device(options, item):

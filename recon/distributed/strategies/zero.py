@@ -47,8 +47,8 @@ class ZeroStrategy(DeepSpeedStrategy):
         offload_parameters: Stage 3: keep the weights on the host until they are needed.
         min_partitioned: Stage 3: parameters with fewer elements stay whole on every process.
         config: DeepSpeed's own options, merged into those made here, such as `{zero_optimization: {sub_group_size:
-            100000000}}`. Gradients are reduced and accumulated in fp32 unless `communication_data_type` and
-            `data_types.grad_accum_dtype` say otherwise.
+            100000000}}`. Unless `communication_data_type` and `data_types.grad_accum_dtype` say otherwise, gradients
+            are reduced in fp32, and in stages 2 and 3 accumulated in fp32.
         **options: Of Lightning's DeepSpeedStrategy.
 
     Raises:
@@ -72,6 +72,11 @@ class ZeroStrategy(DeepSpeedStrategy):
                 f"use offload_optimizer alone, or stage 3"
             )
         _refuse_owned(config or {})
+        if stage == 1 and config is not None and "data_types" in config:
+            raise ValueError(
+                f"stage 1 accumulates gradients in the precision of training, got data_types: {config['data_types']}, "
+                f"with which DeepSpeed writes checkpoints that it cannot consolidate; leave it out, or choose stage 2"
+            )
         super().__init__(
             stage=stage, offload_optimizer=offload_optimizer, offload_parameters=offload_parameters, **options
         )
@@ -81,7 +86,9 @@ class ZeroStrategy(DeepSpeedStrategy):
         if stage == 3:
             self.config["zero_optimization"]["stage3_param_persistence_threshold"] = min_partitioned
         # DeepSpeed's default is the precision of training: sums of many gradients lose most of their bits in bf16.
-        self.config |= {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
+        self.config["communication_data_type"] = "fp32"
+        if stage > 1:
+            self.config["data_types"] = {"grad_accum_dtype": "fp32"}
         self.config = _merged(self.config, config or {})
         self.stage, self.offloads_optimizer = stage, offload_optimizer
         self.strategy_name = f"zero{stage}{'_offload' if offload_optimizer or offload_parameters else ''}"
