@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import lightning as L
@@ -81,17 +82,17 @@ class BestWeights:
             if parameter.requires_grad:
                 with whole(parameter, write=True) as weight:
                     if rank() == 0:
-                        weight.copy_(self.weight(name))
+                        weight.copy_(self._weight(name))
 
-    def weight(self, name: str) -> Tensor:
-        """The kept weight of a parameter that learns, on the host; rank 0 has it."""
+    def restore_state(self, state: Mapping[str, Tensor]) -> None:
+        """Give a gathered state dict these weights; rank 0 alone calls this."""
         with safe_open(self.path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                state[name].copy_(file.get_tensor(name))
+
+    def _weight(self, name: str) -> Tensor:
+        with safe_open(self.path, framework="pt") as file:  # an open file would keep its pages resident
             return file.get_tensor(name)
-
-    def names(self) -> list[str]:
-        """Names of the parameters that learn; rank 0 has them."""
-        with safe_open(self.path, framework="pt") as file:
-            return list(file.keys())
 
     def forget(self) -> None:
         """Remove the file."""

@@ -114,7 +114,8 @@ class FullRetraining(Scope):
                 f"model.offload is for local scopes, which need one window at a time on the device, got {self.offload} "
                 f"with full retraining, which needs all of the model; choose -c strategies/zero3_offload instead"
             )
-        self.loss, self.temperature, self.train_what = loss, temperature, train
+        self.loss: ModelLoss = loss
+        self.temperature, self.train_what = temperature, train
         self.which_parameters: Parameters = parameters
         self.lora = lora
         self.lr, self.weight_decay, self.betas, self.warmup = lr, weight_decay, betas, warmup
@@ -338,9 +339,9 @@ class FullRetraining(Scope):
         self._gathered = gather(self.model, self.dtype_to_save, directory, rank() == 0, exact=self._adapters)
         for name in self._gathered.keys() & self._frozen.keys():
             self._gathered[name].copy_(self._frozen[name])  # in place: tied ones stay tied
-        for name in best.names() if best is not None and self._gathered else ():
-            self._gathered[name].copy_(best.weight(name))
         if self._gathered:
+            if best is not None:
+                best.restore_state(self._gathered)
             merge_state(self.model, self._adapters, self._gathered)
 
     def result(self) -> tuple[PreTrainedModel, dict[str, Tensor] | None]:

@@ -14,6 +14,7 @@ from recon.scopes import FullRetraining
 from recon.scopes.chunked import mean_over_chunks
 from recon.scopes.heads import objection_to_chunks
 from recon.scopes.model_loss import model_loss
+from tests.support.distributed_runs import difference
 from tests.support.families import VOCABULARY, tiny, token_ids
 from tests.support.scope_fixtures import IGNORED, prepared, save_tiny, trainer_of, weights_of
 
@@ -115,8 +116,7 @@ def test_a_fit_in_chunks_ends_where_one_of_whole_logits_does(loss: Any, tmp_path
     scope, chunked = fit(name, f"{10 * 4 * VOCABULARY}B", loss=loss)
     assert scope._chunk_rows == 10
     assert "forward" not in vars(scope.model.lm_head)
-    difference = sum((chunked[one] - whole[one]).square().sum() for one in whole)
-    assert difference.sqrt() < 1e-5 * sum(one.square().sum() for one in whole.values()).sqrt()
+    assert difference(whole, chunked) < 1e-5
 
 
 def test_a_capped_model_trains_on_whole_logits_and_says_why(tmp_path: Path, caplog: Any) -> None:

@@ -121,8 +121,8 @@ class WatchShards(Callback):
         self.num_reduced = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        first = Anatomy.of(pl_module.model).blocks[0].module
-        first.register_forward_hook(lambda block, *_: self.dtypes.update(one.dtype for one in block.parameters()))
+        inner = next(iter(Anatomy.of(pl_module.model).blocks[0].matrices.values()))
+        inner.register_forward_hook(lambda module, *_: self.dtypes.add(module.weight.dtype))
 
 
 def fit_watching_shards(precision: str, run_dir: Path, *more: str) -> tuple[set[torch.dtype], int]:
