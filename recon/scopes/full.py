@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -18,20 +18,28 @@ from recon.basics.run_paths import RunPaths
 from recon.basics.units import in_bytes
 from recon.data import TokenData
 from recon.distributed.parameters import frozen_copies, gather, round_working_copies
-from recon.distributed.ranks import layout, rank
-from recon.distributed.strategies import FullyShardedStrategy, WindowParallelStrategy, ZeroStrategy
+from recon.distributed.ranks import rank
+from recon.distributed.strategies import FullyShardedStrategy, ZeroStrategy
 from recon.evaluation.perplexity import evaluate
 from recon.models.anatomy import Anatomy
 from recon.models.loading import empty
 from recon.pruning.interleaved import Interleaved
 from recon.pruning.masks import Masks
-from recon.scopes.base import Scope, check_finite
+from recon.scopes.base import Scope
 from recon.scopes.best import VALIDATES_NEXT, BestWeights, validate_now, validates_next
 from recon.scopes.enforcement import require_zero_keeping
+from recon.scopes.full_requirements import require_clipping_by_norm, require_one_model, require_together
 from recon.scopes.lora import DEFAULT_LORA, Lora, attach, merge, merge_state, round_merged
-from recon.scopes.losses import ModelLoss
+from recon.scopes.losses import ModelLoss, check_finite
 from recon.scopes.model_loss import chunk_rows, logits_bytes, model_loss
-from recon.scopes.optimization import LRSchedulerRecipe, OptimizerRecipe, adamw, warmup_and_linear_decay
+from recon.scopes.optimization import (
+    LRSchedulerRecipe,
+    OptimizerRecipe,
+    adamw,
+    require_buildable,
+    require_rates,
+    warmup_and_linear_decay,
+)
 from recon.scopes.trainable import Parameters, chosen
 from recon.scopes.trainer_options import EVERYWHERE, TrainerOption
 
@@ -99,21 +107,10 @@ class FullRetraining(Scope):
         **options: Any,
     ) -> None:
         super().__init__(epochs=epochs, **options)
-        if train == "all" and parameters in ("weights", "lora"):
-            raise ValueError(
-                f"model.parameters: {parameters} learns matrices in the blocks, got model.train: all, which would add "
-                f"embeddings and head; set model.train: blocks, or model.parameters: all"
-            )
-        if partitioned and self.start == "exact":
-            raise ValueError(
-                "model.start: exact solves on the whole model, which model.partitioned never loads; choose "
-                "model.start: pruned, or moved with the masks of a criterion that moves weights"
-            )
-        if self.offload != "none":
-            raise ValueError(
-                f"model.offload is for local scopes, which need one window at a time on the device, got {self.offload} "
-                f"with full retraining, which needs all of the model; choose -c strategies/zero3_offload instead"
-            )
+        require_together(train, parameters, partitioned, self.start, self.offload)
+        require_rates(lr, weight_decay, betas, warmup)
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"model.temperature must be above 0 and finite, got {temperature}; 1 is the default")
         self.loss: ModelLoss = loss
         self.temperature, self.train_what = temperature, train
         self.which_parameters: Parameters = parameters
@@ -166,17 +163,7 @@ class FullRetraining(Scope):
         Raises:
             ValueError: If the strategy does not.
         """
-        strategy = trainer.strategy
-        if isinstance(strategy, WindowParallelStrategy):
-            raise ValueError(
-                f"window_parallel gives each process windows of its own, got the {self.scope} scope, which has none; "
-                f"choose strategies/ddp, or a local scope"
-            )
-        if self.partitioned and not (isinstance(strategy, ZeroStrategy) and strategy.stage == 3):
-            raise ValueError(
-                f"model.partitioned needs a strategy that loads weights in parts, strategies/zero3 or "
-                f"strategies/zero3_offload, got {layout(trainer)['strategy']}"
-            )
+        require_one_model(trainer, self.scope, self.partitioned)
 
     def refused_options(self) -> tuple[TrainerOption, ...]:
         """Those that no scope honours."""
@@ -185,12 +172,7 @@ class FullRetraining(Scope):
     def require_trainer(self, trainer: L.Trainer) -> None:
         """As `Scope.require_trainer`; DeepSpeed clips no gradient by its value."""
         super().require_trainer(trainer)
-        by_value = trainer.gradient_clip_algorithm == GradClipAlgorithmType.VALUE
-        if by_value and isinstance(trainer.strategy, ZeroStrategy):
-            raise ValueError(
-                f"DeepSpeed clips gradients by their norm, got trainer.gradient_clip_algorithm: value with strategy "
-                f"{layout(trainer)['strategy']}; choose norm, or strategies/fsdp2"
-            )
+        require_clipping_by_norm(trainer)
 
     def choose_optimizer(self, optimizer: OptimizerRecipe | None, lr_scheduler: LRSchedulerRecipe | None) -> None:
         """As `Scope.choose_optimizer`; any optimizer that keeps zeros, and any schedule.
@@ -200,6 +182,8 @@ class FullRetraining(Scope):
         """
         if optimizer is not None:
             require_zero_keeping(optimizer.kind)
+        require_buildable(optimizer, lr_scheduler)
+        if optimizer is not None:
             self.lr = optimizer.options.get("lr", self.lr)
             log.info(f"{optimizer} has its own options, in place of model.lr, model.weight_decay and model.betas")
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
@@ -277,7 +261,16 @@ class FullRetraining(Scope):
         checkpoint[VALIDATES_NEXT] = validates_next(self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on from the cost so far."""
+        """Go on from the cost so far.
+
+        Raises:
+            ValueError: If the checkpoint has no cost.
+        """
+        if TALLY not in checkpoint:
+            raise ValueError(
+                f"a checkpoint needs the cost so far, got one without `{TALLY}`, made by another version of recon; use "
+                f"that version, or delete the checkpoints to begin anew"
+            )
         self.tally.go_on(**checkpoint[TALLY])
         self._resumed, self._validates_next = True, checkpoint[VALIDATES_NEXT]
 

@@ -117,3 +117,15 @@ def distillation_of_chunk(
     q = log_q.exp_()
     loss = difference.mul_(q).sum() * t * t
     return loss, log_p.exp_().sub_(q).mul_(t)
+
+
+def check_finite(loss: Tensor, where: str) -> None:
+    """Stop a run whose loss is no number.
+
+    Raises:
+        FloatingPointError: If `loss` is NaN or infinite, with the place and the usual cures.
+    """
+    if not loss.isfinite():
+        raise FloatingPointError(
+            f"the loss must be finite, got {loss.item()} in {where}; lower model.lr, or use a wider trainer.precision"
+        )
