@@ -123,7 +123,7 @@ class WatchShards(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         inner = next(iter(Anatomy.of(pl_module.model).blocks[0].matrices.values()))
-        inner.register_forward_hook(lambda module, *_: self.dtypes.add(module.weight.dtype))
+        inner.register_forward_hook(lambda module, *_: self.dtypes.add(module.get_parameter("weight").dtype))
 
 
 def fit_watching_shards(precision: str, run_dir: Path, *more: str) -> tuple[set[torch.dtype], int]:
