@@ -51,9 +51,9 @@ class BestWeights:
         if rank() == 0 and not resumed:
             self.forget()
         if rank() == 0 and self.path.exists():
-            self._manifest.require(
-                self.path, f"copy it again, or delete it and {RunPaths(self.path.parent).checkpoints}"
-            )
+            if (manifest := self._manifest) is not None:
+                checkpoints = RunPaths(self.path.parent).checkpoints
+                manifest.require(self.path, f"copy it again, or delete it and {checkpoints} to begin anew")
             with safe_open(self.path, framework="pt") as file:
                 noted = file.metadata()
             self.step, self.loss = int(noted["step"]), float.fromhex(noted["loss"])
