@@ -84,6 +84,11 @@ class RunPaths:
         return self.path / "checkpoints"
 
     @property
+    def best(self) -> Path:
+        """The weights of full retraining as they were when its held-out loss was lowest."""
+        return self.path / "best.safetensors"
+
+    @property
     def begun(self) -> Path:
         """There while a fit runs whose last seconds are recorded nowhere yet; what a killed one leaves."""
         return self.path / "begun"
@@ -129,6 +134,7 @@ class RunPaths:
             self.window_results,
             self.parts,
             self.checkpoints,
+            self.best,
             self.begun,
             self.log,
             self.logs,
@@ -145,4 +151,4 @@ class RunPaths:
     @property
     def temporary(self) -> tuple[Path, ...]:
         """Products without a use once the run has its report."""
-        return self.block_masks, self.start, self.dense, self.checkpoints, self.begun
+        return self.block_masks, self.start, self.dense, self.checkpoints, self.best, self.begun

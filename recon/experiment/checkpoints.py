@@ -173,20 +173,6 @@ def require_same(path: Path, ours: dict[str, Any]) -> None:
         )
 
 
-def _manifest(directory: Path) -> Manifest:
-    return Manifest(directory.parent)
-
-
-def _files(path: Path) -> list[Path]:
-    """The files of a checkpoint, which is one itself or a directory."""
-    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-
-
-def _share(files: list[Path]) -> list[Path]:
-    """The files that this process hashes, of all that are on the disk which the processes share."""
-    return files[rank() :: size()]
-
-
 def _marked(path: Path) -> dict[str, Any]:
     """The content of a checkpoint's marker.
 
@@ -201,6 +187,20 @@ def _marked(path: Path) -> dict[str, Any]:
             f"recon; use that version, or {cure}"
         )
     return marked
+
+
+def _manifest(directory: Path) -> Manifest:
+    return Manifest(directory.parent)
+
+
+def _files(path: Path) -> list[Path]:
+    """The files of a checkpoint, which is one itself or a directory."""
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+
+
+def _share(files: list[Path]) -> list[Path]:
+    """The files that this process hashes, of all that are on the disk which the processes share."""
+    return files[rank() :: size()]
 
 
 def _marker(path: Path) -> Path:

@@ -133,7 +133,7 @@ class RunDirectory(RunPaths):
         """The measurements of the jobs, in the order of shares; empty if none was divided.
 
         Raises:
-            ValueError: If one of them is damaged.
+            ValueError: If one of them is damaged, or of another version.
         """
         files = sorted(self.parts.glob("*/part.json"))
         for file in files:

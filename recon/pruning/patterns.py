@@ -142,13 +142,6 @@ class Unstructured(Pattern):
         """Count the weights of a matrix that compete with each other: those of a row, or all."""
         return num_columns if self.per == "row" else num_rows * num_columns
 
-    def kept_in(self, num_rows: int, num_columns: int) -> tuple[int, int] | None:
-        """As `Pattern.kept_in`: of a row or of the matrix."""
-        if self.across_model:
-            return None
-        num = self.num_competing(num_rows, num_columns)
-        return num, self.num_kept(num)
-
     def require(self, name: str, num_rows: int, num_columns: int) -> None:
         """Refuse a matrix with so few weights that all of a row or of the matrix would be pruned."""
         num_weights = self.num_competing(num_rows, num_columns)
@@ -157,6 +150,13 @@ class Unstructured(Pattern):
                 f"{self} needs to keep a weight of each {self.per}, got none of {num_weights} for `{name}`; lower "
                 f"pattern.sparsity, or choose pattern.per: model"
             )
+
+    def kept_in(self, num_rows: int, num_columns: int) -> tuple[int, int] | None:
+        """As `Pattern.kept_in`: of a row or of the matrix."""
+        if self.across_model:
+            return None
+        num = self.num_competing(num_rows, num_columns)
+        return num, self.num_kept(num)
 
     def select_count(self, scores: Float[Tensor, "out in_"], num_kept: int) -> Bool[Tensor, "out in_"]:
         """Keep the `num_kept` highest scores of each row or of the matrix."""
@@ -224,13 +224,13 @@ class NM(Pattern):
         require_finite(scores, name)
         return keep_highest(scores.reshape(-1, self.of), self.keep).view_as(scores)
 
-    def kept_in(self, num_rows: int, num_columns: int) -> tuple[int, int] | None:
-        """As `Pattern.kept_in`: of a group."""
-        return self.of, self.keep
-
     def require(self, name: str, num_rows: int, num_columns: int) -> None:
         """Refuse a matrix whose rows are no whole number of groups."""
         self.require_whole_groups(num_columns, name)
+
+    def kept_in(self, num_rows: int, num_columns: int) -> tuple[int, int] | None:
+        """As `Pattern.kept_in`: of a group."""
+        return self.of, self.keep
 
     def require_whole_groups(self, in_features: int, name: str) -> None:
         """Refuse a matrix whose rows are no whole number of groups.

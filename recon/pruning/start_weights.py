@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -80,7 +81,12 @@ class Start(Mapping[str, Tensor]):
 
 
 @contextmanager
-def written(path: Path, like: Mapping[str, Tensor], writing: Writer = atomic_write) -> Iterator[Sink]:
+def written(
+    path: Path,
+    like: Mapping[str, Tensor],
+    writing: Writer = atomic_write,
+    metadata: Mapping[str, str] | None = None,
+) -> Iterator[Sink]:
     """Write start weights one by one, in any order; the file is whole when the context ends, or absent.
 
     `safetensors.torch.save_file` would need all weights at once.
@@ -89,11 +95,13 @@ def written(path: Path, like: Mapping[str, Tensor], writing: Writer = atomic_wri
         path: The file.
         like: Parameter name -> a tensor of the shape and the dtype in which its weight is written.
         writing: Opens the file; `Manifest.writing` records it, too.
+        metadata: Words that go into the file's header.
 
     Yields:
         A function that takes each weight; it raises ValueError if a weight is not finite in its dtype.
     """
-    places, header, offset = {}, {}, 0
+    places, offset = {}, 0
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     for name, tensor in like.items():
         end = offset + tensor.numel() * tensor.element_size()
         places[name] = offset
