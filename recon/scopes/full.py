@@ -322,6 +322,7 @@ class FullRetraining(Scope):
         if self._best is not None and self.directory is None:
             self._best.forget()
             self._best.path.parent.rmdir()
+        self._best = None  # the next fit of this scope has its own
 
     def _gather(self, best: BestWeights | None) -> None:
         if self.partitioned:  # not loaded whole to be measured, so it is rounded here as it will be written
