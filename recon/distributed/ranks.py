@@ -137,12 +137,17 @@ def _wait(group: dist.ProcessGroup) -> None:
         sys.exit(1)  # another process is gone and has said why
 
 
-def any_rank(value: bool, device: torch.device) -> bool:
-    """Whether `value` is true on any rank."""
-    if size() == 1:
+def any_rank(value: bool, group: dist.ProcessGroup | None) -> bool:
+    """Whether `value` is true on any rank.
+
+    Args:
+        value: Of this rank.
+        group: All ranks, on the host: a device would be waited for. None if there is one rank.
+    """
+    if group is None:
         return value
-    tensor = torch.tensor(int(value), device=device)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    tensor = torch.tensor(int(value))
+    dist.all_reduce(tensor, dist.ReduceOp.MAX, group)
     return bool(tensor.item())
 
 

@@ -355,9 +355,8 @@ class Scope(L.LightningModule, ABC):
     def log_loss(self, name: str, loss: torch.Tensor, where: str, **options: Any) -> None:
         """Log the loss of a step that trains, and stop the run if it is no number.
 
-        That is found when a loss is written to a logger, each `trainer.log_every_n_steps` steps, and with the last
-        batch of an epoch: to ask at every step would make the host wait for the device each time. Nothing is saved
-        in between.
+        That is found when a loss is written to a logger, each `trainer.log_every_n_steps` steps, with the last batch of
+        an epoch, and before a checkpoint: to ask at every step would make the host wait for the device each time.
 
         Args:
             name: What the loss is called.
@@ -373,11 +372,20 @@ class Scope(L.LightningModule, ABC):
         every: int = self.trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]
         if not (self.trainer.is_last_batch or (every and (self.trainer.global_step + 1) % every == 0)):
             return
+        # From the host: Lightning asks for the latest value of a progress bar's metric after every batch.
+        self.log(name, self.finite_losses()[-1], **options)
+
+    def finite_losses(self) -> torch.Tensor:
+        """Return the losses since the last call, on the host.
+
+        Raises:
+            FloatingPointError: If one is NaN or infinite, naming the first.
+        """
         noted, self._losses = self._losses, []
-        if not torch.stack([loss for loss, _ in noted]).isfinite().all():
-            for each in noted:
-                check_finite(*each)
-        self.log(name, loss, **options)
+        losses = torch.stack([loss for loss, _ in noted]).cpu() if noted else torch.empty(0)
+        for loss, (_, where) in zip(losses, noted, strict=True):
+            check_finite(loss, where)
+        return losses
 
     def on_fit_end(self) -> None:
         """Refuse a result that violates its masks, whichever callbacks there were.

@@ -86,7 +86,7 @@ def solve_all(
         with followed("solve"):
             for name, module in matrices.items():
                 dense = weight_out_in(module)
-                solution = solve(module, dense, statistics[name], masks[name], name)
+                solution = solve(module, dense, statistics[name], masks.on(dense.device, name), name)
                 gradients.append(solution.projected_gradient)
                 sink(name, as_out_in(module, solution.weight).to(dense.dtype))
         log.info(

@@ -17,6 +17,7 @@ from torch import Tensor
 from recon.basics.files import write_json
 from recon.basics.seeds import derived_seed
 from recon.calibration.activations import Activations, Observation, Propagation
+from recon.calibration.rows import Rows
 from recon.calibration.statistics import InputStatistics
 from recon.calibration.storage import Budget, Place, Storage
 from recon.data import TokenData
@@ -266,8 +267,9 @@ class LocalScope(Scope):
         assert self.window is not None
         return derived_seed(self.data.seed, self.schedule.index(self.window), self._epoch)
 
-    def _load(self, rows: Iterable[Tensor]) -> Iterator[Batch]:
+    def _load(self, order: Tensor) -> Iterator[Batch]:
         assert self.window is not None
+        rows = Rows.split(order, self.batch_size, self.device)
         batches = self.calibration.batches(rows, partial(self.calibration.batch, self.window))
         return (batch for _, batch in batches)
 

@@ -1,0 +1,104 @@
+"""What a run asks of a device, counted on the simulated one: waits of the host, transfers, unpacked masks."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch.callbacks import Callback
+
+from recon.scopes import BlockDistillation, FullRetraining, MatrixReconstruction, Scope, SubmoduleDistillation
+from recon.solvers import GradientDescent
+from tests.support.families import DIM
+from tests.support.scope_fixtures import IGNORED, data_of, save_tiny
+from tests.support.simulated.counts import Counts
+from tests.support.simulated.device import simulated_cuda
+from tests.support.simulated.runs import WANDA, run
+from tests.support.simulated.tags import CUDA
+
+pytestmark = [pytest.mark.filterwarnings("error"), *(pytest.mark.filterwarnings(one) for one in IGNORED)]
+
+
+class Steps(Callback):
+    """What each step asks of the device, from the begin of one batch to that of the next in the same epoch.
+
+    Args:
+        counts: Those of the run.
+    """
+
+    def __init__(self, counts: Counts) -> None:
+        self.counts = counts
+        self.steady: list[Counts] = []
+        self._began: tuple[int, Counts] | None = None
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if self._began is not None and 0 < self._began[0] == batch_idx - 1:
+            self.steady.append(self.counts.since(self._began[1]))
+        self._began = batch_idx, self.counts.copy()
+
+
+def steps_of(scope: Scope, path: Path, **trainer: Any) -> list[Counts]:
+    """The steps of a run, without the first of each window, which unpacks masks and makes the optimizer's state."""
+    with simulated_cuda() as counts:
+        steps = Steps(counts)
+        options = replace(WANDA, baselines=False, drift=False)
+        run(scope, path / "run", CUDA, options, steps, data=data_of(num=24), **trainer)
+    return steps.steady
+
+
+PLACES: dict[str, dict[str, Any]] = {
+    "on the device": {},
+    "on the host": {"activations": "host", "offload": "host"},
+    "on disk": {"activations": "disk", "offload": "disk"},
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_no_step_of_a_window_waits_for_the_device(place: str, tmp_path: Path) -> None:
+    name = save_tiny("llama", tmp_path, num_hidden_layers=1)
+    scope = SubmoduleDistillation(name=name, epochs=1, batch_size=4, start="pruned", **PLACES[place])
+    steps = steps_of(scope, tmp_path, log_every_n_steps=1000)
+    batch = 0 if place == "on the device" else 2 * 4 * 16 * DIM * 4
+    assert len(steps) == 2 * 4
+    for step in steps:
+        assert not step.waits
+        assert set(step.bytes) <= {("to device", "recon/calibration/activations.py _upload")}
+        assert step.total("to device") in (0, batch, 3 * batch // 2)  # MLP windows take attention's output, too
+
+
+def test_a_step_of_the_matrix_scope_and_of_adapters_waits_for_nothing(tmp_path: Path) -> None:
+    name = save_tiny("llama", tmp_path, num_hidden_layers=1)
+    scopes = [
+        MatrixReconstruction(name=name, batch_size=4, solver=GradientDescent(steps=6)),
+        BlockDistillation(name=name, epochs=1, batch_size=4, parameters="lora", start="pruned"),
+    ]
+    for number, scope in enumerate(scopes):
+        for step in steps_of(scope, tmp_path / str(number), log_every_n_steps=1000):
+            assert not step.waits
+            assert not step.bytes
+
+
+def test_a_loss_is_waited_for_only_when_it_is_logged(tmp_path: Path) -> None:
+    """Lightning asks for the value of a progress bar's metric after every batch, from its first log on."""
+    name = save_tiny("llama", tmp_path, num_hidden_layers=1)
+    scope = BlockDistillation(name=name, epochs=1, batch_size=4, start="pruned")
+    steps = steps_of(scope, tmp_path, log_every_n_steps=2)
+    assert [dict(step.waits) for step in steps] == [
+        {("recon/scopes/base.py finite_losses", "transfer to host"): 1},
+        {},
+        {("recon/scopes/base.py finite_losses", "transfer to host"): 1},
+        {},
+    ]
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "distillation"])
+def test_a_step_of_full_retraining_waits_for_its_batch_and_for_transformers(loss: Any, tmp_path: Path) -> None:
+    """transformers looks for packed sequences in the positions of each forward pass."""
+    name = save_tiny("llama", tmp_path, num_hidden_layers=1)
+    for step in steps_of(FullRetraining(name=name, epochs=1, loss=loss), tmp_path, log_every_n_steps=1000):
+        num_passes = 1 if loss == "cross_entropy" else 2
+        assert dict(step.waits) == {
+            ("recon/experiment/training.py train", "transfer to device"): 1,
+            ("recon/scopes/full.py _loss", "aten::_local_scalar_dense"): num_passes,
+        }
+        assert dict(step.bytes) == {("to device", "recon/experiment/training.py train"): 4 * 16 * 8}
