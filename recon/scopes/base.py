@@ -20,6 +20,7 @@ from recon.data import TokenData
 from recon.distributed.part import Share
 from recon.evaluation.perplexity import Evaluation
 from recon.models.anatomy import Anatomy
+from recon.models.calls import Form
 from recon.models.loading import ModelSource, empty
 from recon.models.offload.blocks import OffloadedBlocks
 from recon.models.offload.opening import Offload, open_offloaded
@@ -101,6 +102,7 @@ class Scope(L.LightningModule, ABC):
         self.epochs, self.start = epochs, start
         self.offload: Offload = offload
         self.residence: OffloadedBlocks | None = None  # of a model that is not on the device
+        self.forms: tuple[Form, Form] | None = None  # in which its blocks return, once they were tried out
         self._storage = ON_DEVICE
         self.start_weights: Mapping[str, torch.Tensor] | None = None  # of every mask; None for the dense survivors
         self.start_seconds = 0.0  # what it took to solve for them, in this start of the run
@@ -254,6 +256,7 @@ class Scope(L.LightningModule, ABC):
 
     def load(self, data: TokenData) -> None:
         """Load the dense model, and give `data` its tokenizer."""
+        self.forms = None
         if self.offload == "none":
             self.model, data.tokenizer = self.source.load()
         else:
@@ -278,11 +281,12 @@ class Scope(L.LightningModule, ABC):
         return model, state
 
     def open_replay(self) -> Replay:
-        """The blocks of the model, one by one, on the device that this module is on."""
-        if self.residence is None:
-            return Replay(self.model, Anatomy.of(self.model))
-        self.residence.move_to(self.device)
-        return Replay.within(self.residence)
+        """The blocks of the model, one by one, on the device that this module is on; tried out the first time."""
+        if self.residence is not None:
+            self.residence.move_to(self.device)
+        replay = Replay(self.model, Anatomy.of(self.model), self.residence, self.forms)
+        self.forms = replay.forms
+        return replay
 
     def check(self, masks: Masks) -> None:
         """Look for pruned weights that are not zero, wherever the model is.
@@ -339,7 +343,7 @@ class Scope(L.LightningModule, ABC):
             with ExitStack() as stack:
                 like = {name: self.model.get_parameter(name) for name in self.masks}
                 sink = found.__setitem__ if path is None else stack.enter_context(written(path, like))
-                solve_all(self.model, tokens, self.masks, sink, self.forward_batch_size)
+                solve_all(self.open_replay(), tokens, self.masks, sink, self.forward_batch_size)
             self.start_seconds = time.monotonic() - started
         return found if path is None else Start(path, self.masks)
 

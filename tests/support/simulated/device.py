@@ -19,6 +19,9 @@ class Stream:
     def __init__(self, device: Any = None, *args: Any, **kwargs: Any) -> None:
         self.device = CUDA
 
+    def synchronize(self) -> None:
+        """Do nothing: all is done."""
+
     def wait_stream(self, other: "Stream") -> None:
         """Do nothing: the other has nothing left to do."""
 
@@ -32,6 +35,12 @@ class _Autocast(torch.autocast):
 
 def _device_of_storage(storage: torch.UntypedStorage) -> torch.device:
     return vars(storage).get("simulated_device") or torch._C.StorageBase.device.__get__(storage)  # type: ignore[attr-defined]
+
+
+def _clone_of_storage(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+    clone = torch.UntypedStorage(storage.nbytes()).copy_(storage)
+    vars(clone).update(vars(storage))
+    return clone
 
 
 @contextmanager
@@ -57,6 +66,7 @@ def simulated_cuda() -> Iterator[Counts]:
         (torch.autograd, "_engine_run_backward", run_backward),
         (torch.Tensor, "record_stream", lambda tensor, stream: None),
         (torch.UntypedStorage, "device", property(_device_of_storage)),
+        (torch.UntypedStorage, "clone", _clone_of_storage),
     ]
     with ExitStack() as stack:
         for place, name, stand_in in replaced:
