@@ -32,8 +32,7 @@ from recon.profiling.out_of_memory import (
 )
 from recon.profiling.phases import PhaseListener
 from recon.profiling.process_memory import PeakMeter, resident_bytes
-from recon.report.memory import SPLIT, everything_else
-from recon.report.memory_phases import MIB, Phase, fold_windows
+from recon.report.memory_phases import MIB, SPLIT, Phase, everything_else, fold_windows
 from recon.scopes import FullRetraining
 
 NOTHING = Peak(dict.fromkeys(CATEGORIES, 0))

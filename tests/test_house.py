@@ -34,7 +34,7 @@ CONFIG_FOLDERS = "|".join(path.name for path in sorted((ROOT / "configs").iterdi
 FILE = re.compile(r"[\w./-]+\.(py|sh|sbatch|toml|yaml|md|png|svg|txt|json|safetensors)")
 WRITTEN_BY_RUNS = {
     *("config.yaml", "fingerprint.json", "masks.safetensors", "moved.safetensors", "windows.json", "memory.json"),
-    *("memory.png", "memory.svg", "report.json", "results.json", "log.txt"),
+    *("memory.png", "memory.svg", "report.json", "results.json", "log.txt", "gpu.json", "gpu.md"),
 }
 OF_THE_READER = re.compile(r"(my|path|runs)/|(mine|it)\.yaml$|config\.json$|out\.json$")
 """Names that stand for a reader's own files."""

@@ -95,6 +95,30 @@ def write_json(path: str | Path, obj: Any) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def read_json(path: Path, kind: type, needs: str, cure: str) -> Any:
+    """Read a JSON file that recon wrote.
+
+    Args:
+        path: The file.
+        kind: `dict` or `list`, the outermost value.
+        needs: The owner of the file, for the message, such as `a run directory`.
+        cure: What to do about a damaged file.
+
+    Raises:
+        ValueError: If the file cannot be read, is no JSON, or holds another kind of value; it names the file.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{needs} needs a JSON file that recon wrote, got {path} ({error}); {cure}") from error
+    if not isinstance(content, kind):
+        raise ValueError(
+            f"{needs} needs a JSON file that recon wrote, got {path}, which holds a {type(content).__name__} in place "
+            f"of a {kind.__name__}; {cure}"
+        )
+    return content
+
+
 def _sync(path: Path) -> None:
     """Wait until the file's bytes, or the directory's entries, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

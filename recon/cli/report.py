@@ -1,6 +1,5 @@
 """`recon report`: print the results of any set of runs and comparisons, or the memory of a run phase by phase."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from recon.cli.arrange import arrange
 from recon.cli.errors import usage
 from recon.report import collect, markdown_table, print_table, table_console
 from recon.report.memory_phases import phases_section, sides_of
+from recon.report.parts import load_memory
 from recon.report.sections import Section
 
 
@@ -85,7 +85,7 @@ def _load(path: Path) -> dict[str, Any]:
             f"`recon report --memory` needs the directory of a run with {file.name}, which MemoryProfiler writes, got "
             f"{path}; name one, such as a cell's directory within a comparison"
         )
-    return json.loads(file.read_text())
+    return load_memory(file)
 
 
 def _table(section: Section) -> Table:

@@ -1,17 +1,17 @@
 """`recon test`: the perplexity of any model or run."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
+from recon.basics.files import read_json
 from recon.cli.arguments import DEFAULT_DATA, add_data_arguments, choose_device, parse, plain_data
 from recon.cli.arrange import arrange
+from recon.cli.configs import load_options
 from recon.cli.errors import usage
 from recon.cli.quiet import quiet
 from recon.data import TokenData
@@ -62,11 +62,20 @@ class Subject:
             return cls(path, str(path / MODEL))
         if (path / MASKS).is_file():
             return cls(path, None)
-        raise ValueError(f"recon test needs a model or a run with model or masks, got {path}, which has none of them")
+        raise ValueError(
+            f"recon test needs a model or a run with model or masks, got {path}, which has none of them; name the "
+            f"model's directory, or let the run end"
+        )
 
     def options(self) -> dict[str, Any]:
         """The options of the run, as its fingerprint has them; none without a run."""
-        return json.loads((self.run / FINGERPRINT).read_text())["options"] if self.run else {}
+        if self.run is None:
+            return {}
+        file, cure = self.run / FINGERPRINT, "test its model/ directory by itself, or run again in a new run_dir"
+        options = read_json(file, dict, "recon test", cure).get("options")
+        if not isinstance(options, dict) or "model" not in options:
+            raise ValueError(f"recon test needs the options of a run, got {file} without options.model; {cure}")
+        return options
 
     def source(self, options: Mapping[str, Any]) -> ModelSource:
         """Where to load the model from.
@@ -162,7 +171,7 @@ def _data_of_run(subject: Subject) -> dict[str, Any]:
     if subject.run is None:
         return {}
     file = subject.run / CONFIG
-    options = yaml.safe_load(file.read_text()) if file.is_file() else subject.options()
+    options = load_options(file, ["data"]) if file.is_file() else subject.options()
     data = options.get("data", {})
     spec: dict[str, Any] = data if "class_path" in data else {**DEFAULT_DATA, "init_args": data}
     return {"data": spec | {"init_args": {key: one for key, one in spec["init_args"].items() if key != "seed"}}}

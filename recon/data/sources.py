@@ -13,23 +13,26 @@ import sysconfig
 from abc import ABC, abstractmethod
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
-from datasets import DatasetDict as DatasetsByName
-from datasets.exceptions import DatasetsError
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
 
-from recon.data.cutting import part_of
+    Documents = Dataset | IterableDataset
+else:
+    Documents = Any  # `datasets` is imported by those who read text: a run on tokens of one's own needs none of it
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
-Documents = Dataset | IterableDataset
-
-UNREADABLE = (DatasetsError, OSError, ValueError, RuntimeError, KeyError, IndexError, TypeError)
-"""What `datasets` raises on missing, damaged or foreign data; RuntimeError where they come with a script."""
-
 HELD_OUT_PERCENT: dict[Split, range] = {"test": range(0, 5), "validation": range(5, 10)}
 """Hash buckets, of 100, that a carved split takes; their number is its share of a text cut by position."""
+
+
+def unreadable() -> tuple[type[Exception], ...]:
+    """List what `datasets` raises on missing, damaged or foreign data; RuntimeError where they come with a script."""
+    from datasets.exceptions import DatasetsError
+
+    return DatasetsError, OSError, ValueError, RuntimeError, KeyError, IndexError, TypeError
 
 
 class TextSource(ABC):
@@ -107,6 +110,10 @@ class TextSource(ABC):
 
     def _cut(self, split: Split) -> Documents:
         """The contiguous part of train that is `split`."""
+        from datasets import IterableDataset
+
+        from recon.data.cutting import part_of
+
         rows = self.load("train")
         if isinstance(rows, IterableDataset):
             raise ValueError(
@@ -142,6 +149,8 @@ class StandardLibrary(TextSource):
 
     def load(self, split: Split) -> Documents:
         """The paths of all library files; `documents` reads them."""
+        from datasets import Dataset
+
         root, found = _library(), []
         for folder, folders, names in os.walk(root):
             folders[:] = [name for name in folders if name not in NOT_LIBRARY]  # os.walk then leaves them out
@@ -152,6 +161,8 @@ class StandardLibrary(TextSource):
 
     def documents(self, split: Split) -> Documents:
         """As `TextSource.documents`; each file is read when its row is, so memory never holds all of the text."""
+        from datasets import Dataset
+
         paths = super().documents(split)
         assert isinstance(paths, Dataset)
         return paths.with_transform(_read_library_files)
@@ -189,15 +200,17 @@ class SavedDataset(TextSource):
     def __str__(self) -> str:
         return f"the data set {self.path}"
 
-    def _by_split(self) -> dict[str, Dataset]:
+    def _by_split(self) -> dict[str, Any]:
+        from datasets import DatasetDict, load_from_disk
+
         try:
             saved = load_from_disk(self.path)
-        except UNREADABLE as error:
+        except unreadable() as error:
             raise ValueError(
                 f"data.source.path needs a directory with rows, written by `datasets`' save_to_disk, got {self.path}: "
                 f"{shorten(f'{type(error).__name__}: {error}', 500)}; save the data set again"
             ) from error
-        splits = saved if isinstance(saved, DatasetsByName) else {"train": saved}
+        splits = saved if isinstance(saved, DatasetDict) else {"train": saved}
         return {str(name): rows for name, rows in splits.items()}
 
     def has(self, split: Split) -> bool:
@@ -281,9 +294,11 @@ def read(option: str, path: str, name: str | None = None, **options: Any) -> Doc
     Raises:
         ValueError: If the data set cannot be read.
     """
+    from datasets import load_dataset
+
     try:
         return load_dataset(path, name, **options)
-    except UNREADABLE as error:
+    except unreadable() as error:
         reason = error.__cause__ or error  # `datasets` wraps the error of the reader in one that does not say it
         what = ", ".join(options.get("data_files") or [path])
         cure = "; give data.source.revision: refs/convert/parquet" if "scripts are no longer" in f"{reason}" else ""

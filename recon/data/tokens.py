@@ -9,7 +9,7 @@ from jaxtyping import Int64
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from recon.data.sources import UNREADABLE, Documents
+from recon.data.sources import Documents, unreadable
 
 POOL = 32
 """Size of the pool that sequences are drawn from, relative to their number: one long document does not fill it."""
@@ -73,7 +73,7 @@ def _batches(documents: Documents, size: int, origin: str) -> Iterator[list[str]
     while True:
         try:
             rows = next(batches, None)
-        except UNREADABLE as error:
+        except unreadable() as error:
             reason = shorten(f"{error.__cause__ or error}", 500)
             raise ValueError(f"{origin} must be readable to its end, got {type(error).__name__}: {reason}") from error
         if rows is None:

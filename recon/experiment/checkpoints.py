@@ -1,6 +1,5 @@
 """What full retraining saves to go on after it was killed: written whole or not at all, and only for the same run."""
 
-import json
 import shutil
 import signal
 import threading
@@ -13,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed import ProcessGroup
 from typing_extensions import override
 
-from recon.basics.files import write_json
+from recon.basics.files import read_json, write_json
 from recon.data.loader import ResumableLoader
 from recon.distributed.ranks import any_rank, layout, patient_group, size
 from recon.pruning.masks import Masks
@@ -39,7 +38,7 @@ class Checkpoints(Checkpoint):
 
     def __init__(self, directory: Path, every_n_steps: int = 100) -> None:
         if every_n_steps < 1:
-            raise ValueError(f"checkpoint_every_n_steps must be at least 1, got {every_n_steps}")
+            raise ValueError(f"checkpoint_every_n_steps must be at least 1, got {every_n_steps}; 100 is the default")
         self.directory, self.every_n_steps = directory, every_n_steps
         self._saved_step = self._last_step = 0
         self._stepping = False
@@ -134,7 +133,7 @@ def last(directory: Path) -> Path | None:
 
 def step_of(path: Path) -> int:
     """The optimizer steps before a checkpoint."""
-    return json.loads(_marker(path).read_text())["step"]
+    return _marked(path)["step"]
 
 
 def require_same(path: Path, ours: dict[str, Any]) -> None:
@@ -143,7 +142,7 @@ def require_same(path: Path, ours: dict[str, Any]) -> None:
     Raises:
         ValueError: Naming what differs.
     """
-    theirs = json.loads(_marker(path).read_text())
+    theirs = _marked(path)
     if different := [name for name in ours if ours[name] != theirs.get(name)]:
         told = ", ".join(
             "other masks" if name == "masks" else f"{name} {theirs.get(name)}, now {ours[name]}" for name in different
@@ -152,6 +151,22 @@ def require_same(path: Path, ours: dict[str, Any]) -> None:
             f"a run goes on from its checkpoint only with the same processes, strategy, precision and masks; {path} "
             f"was written with {told}; start it as before, or delete {path.parent} to begin anew"
         )
+
+
+def _marked(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint's marker.
+
+    Raises:
+        ValueError: If the marker is damaged, or of another version.
+    """
+    marker, cure = _marker(path), f"delete {path.parent} to begin anew"
+    marked = read_json(marker, dict, "a checkpoint", cure)
+    if missing := [name for name in ("step", "masks") if name not in marked]:
+        raise ValueError(
+            f"a checkpoint needs a marker with {' and '.join(missing)}, got {marker}, made by another version of "
+            f"recon; use that version, or {cure}"
+        )
+    return marked
 
 
 def _marker(path: Path) -> Path:

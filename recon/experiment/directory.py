@@ -6,9 +6,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from recon.basics.files import partial, settle, sweep, write_json
+from recon.basics.files import partial, read_json, settle, sweep, write_json
 from recon.basics.run_paths import RunPaths
 from recon.distributed.part import Share
+
+DELETE_FILE = "delete it: its measurements alone are lost"
+"""Cure for a damaged file of measurements."""
 
 
 def digest(content: Any) -> str:
@@ -34,7 +37,7 @@ class RunDirectory(RunPaths):
             return
         ours = json.loads(json.dumps(fingerprint, default=str))
         if self.fingerprint_file.exists() and any(product.exists() for product in self.claims):
-            held = json.loads(self.fingerprint_file.read_text())
+            held = read_json(self.fingerprint_file, dict, "run_dir", "name another run_dir or delete this one")
             if held != ours:
                 raise ValueError(
                     f"run_dir needs a new directory or one of this very run, got {path}, whose run differs in "
@@ -59,7 +62,7 @@ class RunDirectory(RunPaths):
     def peaks(self, rank: int = 0, share: Share | None = None) -> dict[str, Any] | None:
         """The measurements of MemoryProfiler on a rank, or in the job of a share; None without."""
         file = self.measurements(share).memory(rank)
-        return json.loads(file.read_text()) if file.exists() else None
+        return read_json(file, dict, "a report", DELETE_FILE) if file.exists() else None
 
     def write_part(self, share: Share, measured: dict[str, Any]) -> None:
         """Note the measurements of the job of a share."""
@@ -67,7 +70,15 @@ class RunDirectory(RunPaths):
 
     def read_parts(self) -> list[dict[str, Any]]:
         """The measurements of the jobs, in the order of shares; empty if none was divided."""
-        return [json.loads(file.read_text()) for file in sorted(self.parts.glob("*/part.json"))]
+        files = sorted(self.parts.glob("*/part.json"))
+        parts = [read_json(file, dict, "merge", DELETE_FILE) for file in files]
+        for file, part in zip(files, parts, strict=True):
+            if missing := [name for name in ("seconds", "at_least", "resumed", "peaks") if name not in part]:
+                raise ValueError(
+                    f"merge needs measurements with {', '.join(missing)}, got {file}, made by another version of "
+                    f"recon; {DELETE_FILE}, or use that version"
+                )
+        return parts
 
     def sweep(self) -> None:
         """Delete what processes that were killed have left; only the owner of the directory may do so."""

@@ -62,11 +62,11 @@ def measure_baselines(job: Job, masks: Masks, moved: Start | None = None) -> Bas
     if job.is_offloaded:
         replay = job.reopened(job.scope.source)
         dense = _evaluate_blockwise(job, replay)
-        assert replay.residence is not None
-        zeros = [sparsities(offloaded_parameters(replay.residence), masks)]
-        replay.residence.amend = amend_by(masks, moved, replay.residence)
+        assert replay.offloaded is not None
+        zeros = [sparsities(offloaded_parameters(replay.offloaded), masks)]
+        replay.offloaded.amend = amend_by(masks, moved, replay.offloaded)
         pruned = _evaluate_blockwise(job, replay)
-        zeros.append(sparsities(offloaded_parameters(replay.residence), masks))
+        zeros.append(sparsities(offloaded_parameters(replay.offloaded), masks))
     else:
         model = job.scope.source.model(job.device)
         dense = evaluate(model, job.data.evaluation_dataloader(), split)

@@ -20,7 +20,7 @@ from recon.experiment.job import Job
 from recon.experiment.measurement import measure, measure_baselines
 from recon.experiment.options import RunOptions
 from recon.experiment.reporting import build_report
-from recon.experiment.requirements import require_feasible
+from recon.experiment.requirements import require_feasible, require_suitable
 from recon.experiment.selection import Selection, select
 from recon.experiment.training import train
 from recon.experiment.writing import write
@@ -62,6 +62,8 @@ def recover(scope: Scope, data: TokenData, trainer: L.Trainer, run: RunDirectory
     with scope.phases.run(run.measurements(options.part).path, job.device):
         with ranks.rank_zero_first():
             _load(job)
+            with refusals():
+                require_suitable(job)
             selection = select(job)
             baselines = measure_baselines(job, selection.masks, selection.moved)
             _prepare(job, selection)

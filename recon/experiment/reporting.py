@@ -12,6 +12,7 @@ from recon.experiment.sizes import written_sizes
 from recon.experiment.training import Training
 from recon.pruning.masks import Masks
 from recon.report import Report
+from recon.scopes.base import Scope
 
 
 def build_report(job: Job, training: Training, measured: Measurement) -> Report:
@@ -39,6 +40,7 @@ def build_report(job: Job, training: Training, measured: Measurement) -> Report:
         environment=environment(job.device) | _starts(training) | training.layout,
         ranks=training.peaks,
         prediction=dict(job.options.prediction),
+        windows=_errors(scope),
         throughput=_throughput(job.trainer),
         drift=asdict(measured.drift) if measured.drift else {},
         peak_host_bytes=largest(training.peaks, "peak_host_bytes"),
@@ -50,6 +52,12 @@ def build_report(job: Job, training: Training, measured: Measurement) -> Report:
 def _starts(training: Training) -> dict[str, bool]:
     """Whether the run had several starts, and whether seconds of them are missing."""
     return {"resumed": training.resumed, "seconds_at_least": training.at_least}
+
+
+def _errors(scope: Scope) -> dict[str, dict[str, float]]:
+    """The held-out errors of each window; none in a scope without windows."""
+    kept = ("before", "after", "discarded")
+    return {name: {key: one[key] for key in kept if key in one} for name, one in scope.results.items()}
 
 
 def _throughput(trainer: L.Trainer) -> dict[str, float | None]:

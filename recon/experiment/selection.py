@@ -6,7 +6,6 @@ from pathlib import Path
 
 from recon.basics.locks import locked
 from recon.experiment.job import Job
-from recon.experiment.requirements import require_interleavable
 from recon.profiling.phases import PhaseName
 from recon.pruning.interleaved import Interleaved
 from recon.pruning.masks import Masks
@@ -95,11 +94,10 @@ def _pruned(job: Job) -> Masks:
 
 def _interleaved(job: Job) -> Interleaved:
     """How the scope is to choose the masks; an allocation is settled now, on the dense model."""
-    require_interleavable(job)
     scope, options = job.scope, job.options
     assert options.criterion is not None
     assert options.pattern is not None
     replay, tokens = scope.to(job.device).open_replay(), job.data.tokens("train")
-    patterns = block_patterns(replay, tokens, options.criterion, options.pattern, options.pruning, scope.storage)
     prunable = replay.anatomy.prunable(options.pruning.exclude)
+    patterns = block_patterns(replay, tokens, options.criterion, options.pattern, options.pruning, scope.storage)
     return Interleaved(options.criterion, patterns, prunable, job.run.block_masks)

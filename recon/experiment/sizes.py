@@ -26,14 +26,14 @@ def sparsities(parameters: Iterable[tuple[str, Tensor]], matrices: Container[str
     return {"sparsity": zeros[True] / max(1, sizes[True]), "model_sparsity": whole}
 
 
-def offloaded_parameters(residence: OffloadedBlocks) -> Iterator[tuple[str, Tensor]]:
+def offloaded_parameters(offloaded: OffloadedBlocks) -> Iterator[tuple[str, Tensor]]:
     """Names and parameters of a model whose blocks are on the host or on disk; each block is loaded in its turn."""
     inside = set()
-    for block in residence.anatomy.blocks:
-        residence.onload(block.index)
+    for block in offloaded.anatomy.blocks:
+        offloaded.onload(block.index)
         inside |= block.parameters().keys()
         yield from block.parameters().items()
-    yield from ((name, one) for name, one in residence.model.named_parameters() if name not in inside)
+    yield from ((name, one) for name, one in offloaded.model.named_parameters() if name not in inside)
 
 
 def source_size(source: ModelSource) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class Replay:
     Args:
         model: Any model that `Anatomy` can read; at this moment on one device.
         anatomy: Its anatomy.
-        residence: Onloads each block when it is run, if the blocks are offloaded.
+        offloaded: Onloads each block when it is run, if the blocks are offloaded.
         forms: Those of a replay of the same architecture, whose moves were tried; tried on this model if None.
 
     Raises:
@@ -64,18 +64,18 @@ class Replay:
             within the model.
     """
 
-    residence: OffloadedBlocks | None = None
+    offloaded: OffloadedBlocks | None = None
 
     def __init__(
         self,
         model: PreTrainedModel,
         anatomy: Anatomy,
-        residence: OffloadedBlocks | None = None,
+        offloaded: OffloadedBlocks | None = None,
         forms: tuple[Form, Form] | None = None,
     ):
         self.model = model
         self.anatomy = anatomy
-        self.residence = residence
+        self.offloaded = offloaded
         self._calls: OrderedDict[tuple[Any, ...], list[Call]] = OrderedDict()
         if forms is not None:
             self._block_form, self._attention_form = forms
@@ -85,9 +85,9 @@ class Replay:
         self.verify()
 
     @classmethod
-    def within(cls, residence: OffloadedBlocks, forms: tuple[Form, Form] | None = None) -> "Replay":
+    def within(cls, offloaded: OffloadedBlocks, forms: tuple[Form, Form] | None = None) -> "Replay":
         """Make the replay of a model whose blocks are offloaded."""
-        return cls(residence.model, residence.anatomy, residence, forms)
+        return cls(offloaded.model, offloaded.anatomy, offloaded, forms)
 
     @property
     def forms(self) -> tuple[Form, Form]:
@@ -97,22 +97,22 @@ class Replay:
     @property
     def device(self) -> torch.device:
         """Device that blocks are run on."""
-        return self.residence.device if self.residence is not None else embedding_weight(self.model).device
+        return self.offloaded.device if self.offloaded is not None else embedding_weight(self.model).device
 
     def keep(self, indices: Iterable[int]) -> None:
         """Let these blocks stay on the device once they are run there; offload all others."""
-        if self.residence is not None:
-            self.residence.keep(indices)
+        if self.offloaded is not None:
+            self.offloaded.keep(indices)
 
     def hold(self, indices: Iterable[int]) -> None:
         """Onload these blocks and offload all others."""
-        if self.residence is not None:
-            self.residence.hold(indices)
+        if self.offloaded is not None:
+            self.offloaded.hold(indices)
 
     @contextmanager
     def rest_onloaded(self) -> Iterator[None]:
         """Keep the embeddings, the head and all else outside the blocks on the device within the context."""
-        with self.residence.rest_onloaded() if self.residence is not None else nullcontext():
+        with self.offloaded.rest_onloaded() if self.offloaded is not None else nullcontext():
             yield
 
     def embed(self, tokens: Tokens) -> Hidden:
@@ -151,8 +151,8 @@ class Replay:
     def run(self, index: int, hidden: Hidden) -> Hidden:
         """Compute the output of block `index` for the hidden states that enter it."""
         block = self.anatomy.blocks[index].module
-        if self.residence is not None:
-            self.residence.onload(index)
+        if self.offloaded is not None:
+            self.offloaded.onload(index)
         call = self._calls_for(hidden)[index]
         with evaluating(block):
             return first_of(call.run(block, hidden))
@@ -255,7 +255,7 @@ class Replay:
     @contextmanager
     def whole_model(self) -> Iterator[None]:
         """Make the whole model runnable within the context, wherever its blocks are."""
-        onloading = self.residence.onloaded_when_called() if self.residence is not None else nullcontext()
+        onloading = self.offloaded.onloaded_when_called() if self.offloaded is not None else nullcontext()
         with evaluating(self.model), onloading:
             yield
 

@@ -4,6 +4,7 @@ A model that recon cannot prune is told by its files or configuration, and refus
 quantised weights, encoder-decoders. An index may come from anywhere, so the files in it have to lie in the directory.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from textwrap import shorten
@@ -155,3 +156,14 @@ def _tensors(file: Path, option: str) -> set[str]:
                 f"weights; take the model they were made from, or write them dequantised"
             )
     return set(dtypes)
+
+
+def directory_digest(path: Path) -> str:
+    """Sha256 over names and contents of the files that make up a model directory."""
+    digest = hashlib.sha256()
+    for file in sorted(path.glob("*")):
+        if file.suffix in (".safetensors", ".json", ".bin", ".model") and file.name != "card.json":
+            digest.update(file.name.encode())
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()

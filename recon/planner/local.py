@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from recon.calibration.storage import Budget, Place
 from recon.models.replay import MAX_RECORDED_SHAPES
@@ -73,6 +73,18 @@ def calibration_bytes(fake: FakeModel, options: PlanOptions) -> Counter[Place]:
             budget.left[place] -= nbytes
             placed[place] += nbytes
     return placed
+
+
+def start_bytes(fake: FakeModel, options: PlanOptions) -> int:
+    """Bytes on the host of the weights that a window begins with, while it trains; the most of all windows."""
+    return max(fake.item * numel(_trained(fake, window, options)) for window in windows_to_recover(fake, options))
+
+
+def _trained(fake: FakeModel, window: Window, options: PlanOptions) -> list[Tensor]:
+    """Select the weights that recovery changes: adapters are merged into the pruned matrices."""
+    if options.scope == "matrix" or options.parameters == "lora":
+        return [fake.parameters[name] for name in fake.masked(window.owned, options)]
+    return list(fake.learning(window.owned, options).values())
 
 
 def local_snapshots(fakes: FakeModels, options: PlanOptions) -> Iterator[Snapshot]:

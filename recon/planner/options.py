@@ -76,6 +76,7 @@ class PlanOptions:
         activations_dtype: Precision of the kept hidden states; that of the model if None.
         exclude: Patterns of modules that stay dense.
         masked: Whether anything is pruned.
+        prunes_by_gram: Local scopes: whether masks are chosen along with recovery, from Gram matrices.
         device: Kind of the device that computes: AdamW steps differently on them.
     """
 
@@ -111,6 +112,7 @@ class PlanOptions:
     activations_dtype: torch.dtype | None = None
     exclude: tuple[str, ...] = ()
     masked: bool = True
+    prunes_by_gram: bool = False
     device: Literal["cuda", "cpu"] = "cuda"
 
     def __post_init__(self) -> None:
@@ -157,7 +159,7 @@ class PlanOptions:
     @property
     def collects(self) -> bool:
         """Whether Gram matrices are collected."""
-        return self.masked and (self.solves or self.scope == "matrix")
+        return self.masked and (self.solves or self.scope == "matrix" or (self.is_local and self.prunes_by_gram))
 
     @property
     def crosses(self) -> bool:
@@ -184,6 +186,7 @@ class PlanOptions:
         trainer: Mapping[str, Any] | None = None,
         exclude: tuple[str, ...] = (),
         masked: bool = True,
+        prunes_by_gram: bool = False,
     ) -> "PlanOptions":
         """Collect the options of a run, before or after its model is loaded.
 
@@ -193,6 +196,7 @@ class PlanOptions:
             trainer: As `trainer_options` translates them; one process in fp32 if None.
             exclude: See `PlanOptions`.
             masked: See `PlanOptions`.
+            prunes_by_gram: See `PlanOptions`.
 
         Raises:
             ValueError: If the scope cannot be planned, or the number of sequences is open.
@@ -218,6 +222,7 @@ class PlanOptions:
             start=scope.start,  # pyright: ignore[reportArgumentType]
             exclude=exclude,
             masked=masked,
+            prunes_by_gram=prunes_by_gram,
             **_of_scope(scope, data),
             **trainer or {},
         )

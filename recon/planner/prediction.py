@@ -14,7 +14,7 @@ from recon.models.loading import ModelSource
 from recon.planner.fake.model import FakeModel
 from recon.planner.flops import Kind, full_flops, local_flops, seconds_of, uniform
 from recon.planner.full import full_snapshots, held_on_host, optimizer_bytes
-from recon.planner.local import FakeModels, calibration_bytes, local_snapshots, windows_to_recover
+from recon.planner.local import FakeModels, calibration_bytes, local_snapshots, start_bytes, windows_to_recover
 from recon.planner.options import PlanOptions
 from recon.planner.snapshot import Snapshot, numel
 from recon.planner.trainer_options import trainer_options
@@ -185,6 +185,8 @@ def _host(shape: Shape, options: PlanOptions) -> dict[str, int]:
         held["gradients"], held["optimizer"] = offloaded["gradients"], offloaded["optimizer"]
     if options.device == "cpu" and options.offload == "none" and not options.offload_parameters:
         held["weights"] = 0  # the host's are the device's
+    if options.is_local:
+        held["weights"] += start_bytes(fake, options)
     processes = -(-options.world_size // options.num_nodes)
     return {name: processes * held[name] for name in CATEGORIES}
 
@@ -207,7 +209,12 @@ def _disk(shape: Shape, options: PlanOptions) -> dict[str, int]:
 
 
 def forecast(
-    scope: Scope, data: TokenData, trainer: L.Trainer, exclude: tuple[str, ...], masked: bool
+    scope: Scope,
+    data: TokenData,
+    trainer: L.Trainer,
+    exclude: tuple[str, ...],
+    masked: bool,
+    prunes_by_gram: bool = False,
 ) -> dict[str, Any]:
     """Predict the needs of a run that is about to begin, as plain data. It never stops the run.
 
@@ -220,12 +227,13 @@ def forecast(
         trainer: The trainer, before or after its processes are connected.
         exclude: Patterns of modules that stay dense.
         masked: Whether the model is pruned.
+        prunes_by_gram: Whether masks are chosen along with recovery, from Gram matrices.
 
     Returns:
         `Prediction.as_dict`, or the `reason` alone why there is none; a warning in the log then says it too.
     """
     try:
-        options = PlanOptions.of(scope, data, trainer_options(trainer), exclude, masked)
+        options = PlanOptions.of(scope, data, trainer_options(trainer), exclude, masked, prunes_by_gram)
         return predict(Shape(scope.source), options).as_dict()
     except Exception as error:  # whatever fails here, the run itself may succeed
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -79,12 +79,12 @@ class _FirstBlock:
         self.small = _smaller(options, self.fake, device, clock)
         self.stored = options.weights_dtype(shape.stored)
         self.model = source.hollow()
-        self.residence = OffloadedBlocks(self.model, device)
-        self.block = self.residence.anatomy.blocks[0]
+        self.offloaded = OffloadedBlocks(self.model, device)
+        self.block = self.offloaded.anatomy.blocks[0]
         self.fake_block = self.fake.anatomy.blocks[0]
         _fill(list(self.block.parameters().values()), self.stored)
-        self.replay = Unverified(self.model, self.residence.anatomy, self.residence)
-        self.residence.hold([0])
+        self.replay = Unverified(self.model, self.offloaded.anatomy, self.offloaded)
+        self.offloaded.hold([0])
         pruned = self.fake.prunable(options.exclude) if options.masked else {}
         self.names = [name for name in self.block.parameters() if name in pruned]
         self.tokens = self.small.batch_size * self.small.seq_len
@@ -159,7 +159,7 @@ class _FirstBlock:
 
         owned = window.owned + (outside if self.asked.train == "all" else [])
         steps = [self.fake.head(options) for options in (self.asked, self.small)]
-        with self.residence.rest_onloaded(), only_first(self.model, self.block):
+        with self.offloaded.rest_onloaded(), only_first(self.model, self.block):
             trained = self._trained(owned, loss)
         rest = self._speeds(steps[0].flops, steps[1].flops, steps[1].forward_flops, [trained])
         return {"training": blocks["training"], "rest": rest["training"], "held out": rest["held out"]}

@@ -12,8 +12,7 @@ from recon.basics.units import UNITS, readable
 from recon.planner.prediction import Prediction, Shape
 from recon.planner.proposals import Proposal, fits
 from recon.profiling.entries import CATEGORIES
-from recon.report.sections import MISSING, format_number
-from recon.report.table import WIDEST
+from recon.report.sections import MISSING, WIDEST, format_number
 
 HEADERS = {"activations": "acti-\nvations", "calibration": "cali-\nbration", "gradients": "gra-\ndients"}
 HEADERS |= {"optimizer": "opti-\nmizer", "gram": "Gram"}

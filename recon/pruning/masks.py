@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -231,16 +232,31 @@ class Masks(Mapping[str, Tensor]):
         Raises:
             ValueError: If `path` is not such a file.
         """
-        shapes = json.loads(_read_header(path)["shapes"])
+        shapes = _shapes(_json_of(path, "shapes"), path)
         with safe_open(path, framework="pt") as file:
-            return Masks.of_packed(
-                {name: file.get_tensor(name) for name in shapes}, {name: tuple(shape) for name, shape in shapes.items()}
-            )
+            if differing := sorted(shapes.keys() ^ set(file.keys())):
+                raise ValueError(_damaged(path, f"`{differing[0]}` only as a shape or only as a mask"))
+            packed = {name: file.get_tensor(name) for name in shapes}
+        for name, mask in packed.items():
+            num_bytes = -(-math.prod(shapes[name]) // 8)
+            if mask.dtype != torch.uint8 or tuple(mask.shape) != (num_bytes,):
+                got = (
+                    f"{list(mask.shape)} of {mask.dtype} for `{name}` {list(shapes[name])}, not [{num_bytes}] of uint8"
+                )
+                raise ValueError(_damaged(path, got))
+        return Masks.of_packed(packed, shapes)
 
     @staticmethod
     def read_metadata(path: str | Path) -> dict[str, str]:
-        """Read what `save` received as metadata, without reading the masks."""
-        return json.loads(_read_header(path)["metadata"])
+        """Read what `save` received as metadata, without reading the masks.
+
+        Raises:
+            ValueError: If `path` is not such a file.
+        """
+        metadata = _json_of(path, "metadata")
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError(_damaged(path, "metadata that are no texts"))
+        return metadata
 
     def _num_pruned(self, name: str) -> int:
         return math.prod(self._shapes[name]) - count_bits(self._packed[name])
@@ -300,11 +316,42 @@ def _read_header(path: str | Path) -> dict[str, str]:
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"`{path}` needs to be a mask file of recon, got no safetensors file: {error}") from error
+    except (SafetensorError, OSError) as error:
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(
+            f"`{path}` needs to be a mask file of recon, got no safetensors file, or a truncated one ({error}); name "
+            f"the masks.safetensors that `recon prune` wrote, or prune again"
+        ) from error
     if header.get("format") != FORMAT:
         raise ValueError(
             f"`{path}` needs to be a mask file of recon (format {FORMAT}), got a safetensors file of another "
             f"kind (format {header.get('format')}); a pruned model's weights are no mask file"
         )
     return header
+
+
+def _json_of(path: str | Path, name: str) -> dict[str, Any]:
+    """A part of the header that is a JSON object."""
+    header = _read_header(path)
+    try:
+        content = json.loads(header[name])
+    except (KeyError, ValueError) as error:
+        reason = f"no {name}" if isinstance(error, KeyError) else f"{name} that cannot be read ({error})"
+        raise ValueError(_damaged(path, reason)) from error
+    if not isinstance(content, dict):
+        raise ValueError(_damaged(path, f"{name} that map no names"))
+    return content
+
+
+def _shapes(content: dict[str, Any], path: str | Path) -> dict[str, tuple[int, ...]]:
+    for name, shape in content.items():
+        if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+            raise ValueError(_damaged(path, f"the shape {shape!r} for `{name}`"))
+    return {name: tuple(shape) for name, shape in content.items()}
+
+
+def _damaged(path: str | Path, got: str) -> str:
+    return (
+        f"`{path}` needs to be a whole mask file of recon, got {got}: it is damaged, or made by another version of "
+        f"recon; use that version, or prune again"
+    )

@@ -22,6 +22,7 @@ from recon.pruning.allocation import Allocation
 from recon.pruning.criteria import Criterion
 from recon.pruning.masks import Masks
 from recon.pruning.patterns import Pattern
+from recon.pruning.refinement import Refined
 from recon.pruning.start_weights import Sink, Start, apply, written
 
 log = logging.getLogger("recon")
@@ -49,6 +50,10 @@ class Pruning:
     inputs: Literal["dense", "pruned", "recovered"] = "dense"
     batch_size: int = 8
     allocation: Allocation | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"pruning.batch_size must be at least 1, got {self.batch_size}; 8 is the default")
 
     def describe(self, pattern: Pattern) -> str:
         """Name `pattern` for reports, with the allocation if there is one: `60% per row, owl`."""
@@ -89,16 +94,19 @@ def prune(
     _require_compatible(criterion, pattern, options)
     replay = replay or Replay(model, Anatomy.of(model))
     blocks = matrices_by_block(replay.anatomy, options.exclude)
+    require_fit(replay.anatomy.prunable(options.exclude), pattern, options)
     patterns = block_patterns(replay, tokens, criterion, pattern, options, storage)
     walk = Activations(replay, tokens, options.batch_size, replay.device, storage=storage)
+    # Scores need no Gram matrix of a criterion whose masks are refined when all are chosen.
+    scoring = criterion.criterion if pattern.across_model and isinstance(criterion, Refined) else criterion
     scores: dict[str, Tensor] = {}
     masks = Masks({})
     for index, (matrices, of_block) in enumerate(zip(blocks, patterns, strict=True)):
-        with collect(matrices, need=criterion.needs) as statistics:
+        with collect(matrices, need=scoring.needs) as statistics:
             walk.enter([index])
         if pattern.across_model:
             for name, module in matrices.items():
-                scores[name] = criterion.scores(weight_out_in(module), statistics[name], name)
+                scores[name] = scoring.scores(weight_out_in(module), statistics[name], name)
         else:
             with followed("choose masks"):
                 chosen, start = prune_block(matrices, statistics, criterion, of_block)
@@ -114,7 +122,34 @@ def prune(
         modules = {name: module for matrices in blocks for name, module in matrices.items()}
         keep = {name: as_out_in(modules[name], chosen) for name, chosen in pattern.select_all(scores).items()}
         masks = Masks(keep)
+        if isinstance(criterion, Refined):
+            walk = Activations(replay, tokens, options.batch_size, replay.device, storage=storage)
+            masks = _refined(walk, blocks, criterion, pattern, masks, moved)
     return masks
+
+
+def _refined(
+    walk: Activations,
+    blocks: Sequence[dict[str, nn.Module]],
+    criterion: Refined,
+    pattern: Pattern,
+    masks: Masks,
+    moved: Sink | None,
+) -> Masks:
+    """Improve masks that were chosen across the model, block by block: one more walk, now with Gram matrices."""
+    better = Masks({})
+    for index, matrices in enumerate(blocks):
+        with collect(matrices, need=criterion.needs) as statistics:
+            walk.enter([index])
+        for name, module in matrices.items():
+            weight = weight_out_in(module)
+            keep = as_out_in(module, masks[name]).to(weight.device)
+            after, chosen = criterion.refine(weight, statistics[name], weight, keep, pattern, name)
+            better.add(Masks({name: as_out_in(module, chosen).cpu().contiguous()}))
+            if moved is not None:
+                moved(name, as_out_in(module, after.to(weight.dtype).masked_fill(~chosen, 0)))
+        log.info(f"refine  block {index + 1}/{len(blocks)}  {len(matrices)} matrices  {criterion}  {pattern}")
+    return better
 
 
 def prune_block(
@@ -249,10 +284,26 @@ def moved_with(masks_file: Path, masks: Masks) -> Start | None:
     path = masks_file.parent / made_by[CAME_WITH_MOVED]
     if not path.exists():
         raise ValueError(
-            f"the masks in {masks_file} are those of {made_by['criterion']}, which moves weights, and need {path}, "
-            f"which does not exist; copy it there, or prune again"
+            f"the masks in {masks_file} are those of {made_by.get('criterion', 'a criterion')}, which moves weights, "
+            f"and need {path}, which does not exist; copy it there, or prune again"
         )
     return Start(path, masks)
+
+
+def require_fit(matrices: Mapping[str, nn.Module], pattern: Pattern, options: Pruning) -> None:
+    """Refuse matrices that the pattern does not fit, before the first is scored.
+
+    Args:
+        matrices: Parameter name -> linear map to prune.
+        pattern: The pattern of the whole model.
+        options: With an allocation the pattern differs from block to block, and is not checked here.
+
+    Raises:
+        ValueError: Naming the first matrix.
+    """
+    if options.allocation is None:
+        for name, module in matrices.items():
+            pattern.require(name, *weight_out_in(module).shape)
 
 
 def _require_compatible(criterion: Criterion, pattern: Pattern, options: Pruning) -> None:
@@ -267,7 +318,8 @@ def _require_compatible(criterion: Criterion, pattern: Pattern, options: Pruning
             f"pruning.inputs: pruned needs masks block by block, got a pattern that chooses across the model "
             f"({pattern}); choose pruning.inputs: dense or a pattern per row or per matrix"
         )
-    if pattern.across_model and type(criterion).prune is not Criterion.prune:
+    scoring = criterion.criterion if isinstance(criterion, Refined) else criterion
+    if pattern.across_model and type(scoring).prune is not Criterion.prune:
         raise ValueError(
             f"{criterion} chooses within one matrix, where it also sees what the other weights can make up for, and "
             f"{pattern} across the model; choose a pattern per row or per matrix, or a criterion that only scores"

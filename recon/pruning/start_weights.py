@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from recon.basics.files import atomic_write
@@ -39,8 +39,21 @@ class Start(Mapping[str, Tensor]):
 
     def __init__(self, path: Path, masks: Masks) -> None:
         self.path = path
-        with safe_open(path, framework="pt") as file:
-            self._shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        try:
+            with safe_open(path, framework="pt") as file:
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 -- no mapping
+                self._shapes = {name: tuple(one.get_shape()) for name, one in slices.items()}
+                dtypes = {name: one.get_dtype() for name, one in slices.items()}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"start weights need a whole safetensors file, got {path} ({error}); copy it again, or delete it and "
+                f"prune again"
+            ) from error
+        if others := [name for name, dtype in dtypes.items() if dtype not in DTYPES.values()]:
+            raise ValueError(
+                f"start weights need one of {', '.join(DTYPES.values())}, got {dtypes[others[0]]} for `{others[0]}` in "
+                f"{path}; prune again"
+            )
         expected = dict(masks.shapes)
         if self._shapes != expected:
             differing = sorted(name for name in expected | self._shapes if self._shape(name) != expected.get(name))
@@ -136,10 +149,10 @@ def apply(model: nn.Module, masks: Masks, start: Mapping[str, Tensor] | None) ->
             parameter.copy_(weight)
 
 
-def amend_by(masks: Masks, start: Mapping[str, Tensor] | None, residence: OffloadedBlocks) -> Callable[[Block], None]:
+def amend_by(masks: Masks, start: Mapping[str, Tensor] | None, offloaded: OffloadedBlocks) -> Callable[[Block], None]:
     """Make the function for `OffloadedBlocks.amend` that prunes each block and sets its survivors to `start`."""
 
     def amend(block: Block) -> None:
-        apply(residence.model, masks.subset(name for name in block.parameters() if name in masks), start)
+        apply(offloaded.model, masks.subset(name for name in block.parameters() if name in masks), start)
 
     return amend

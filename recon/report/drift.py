@@ -5,7 +5,8 @@ The table and the picture (`recon.report.plots.drift`) share these curves.
 
 from dataclasses import dataclass
 
-from recon.report.groups import Estimate, Group, Row, estimate
+from recon.report.estimates import Estimate, estimate
+from recon.report.groups import Group, Row
 from recon.report.schema import Report
 from recon.report.sections import MISSING, Section, show
 

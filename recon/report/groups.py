@@ -3,31 +3,13 @@
 The table and the picture both start here, so that they cannot disagree.
 """
 
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass
-from statistics import fmean, stdev
 
+from recon.report.estimates import Estimate, estimate
 from recon.report.schema import SCOPES, Report, Results
 
 REASON_LENGTH = 160
 """Characters of a failure's reason that tables and pictures show; the report has all of it."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Mean of one quantity over seeds, and its sample standard deviation (None for a single seed)."""
-
-    mean: float
-    std: float | None
-
-
-def estimate(values: Iterable[float | int | None]) -> Estimate | None:
-    """Mean and sample standard deviation of the values that were measured; None if none was."""
-    measured = [float(value) for value in values if value is not None and math.isfinite(value)]
-    if not measured:
-        return None
-    return Estimate(fmean(measured), stdev(measured) if len(measured) > 1 else None)
 
 
 @dataclass(frozen=True)
@@ -87,6 +69,11 @@ class Group:
                 notes.append(f"{_name(cell)} has no finite perplexity")
             if cell.mask_violations:
                 notes.append(f"{_name(cell)} violates its masks: {cell.mask_violations:,} pruned weights are not zero")
+            if reset := cell.reset_windows:
+                notes.append(
+                    f"{_name(cell)}: {len(reset)} of {len(cell.windows)} windows ended worse than they began and kept "
+                    f"their start: the learning rate is too high for this data, or there is too little of it"
+                )
         if _num_protocols(self.cells) > 1:
             notes.append("These perplexities are not comparable: their protocols differ, see results.json")
         if baseline := estimate(cell.baseline_host_bytes for cell in self.cells):

@@ -3,30 +3,14 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from recon.report.groups import Group, Row, estimate
+from recon.report.estimates import estimate
+from recon.report.groups import Group, Row
+from recon.report.memory_phases import MIB, everything_else
 from recon.report.schema import Report
 from recon.report.sections import Section, show
 
-SPLIT = ("weights_bytes", "gradients_bytes", "optimizer_bytes")
-"""What `MemoryProfiler` measures before a step; `on_host_bytes` of all three lie in the host's memory."""
-
-MIB = 2**20
-
 Rank = Mapping[str, Any]
 """One of a report's `ranks`: peaks and split of one process."""
-
-
-def everything_else(split: Rank, above_libraries: int, device_peak: int | None) -> int:
-    """Bytes of a peak that are not weights, gradients or optimizer state, on the device if there is one.
-
-    Args:
-        split: The three figures of `SPLIT` and, with a device, `on_host_bytes`.
-        above_libraries: Peak of the host without the libraries.
-        device_peak: Allocated on the device; None or 0 without one.
-    """
-    if device_peak:
-        return device_peak - (sum(split[name] for name in SPLIT) - split["on_host_bytes"])
-    return above_libraries - sum(split[name] for name in SPLIT)
 
 
 def memory_section(group: Group) -> Section | None:

@@ -10,6 +10,9 @@ from recon.report.sections import Section, format_number
 
 MIB = 2**20
 
+SPLIT = ("weights_bytes", "gradients_bytes", "optimizer_bytes")
+"""What `MemoryProfiler` measures before a step; `on_host_bytes` of all three lie in the host's memory."""
+
 Phase = Mapping[str, Any]
 """One of the `phases` in `memory.json`."""
 
@@ -28,6 +31,19 @@ COLUMNS = {
 def resident(phase: Phase) -> tuple[int, int]:
     """How large a phase was: on the device as its allocator says, then in the host's resident memory."""
     return phase["device_allocated_bytes"] or 0, phase["host_bytes"]
+
+
+def everything_else(split: Mapping[str, Any], above_libraries: int, device_peak: int | None) -> int:
+    """Bytes of a peak that are not weights, gradients or optimizer state, on the device if there is one.
+
+    Args:
+        split: The three figures of `SPLIT` and, with a device, `on_host_bytes`.
+        above_libraries: Peak of the host without the libraries.
+        device_peak: Allocated on the device; None or 0 without one.
+    """
+    if device_peak:
+        return device_peak - (sum(split[name] for name in SPLIT) - split["on_host_bytes"])
+    return above_libraries - sum(split[name] for name in SPLIT)
 
 
 def fold_windows(phases: Sequence[Phase], most: int = 1, size: Callable[[Phase], Any] = resident) -> list[Phase]:

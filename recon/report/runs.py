@@ -16,6 +16,7 @@ NOT_OF_REFERENCES: dict[str, Any] = {
     "train_tokens": 0,
     "ranks": [],
     "references": {},
+    "windows": {},
     "throughput": {},
     "drift": {},
     "prediction": {},

@@ -24,6 +24,7 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 
 from recon.basics.files import write_json
+from recon.report.parts import PARTS, first_fault
 
 SCOPES = ("dense", "sparse", "pruned", "matrix", "submodule", "block", "full")
 """Subjects of reports, in the order of tables: three models without recovery, then the recovery scopes."""
@@ -64,6 +65,8 @@ class Report(BaseModel):
         references: `dense` and `pruned` -> their `sparsity`, `model_sparsity` and `disk_bytes`, where measured.
         prediction: Predicted needs of the run, as `recon.planner.Prediction` has them, or the `reason` why there is no
             prediction; empty for what is not planned.
+        windows: Name of each recovered window -> held-out error `before` and `after` of the weights that it has kept.
+            One that ended worse than it began has kept its start, with the error of its end as `discarded`.
         throughput: Tokens per second of all processes, model FLOP utilisation, and the tokens and seconds of their
             measurement; empty if not measured.
         tuning: The points tried to choose this cell's options: `options`, `perplexity` on the validation split (None if
@@ -103,6 +106,7 @@ class Report(BaseModel):
     environment: dict[str, Any] = {}
     ranks: list[dict[str, Any]] = []
     references: dict[str, dict[str, Any]] = {}
+    windows: dict[str, dict[str, float]] = {}
     throughput: dict[str, Any] = {}
     drift: dict[str, Any] = {}
     prediction: dict[str, Any] = {}
@@ -128,6 +132,15 @@ class Report(BaseModel):
         return value if value is not None and math.isfinite(value) else None
 
     @model_validator(mode="after")
+    def _as_tables_read_it(self) -> "Report":
+        for name, form in PARTS.items():
+            try:
+                form.validate_python(getattr(self, name))
+            except ValidationError as error:
+                raise ValueError(f"`{name}` is not as recon writes it: {first_fault(error)}") from None
+        return self
+
+    @model_validator(mode="after")
     def _says_why_it_failed(self) -> "Report":
         if self.status == "failed" and not self.error:
             raise ValueError(f"a failed report must say why; got no `error` for scope {self.scope!r}")
@@ -151,6 +164,11 @@ class Report(BaseModel):
     def peaks(self) -> dict[str, int | None]:
         """Peak bytes on the `host` (resident memory, libraries included) and the `device`; None if unmeasured."""
         return {"host": self.peak_host_bytes, "device": self.peak_device_bytes}
+
+    @property
+    def reset_windows(self) -> list[str]:
+        """The windows that ended worse than they began, and have kept their start."""
+        return [name for name, errors in self.windows.items() if "discarded" in errors]
 
     def replace(self, **changes: Any) -> "Report":
         """A copy with some fields changed, validated as a new one."""
@@ -234,6 +252,9 @@ class Results:
         return _validated(cls, {"created": ""} | payload, str(file))
 
 
+_CURE = "name another file, or delete this one and run again: a run then only measures"
+
+
 def _find(path: Path) -> Path:
     candidates = [path / "results.json", path / "report.json"] if path.is_dir() else [path]
     for candidate in candidates:
@@ -255,9 +276,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         payload = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
     except ValueError as error:
-        raise ValueError(f"{path} must hold strict JSON as recon writes it; reading it failed: {error}") from error
+        raise ValueError(
+            f"{path} must hold strict JSON as recon writes it; reading it failed: {error}; {_CURE}"
+        ) from error
     if not isinstance(payload, dict):
-        raise ValueError(f"{path} must hold a JSON object as recon writes it; got {_brief(payload)}")
+        raise ValueError(f"{path} must hold a JSON object as recon writes it; got {_brief(payload)}; {_CURE}")
     return payload
 
 
@@ -277,7 +300,7 @@ def _validated(kind: Any, payload: Any, source: str) -> Any:
         return TypeAdapter(kind).validate_python(payload)
     except ValidationError as error:
         faults = "; ".join(_fault(one) for one in error.errors(include_url=False))
-        raise ValueError(f"{source} is no valid {kind.__name__.lower()}: {faults}") from error
+        raise ValueError(f"{source} is no valid {kind.__name__.lower()}: {faults}; {_CURE}") from error
 
 
 def _fault(error: Any) -> str:

@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass
 
-from recon.report.groups import Estimate
+from recon.report.estimates import Estimate
 
 MISSING = "-"
+
+WIDEST = 1000
+"""Characters: no table needs more."""
 
 
 @dataclass(frozen=True)

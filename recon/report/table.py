@@ -16,11 +16,8 @@ from recon.report.groups import Group, Row, group_cells
 from recon.report.memory import memory_section
 from recon.report.prediction import prediction_section
 from recon.report.schema import Results
-from recon.report.sections import MISSING, Section, show
+from recon.report.sections import MISSING, WIDEST, Section, show
 from recon.report.tuning import tuning_section
-
-WIDEST = 1000
-"""Characters: no table needs more."""
 
 PIPE_WIDTH = 100
 """Characters of a line where there is no terminal."""

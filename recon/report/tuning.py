@@ -4,7 +4,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from recon.report.groups import REASON_LENGTH, Estimate, Group
+from recon.report.estimates import Estimate
+from recon.report.groups import REASON_LENGTH, Group
 from recon.report.schema import Report
 from recon.report.sections import MISSING, Section, show
 

@@ -1,9 +1,8 @@
 """What the four recovery scopes share: the model they repair, the masks they keep, the data they see."""
 
-import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -32,15 +31,13 @@ from recon.pruning.masks import Masks
 from recon.pruning.start_weights import Start, apply, written
 from recon.scopes.enforcement import MaskEnforcer
 from recon.scopes.exact import solve_all
+from recon.scopes.losses import check_finite
 from recon.scopes.optimization import LRSchedulerRecipe, OptimizerRecipe
 from recon.scopes.own_batches import OwnBatches
 from recon.scopes.tally import Tally
 from recon.scopes.trainer_options import EVERYWHERE, IN_WINDOWS, TrainerOption, refuse
 
 StartName = Literal["pruned", "moved", "exact"]
-
-log = logging.getLogger("recon")
-
 
 NO_MOVED = (
     "model.start: moved needs weights that the criterion moved, {}; choose a criterion that moves weights "
@@ -96,12 +93,12 @@ class Scope(L.LightningModule, ABC):
     ) -> None:
         super().__init__()
         if epochs < 1:
-            raise ValueError(f"model.epochs must be at least 1, got {epochs}")
+            raise ValueError(f"model.epochs must be at least 1, got {epochs}; give --model.epochs 1")
         self.source = ModelSource(name, shape, dtype, revision, tokenizer, trust_remote_code)
         self.save_dtype = save_dtype
         self.epochs, self.start = epochs, start
         self.offload: Offload = offload
-        self.residence: OffloadedBlocks | None = None  # of a model that is not on the device
+        self.offloaded: OffloadedBlocks | None = None  # of a model that is not on the device
         self.forms: tuple[Form, Form] | None = None  # in which its blocks return, once they were tried out
         self._storage = ON_DEVICE
         self.start_weights: Mapping[str, torch.Tensor] | None = None  # of every mask; None for the dense survivors
@@ -144,6 +141,11 @@ class Scope(L.LightningModule, ABC):
     def own_windows(self) -> Sequence[Window]:
         """The windows that this process recovers."""
         return ()
+
+    @property
+    def results(self) -> dict[str, dict[str, Any]]:
+        """Held-out errors of each recovered window, and more; none in a scope without windows."""
+        return {}
 
     @property
     def storage(self) -> Storage:
@@ -214,6 +216,14 @@ class Scope(L.LightningModule, ABC):
         """The places of the run's products; None without a directory."""
         return None if self.directory is None else RunPaths(self.directory)
 
+    def require_model(self, anatomy: Anatomy, pruned: Collection[str]) -> None:
+        """Refuse a loaded model that the options of this scope do not fit, before it is pruned; any model fits here.
+
+        Args:
+            anatomy: The blocks of the model.
+            pruned: Names of the parameters to be pruned.
+        """
+
     def refused_options(self) -> tuple[TrainerOption, ...]:
         """Options of a trainer that this scope does not honour."""
         return EVERYWHERE + IN_WINDOWS
@@ -261,8 +271,8 @@ class Scope(L.LightningModule, ABC):
             self.model, data.tokenizer = self.source.load()
         else:
             dense = None if self.paths is None else self.paths.dense
-            self.residence = open_offloaded(self.source, self.offload, self.device, dense)
-            object.__setattr__(self, "model", self.residence.model)  # not as a child, which Lightning would move
+            self.offloaded = open_offloaded(self.source, self.offload, self.device, dense)
+            object.__setattr__(self, "model", self.offloaded.model)  # not as a child, which Lightning would move
             data.tokenizer = self.source.tokenizer_for(self.model)
         self.dtype_to_save = self._dtype_to_save()
 
@@ -271,20 +281,20 @@ class Scope(L.LightningModule, ABC):
 
     def result(self) -> tuple[PreTrainedModel, dict[str, torch.Tensor] | None]:
         """The recovered model in the precision to save, after the fit, and its weights if it is without them."""
-        if self.residence is None or self.residence.disk_weights is None:
+        if self.offloaded is None or self.offloaded.disk_weights is None:
             as_stored = self.model.dtype == self.dtype_to_save
             return self.model if as_stored else self.model.to(self.dtype_to_save), None  # pyright: ignore[reportArgumentType]
         assert self.directory is not None
-        state = self.residence.state(self.dtype_to_save, self.directory)
+        state = self.offloaded.state(self.dtype_to_save, self.directory)
         model = empty(type(self.model), self.model.config, self.dtype_to_save)
         model.generation_config = self.model.generation_config
         return model, state
 
     def open_replay(self) -> Replay:
         """The blocks of the model, one by one, on the device that this module is on; tried out the first time."""
-        if self.residence is not None:
-            self.residence.move_to(self.device)
-        replay = Replay(self.model, Anatomy.of(self.model), self.residence, self.forms)
+        if self.offloaded is not None:
+            self.offloaded.move_to(self.device)
+        replay = Replay(self.model, Anatomy.of(self.model), self.offloaded, self.forms)
         self.forms = replay.forms
         return replay
 
@@ -294,11 +304,11 @@ class Scope(L.LightningModule, ABC):
         Raises:
             ValueError: Naming the first parameter that has one.
         """
-        if self.residence is None or self.residence.disk_weights is None:
+        if self.offloaded is None or self.offloaded.disk_weights is None:
             return masks.check(self.model)
-        for block in self.residence.anatomy.blocks:
+        for block in self.offloaded.anatomy.blocks:
             if names := [name for name in block.parameters() if name in masks]:
-                self.residence.onload(block.index)
+                self.offloaded.onload(block.index)
                 masks.subset(names).check(self.model)
 
     def prepare(
@@ -398,15 +408,3 @@ class Scope(L.LightningModule, ABC):
             ValueError: Naming the first parameter with a pruned weight that is not zero.
         """
         self.check(self.masks)
-
-
-def check_finite(loss: torch.Tensor, where: str) -> None:
-    """Stop a run whose loss is no number.
-
-    Raises:
-        FloatingPointError: If `loss` is NaN or infinite, with the place and the usual cures.
-    """
-    if not torch.isfinite(loss):
-        raise FloatingPointError(
-            f"the loss must be finite, got {loss.item()} in {where}; lower model.lr, or use a wider trainer.precision"
-        )

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -23,11 +24,17 @@ from recon.models.anatomy import Anatomy
 from recon.models.loading import empty
 from recon.pruning.interleaved import Interleaved
 from recon.pruning.masks import Masks
-from recon.scopes.base import Scope, check_finite
+from recon.scopes.base import Scope
 from recon.scopes.enforcement import require_zero_keeping
 from recon.scopes.lora import DEFAULT_LORA, Lora, attach, merge, merge_state, round_merged
-from recon.scopes.losses import ModelLoss, cross_entropy, distillation, next_token_logits
-from recon.scopes.optimization import LRSchedulerRecipe, OptimizerRecipe, warmup_and_linear_decay
+from recon.scopes.losses import ModelLoss, check_finite, cross_entropy, distillation, next_token_logits
+from recon.scopes.optimization import (
+    LRSchedulerRecipe,
+    OptimizerRecipe,
+    require_buildable,
+    require_rates,
+    warmup_and_linear_decay,
+)
 from recon.scopes.trainable import Parameters, chosen
 from recon.scopes.trainer_options import EVERYWHERE, TrainerOption
 
@@ -99,6 +106,9 @@ class FullRetraining(Scope):
                 f"model.offload is for local scopes, which need one window at a time on the device, got {self.offload} "
                 f"with full retraining, which needs all of the model; choose -c strategies/zero3_offload instead"
             )
+        require_rates(lr, weight_decay, betas, warmup)
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"model.temperature must be above 0 and finite, got {temperature}; 1 is the default")
         self.loss, self.temperature, self.train_what = loss, temperature, train
         self.which_parameters: Parameters = parameters
         self.lora = lora
@@ -179,6 +189,8 @@ class FullRetraining(Scope):
         """
         if optimizer is not None:
             require_zero_keeping(optimizer.kind)
+        require_buildable(optimizer, lr_scheduler)
+        if optimizer is not None:
             self.lr = optimizer.options.get("lr", self.lr)
             log.info(f"{optimizer} has its own options, in place of model.lr, model.weight_decay and model.betas")
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
@@ -270,7 +282,16 @@ class FullRetraining(Scope):
         checkpoint[TALLY] = spent | {"seconds": spent["seconds"] + self.start_seconds}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on from the cost so far."""
+        """Go on from the cost so far.
+
+        Raises:
+            ValueError: If the checkpoint has no cost.
+        """
+        if TALLY not in checkpoint:
+            raise ValueError(
+                f"a checkpoint needs the cost so far, got one without `{TALLY}`, made by another version of recon; use "
+                f"that version, or delete the checkpoints to begin anew"
+            )
         self.tally.go_on(**checkpoint[TALLY])
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

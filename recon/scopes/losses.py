@@ -72,3 +72,15 @@ def distillation(
     t = temperature
     log_p, log_q = F.log_softmax(student / t, dim=-1), F.log_softmax(teacher / t, dim=-1)
     return F.kl_div(log_p, log_q, log_target=True, reduction="batchmean") * t * t
+
+
+def check_finite(loss: Tensor, where: str) -> None:
+    """Stop a run whose loss is no number.
+
+    Raises:
+        FloatingPointError: If `loss` is NaN or infinite, with the place and the usual cures.
+    """
+    if not loss.isfinite():
+        raise FloatingPointError(
+            f"the loss must be finite, got {loss.item()} in {where}; lower model.lr, or use a wider trainer.precision"
+        )

@@ -51,6 +51,7 @@ class MatrixReconstruction(LocalScope):
         self.automatic_optimization = isinstance(self.solver, GradientDescent)
         self._problems: dict[str, LeastSquares] = {}
         self._solved: dict[str, dict[str, Any]] = {}
+        self._num_tokens = 0  # of the statistics
         self._began = 0.0
 
     def refused_options(self) -> tuple[TrainerOption, ...]:
@@ -88,7 +89,7 @@ class MatrixReconstruction(LocalScope):
 
     def observe(self, statistics: dict[str, InputStatistics]) -> None:
         """Pose the problem of each matrix, whose weight still is dense."""
-        self._window_tokens = max((one.num_tokens for one in statistics.values()), default=self._window_tokens)
+        self._num_tokens = max((one.num_tokens for one in statistics.values()), default=self._num_tokens)
         self._problems = {
             name: LeastSquares.of(found, weight_out_in(self._module(name)).clone())
             for name, found in statistics.items()
@@ -103,13 +104,14 @@ class MatrixReconstruction(LocalScope):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """Solve every matrix of the block, or return the mean error of their outputs for a gradient step."""
+        assert self.under_way is not None
+        self.under_way.tokens = self._num_tokens
         if not isinstance(self.solver, GradientDescent):
             with followed("solve"):
                 return self._solve(self.solver)
-        assert self.window is not None
         errors = [relative_objective(one, self._learning(name)) for name, one in self._problems.items()]
         loss = torch.stack(errors).mean()
-        self.log_loss("matrix_error", loss, f"window {self.window.name}, step {batch_idx}")
+        self.log_loss("matrix_error", loss, f"window {self.under_way.window.name}, step {batch_idx}")
         return loss
 
     @torch.no_grad()
@@ -127,7 +129,7 @@ class MatrixReconstruction(LocalScope):
         """Drop dense weights and Gram matrices; report how well each matrix was solved."""
         if isinstance(self.solver, GradientDescent):
             self._end_descent(self.solver)
-        solved, self._problems, self._solved = self._solved, {}, {}
+        solved, self._problems, self._solved, self._num_tokens = self._solved, {}, {}, 0
         return {"matrices": solved}
 
     def _end_descent(self, solver: GradientDescent) -> None:

@@ -6,9 +6,7 @@ Two rates of products are measured: of the sizes of the model's largest matrix, 
 """
 
 import io
-import math
 import statistics
-import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -18,23 +16,20 @@ from unittest import mock
 
 import lightning as L
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import addmm_flop, flop_registry, sdpa_backward_flop, sdpa_flop
+from torch.utils.flop_counter import addmm_flop
 
 from recon.cli.fit import main as recon_fit
+from recon.planner.fake.tracker import FORMULAS
 
 from .bare_loop import QUICK, Size
 from .fits import arguments, fit, say
+from .rates import product_rate
 
 SCOPES = ("matrix", "submodule", "block", "full")
 
 aten = torch.ops.aten
-FORMULAS: dict[Any, Callable[..., int]] = flop_registry | {  # it lacks these
-    aten.addmm_: addmm_flop,
-    aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
-}
+ALL_FORMULAS: dict[Any, Callable[..., int]] = FORMULAS | {aten.addmm_: addmm_flop}
 
 
 class Operations(TorchDispatchMode):
@@ -48,7 +43,7 @@ class Operations(TorchDispatchMode):
         """Count one operation."""
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
-        if formula := FORMULAS.get(func._overloadpacket):
+        if formula := ALL_FORMULAS.get(func._overloadpacket):
             self.total += formula(*args, **kwargs, out_val=output)
         return output
 
@@ -138,32 +133,6 @@ def count(args: list[str]) -> int:
     with mock.patch.object(L.Trainer, "fit", counted), redirect_stdout(io.StringIO()):
         recon_fit(args)
     return operations.total
-
-
-def product_rate(rows: int, inputs: int, outputs: int, dtype: torch.dtype, device: str, seconds: float = 0.5) -> float:
-    """Operations per second of [rows, inputs] x [inputs, outputs], the best of many calls in `seconds`."""
-    left, right = (torch.randn(shape, dtype=dtype, device=device) for shape in ((rows, inputs), (inputs, outputs)))
-    output = torch.empty(rows, outputs, dtype=dtype, device=device)
-    operations = 2 * rows * inputs * outputs
-    calls, times, end = 1, [], time.perf_counter() + seconds
-    while time.perf_counter() < end or not times:
-        taken = _seconds(calls, left, right, output)
-        if taken < 0.01:  # too short for the clock
-            calls = math.ceil(calls * 0.02 / max(taken, 1e-4))
-        else:
-            times.append(taken / calls)
-    return operations / statistics.median(times)
-
-
-def _seconds(calls: int, left: Tensor, right: Tensor, output: Tensor) -> float:
-    if left.is_cuda:
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    for _ in range(calls):
-        torch.mm(left, right, out=output)
-    if left.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
 
 
 def table(result: dict[str, Any]) -> str:

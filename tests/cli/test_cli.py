@@ -19,6 +19,7 @@ from recon.cli import main
 from recon.models.loading import ModelSource
 from recon.pruning.masks import Masks
 from recon.report import Report
+from tests.support.slow import quick
 
 LLAMA = {
     "model_type": "llama",
@@ -67,7 +68,7 @@ def assert_complete(run_dir, scope):
     assert len(AutoTokenizer.from_pretrained(run_dir / "model")("def f(x):")["input_ids"]) > 1
 
 
-@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("scope", quick(SCOPES, "submodule", "full"))
 def test_fit_random_llama(scope, tmp_path, capsys):
     run_dir = tmp_path / "run"
     assert fit(scope, run_dir, *RANDOM) == 0
@@ -80,7 +81,7 @@ def test_fit_random_llama(scope, tmp_path, capsys):
     assert (run_dir / "report.json").stat().st_mtime_ns == before[run_dir / "report.json"]
 
 
-@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("scope", quick(SCOPES, "matrix", "block"))
 def test_fit_gpt2_by_path(scope, gpt2, tmp_path):
     assert fit(scope, tmp_path / "run", "--model.name", gpt2) == 0
     assert_complete(tmp_path / "run", scope)
@@ -120,7 +121,7 @@ def test_prune_then_fit_with_its_masks_then_test(tmp_path, capsys):
     assert broken["mask_violations"] == int((~masks[next(iter(masks))]).sum())
 
 
-USAGE = {"sparsity", "epochs", "unknown option", "unknown scope"}
+USAGE = {"sparsity", "epochs", "unknown option", "unknown scope", "pattern", "exclusion"}
 """Mistakes of the command line itself."""
 
 WRONG = {

@@ -15,7 +15,7 @@ RUNS = [name for name in NAMES if name.startswith(("scopes/", "pretrain/"))]
 
 
 def test_none_is_forgotten():
-    assert len(NAMES) == len(COMPARISONS) + len(OVERLAYS) + len(RUNS) == 67
+    assert len(NAMES) == len(COMPARISONS) + len(OVERLAYS) + len(RUNS) == 68
 
 
 @pytest.mark.parametrize("name", RUNS)

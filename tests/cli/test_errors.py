@@ -70,12 +70,21 @@ sys.exit(main())
 """
 
 
+@pytest.fixture
+def answers_ctrl_c():
+    """Children do not inherit that Ctrl-C is ignored, as in a job in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("answers_ctrl_c")
 @pytest.mark.parametrize(
     ("body", "status", "said"),
     [
         ("raise ValueError('it failed')", 1, "recon merge: error: it failed"),
         ("raise OSError(28, 'No space left on device')", 1, "No space left"),
-        ("from recon.cli.errors import UsageError; raise UsageError('what?')", 2, "recon merge: error: what?"),
+        ("from recon.basics.refusals import UsageError; raise UsageError('what?')", 2, "recon merge: error: what?"),
         ("raise KeyboardInterrupt", 130, "recon merge: stopped by Ctrl-C"),
         ("import signal, os, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)", 130, "stopped by Ctrl-C"),
     ],
@@ -101,6 +110,7 @@ def test_lightnings_answer_to_ctrl_c_is_ours(monkeypatch, capsys):
     assert error == "recon fit: stopped by Ctrl-C; the same command goes on from what it has written\n"
 
 
+@pytest.mark.usefixtures("answers_ctrl_c")
 def test_ctrl_c_in_a_run(tmp_path):
     command = [sys.executable, "-m", "recon", "fit", "-c", "scopes/submodule", "--run_dir", str(tmp_path / "run")]
     command += ["--model.epochs", "500", "--data.num_sequences", "8", "--data.seq_len", "32", "--baselines", "false"]
@@ -119,6 +129,7 @@ def test_ctrl_c_in_a_run(tmp_path):
     assert error == ""
 
 
+@pytest.mark.usefixtures("answers_ctrl_c")
 def test_ctrl_c_again_ends_the_process():
     script = (
         "import os, signal, time; from recon.cli.interrupt import Interrupt; Interrupt().install()\n"

@@ -68,7 +68,7 @@ def hub(monkeypatch, streaming=False, **options) -> HubDataset:
         rows = Dataset.from_dict({"text": texts, "url": ["x"] * len(texts)})
         return rows.to_iterable_dataset() if rest.get("streaming") else rows
 
-    monkeypatch.setattr(sources, "load_dataset", load_dataset)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
     source = HubDataset("owner/corpus", streaming=streaming, **options)
     source.calls = calls  # pyright: ignore[reportAttributeAccessIssue]
     return source

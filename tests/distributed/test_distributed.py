@@ -3,8 +3,14 @@
 Every run writes to <directory of the module>/<kind>/<name>; the model and the masks of all are in <directory>/masks.
 """
 
+import itertools
 import json
+import os
 import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -17,9 +23,13 @@ from recon.models.loading import ModelSource
 from recon.pruning.masks import Masks
 from tests.support import distributed_runs as runs
 from tests.support.processes import Failed, in_processes
+from tests.support.slow import quick, slow
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 PRECISIONS = ("32-true", "bf16-mixed")
+ROOT = Path(__file__).parents[2]
+SECONDS = 20.0  # from the checkpoint of a process that is told to stop to its end; two, but for a machine under load
+PATIENCE = 120.0  # seconds
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +49,13 @@ def finished(directory: Path, strategy: str, precision: str) -> Path:
     return run
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("strategy", [*STRATEGIES, "zero3_offload"])
+@pytest.mark.parametrize(
+    ("strategy", "precision"),
+    quick(
+        itertools.product((*STRATEGIES, "zero3_offload"), PRECISIONS),
+        *(("ddp", "32-true"), ("zero2", "bf16-mixed"), ("zero3", "bf16-mixed"), ("fsdp2", "bf16-mixed")),
+    ),
+)
 def test_weights_of_one_process_with_exact_masks(strategy: str, precision: str, directory: Path) -> None:
     run = directory / strategy / precision
     expected = {"working copy"} | ({"fp32 master copy"} if strategy.startswith("zero") else set())
@@ -59,7 +74,7 @@ def test_weights_of_one_process_with_exact_masks(strategy: str, precision: str, 
     assert report["environment"]["strategy"] == strategy
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", quick(STRATEGIES, "zero2", "zero3", "fsdp2"))
 def test_the_last_checkpoint_is_consolidated_to_the_model_that_the_run_wrote(
     strategy: str, directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -73,7 +88,7 @@ def test_the_last_checkpoint_is_consolidated_to_the_model_that_the_run_wrote(
         assert (written / file).read_text() == (run / "model" / file).read_text()
 
 
-@pytest.mark.parametrize("strategy", ["zero2", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["zero2", slow("fsdp2")])
 def test_an_own_list_of_callbacks_loses_no_mask(strategy: str, directory: Path) -> None:
     run = directory / f"{strategy}-own-callbacks" / "bf16-mixed"
     for largest in in_processes(runs.fit, strategy, "bf16-mixed", 2, run, "--trainer.callbacks", "[]"):
@@ -82,7 +97,7 @@ def test_an_own_list_of_callbacks_loses_no_mask(strategy: str, directory: Path) 
     assert runs.same(runs.weights(run), runs.weights(finished(directory, strategy, "bf16-mixed")))
 
 
-@pytest.mark.parametrize("strategy", ["zero2", "fsdp2"])
+@pytest.mark.parametrize("strategy", [slow("zero2"), "fsdp2"])
 def test_another_optimizer_and_schedule_keep_exact_masks(strategy: str, directory: Path) -> None:
     run = directory / f"{strategy}-sgd" / "32-true"
     chosen = ("--optimizer", "SGD", "--optimizer.lr", "0.05", "--optimizer.momentum", "0.9")
@@ -120,8 +135,7 @@ def test_zeroing_weights_after_each_step_leaves_the_master_copy_to_drift(directo
     ("strategy", "which"),
     [
         ("zero3", "all"),
-        ("fsdp2", "one"),
-        *(pytest.param(*one, marks=pytest.mark.slow) for one in (("ddp", "all"), ("zero1", "all"), ("zero2", "one"))),
+        *(slow(*one) for one in (("fsdp2", "one"), ("ddp", "all"), ("zero1", "all"), ("zero2", "one"))),
     ],
 )
 def test_a_killed_run_ends_bit_identically(strategy: str, which: str, directory: Path) -> None:
@@ -139,7 +153,7 @@ def test_a_killed_run_ends_bit_identically(strategy: str, which: str, directory:
 
 @pytest.mark.parametrize(
     ("strategy", "world", "batch", "step"),
-    [("auto", 1, 4, 3), ("auto", 1, 7, 4), ("zero2", 2, 4, 3), ("fsdp2", 2, 7, 4)],
+    [slow("auto", 1, 4, 3), ("auto", 1, 7, 4), ("zero2", 2, 4, 3), slow("fsdp2", 2, 7, 4)],
 )
 def test_a_terminated_run_saves_the_step_that_it_is_in_and_ends_bit_identically(
     strategy: str, world: int, batch: int, step: int, directory: Path
@@ -151,6 +165,41 @@ def test_a_terminated_run_saves_the_step_that_it_is_in_and_ends_bit_identically(
     assert [path.name for path in (run / "checkpoints").glob("*.json")] == [f"step-00000{step}.json"]
     in_processes(runs.fit, strategy, "bf16-mixed", world, run, world=world)
     assert runs.same(runs.weights(run), runs.weights(finished(directory, strategy, "bf16-mixed")))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+@pytest.mark.parametrize("told", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_both_processes_of_a_command_end_when_one_is_told_to(told: int, directory: Path) -> None:
+    run = directory / f"ddp-told-{told}" / "bf16-mixed"
+    args = [sys.executable, "-m", "tests.support.stopped_run", str(told), *runs.options("ddp", "bf16-mixed", 2, run)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(args, env=environment, cwd=ROOT, start_new_session=True) as first:
+        try:
+            assert first.wait(PATIENCE) == 143
+            written = run / "checkpoints" / "step-000003.json"
+            assert time.time() - written.stat().st_mtime < SECONDS
+            end = time.monotonic() + SECONDS
+            while living := in_session(first.pid):
+                assert time.monotonic() < end, f"{living} outlived the command"
+                time.sleep(0.1)
+        finally:
+            if in_session(first.pid):
+                os.killpg(first.pid, signal.SIGKILL)
+    assert not (run / "report.json").exists()
+    in_processes(runs.fit, "ddp", "bf16-mixed", 2, run)
+    assert json.loads((run / "report.json").read_text())["environment"]["resumed"]
+    assert runs.same(runs.weights(run), runs.weights(finished(directory, "ddp", "bf16-mixed")))
+
+
+def in_session(leader: int) -> list[int]:
+    """Living processes of a session."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            state, _, _, session = path.read_text().rpartition(")")[2].split()[:4]
+            if int(session) == leader and state != "Z":
+                found.append(int(path.parent.name))
+    return found
 
 
 def test_one_process_that_fails_saves_its_last_step_and_ends_bit_identically(directory: Path) -> None:
@@ -173,9 +222,9 @@ def test_one_process_that_fails_saves_its_last_step_and_ends_bit_identically(dir
 @pytest.mark.parametrize(
     ("strategy", "more"),
     [
-        ("zero2", ()),
+        slow("zero2", ()),
         ("zero3", ("--model.partitioned", "true", "--model.gradient_checkpointing", "true")),
-        ("fsdp2", ("--model.gradient_checkpointing", "true")),
+        slow("fsdp2", ("--model.gradient_checkpointing", "true")),
     ],
 )
 def test_distillation_by_a_sharded_teacher(strategy: str, more: tuple[str, ...], directory: Path) -> None:
@@ -191,7 +240,7 @@ def test_distillation_by_a_sharded_teacher(strategy: str, more: tuple[str, ...],
     assert measured["mask_violations"] == 0
 
 
-@pytest.mark.parametrize("more", [(), ("--model.parameters", "lora")], ids=["all", "lora"])
+@pytest.mark.parametrize("more", [(), slow(("--model.parameters", "lora"))], ids=["all", "lora"])
 def test_a_partitioned_bf16_model_is_measured_as_it_is_written(more: tuple[str, ...], directory: Path) -> None:
     source = directory / "masks" / "bf16"
     if not source.exists():

@@ -19,7 +19,8 @@ from recon.cli import main
 from recon.evaluation.drift import measure_drift
 from recon.report import Report, Results, draw_drift, markdown_table
 from recon.report.drift import evenly_spaced, percent
-from recon.report.groups import Estimate, group_cells
+from recon.report.estimates import Estimate
+from recon.report.groups import group_cells
 from recon.report.plots.drift import draw_depth, spread_out
 from recon.report.plots.style import LOOKS, plain_style
 from recon.report.table import table_sections

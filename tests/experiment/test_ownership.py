@@ -2,8 +2,10 @@
 
 import json
 import os
-import subprocess
-import sys
+import socket
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from safetensors.torch import load_file
 from recon.basics.locks import owned
 from recon.basics.run_paths import RunPaths
 from recon.cli import main
+from tests.support import pairs
+from tests.support.processes import in_processes
 
 SHAPE = (
     "{model_type: llama, vocab_size: 2048, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, "
@@ -21,50 +25,53 @@ SHAPE = (
 )
 MODEL = ["--model.name=random", f"--model.shape={SHAPE}"]
 DATA = ["--data.num_sequences=8", "--data.seq_len=32", "--data.num_validation=4", "--data.num_test=8"]
-FIT = ["fit", "-c", "scopes/submodule", *MODEL, *DATA, "--model.epochs=2", "--baselines=false", "--drift=false"]
 PRUNE = ["prune", *MODEL, *DATA, "--drift=false", "--summary=false"]
 
-SLOWLY = """
-import sys, time
-from recon.scopes.distillation import Distillation
-step = Distillation.training_step
-def slow(self, *args):
-    time.sleep(0.3)
-    return step(self, *args)
-Distillation.training_step = slow
-from recon.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
-"""Runs recon with a pause in every step, so that two commands meet in the middle of their windows."""
+
+def fit(scope: str) -> list[str]:
+    """A command without its directory."""
+    epochs = [] if scope == "matrix" else ["--model.epochs=2"]
+    return ["fit", "-c", f"scopes/{scope}", *MODEL, *DATA, *epochs, "--baselines=false", "--drift=false"]
 
 
 @pytest.fixture(scope="module")
-def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run, made by one command."""
-    path = tmp_path_factory.mktemp("single") / "run"
-    assert main([*FIT, "--run_dir", str(path)]) == 0
-    return path
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Scope -> a finished run, made by one command; each once."""
+
+    @cache
+    def run(scope: str) -> Path:
+        path = tmp_path_factory.mktemp(scope) / "run"
+        assert main([*fit(scope), "--run_dir", str(path)]) == 0
+        return path
+
+    return run
 
 
-def test_of_two_commands_in_one_directory_one_runs_and_the_other_names_it(single: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", SLOWLY, *FIT, "--run_dir", str(tmp_path / "pair")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    both = [subprocess.Popen(command, env=environment, **pipes) for _ in range(2)]
-    said = [process.communicate()[0] for process in both]
-    codes = [process.returncode for process in both]
-    assert 0 in codes, said
-    runner = codes.index(0) if 1 in codes else int("nothing to do" in said[0])
-    other, its = both[1 - runner], said[1 - runner]
-    if other.returncode:
-        assert other.returncode == 1, its
-        assert f"owned by process {both[runner].pid} on host" in its or "a process that has just begun" in its
+@pytest.mark.parametrize(
+    "scope", ["submodule", "full", *(pytest.param(scope, marks=pytest.mark.slow) for scope in ("matrix", "block"))]
+)
+def test_of_two_commands_in_one_directory_one_runs_and_the_other_names_it(
+    scope: str, alone: Callable[[str], Path], tmp_path: Path
+) -> None:
+    pair, command = tmp_path, [*fit(scope), f"--run_dir={tmp_path}"]
+    with ThreadPoolExecutor(2) as pool:
+        ends = [pool.submit(in_processes, pairs.command, *command, world=1) for _ in range(2)]
+        both = [end.result()[0] for end in ends]
+    statuses = [status for _, status, _ in both]
+    assert 0 in statuses, both
+    runner = statuses.index(0) if 1 in statuses else int("nothing to do" in both[0][2])
+    (pid, _, _), (_, status, said) = both[runner], both[1 - runner]
+    if status:
+        assert status == 1, said
+        owner = f"owned by process {pid} on host {socket.gethostname()}"
+        assert owner in said or "a process that has just begun" in said
     else:
-        assert "finished: nothing to do" in its
-    pair = tmp_path / "pair"
-    names = sorted(path.name for path in (single / "windows").iterdir())
-    assert sorted(path.name for path in (pair / "windows").iterdir()) == names
-    for file in ("model/model.safetensors", *(f"windows/{name}" for name in names)):
+        assert "finished: nothing to do" in said
+    single = alone(scope)
+    files = [path.relative_to(single) for path in sorted(single.rglob("*.safetensors"))]
+    assert [path.relative_to(pair) for path in sorted(pair.rglob("*.safetensors"))] == files
+    assert len(files) == {"matrix": 4, "submodule": 6, "block": 4, "full": 2}[scope]  # model, masks, windows
+    for file in files:
         ours, theirs = load_file(pair / file), load_file(single / file)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -72,7 +79,7 @@ def test_of_two_commands_in_one_directory_one_runs_and_the_other_names_it(single
 
 def test_parts_share_a_directory_and_merge_waits_for_none_of_them(tmp_path: Path, capsys: Any) -> None:
     run = tmp_path / "run"
-    first, second = ([*FIT, "--run_dir", str(run), "--windows", f"{number}/2"] for number in (1, 2))
+    first, second = ([*fit("submodule"), "--run_dir", str(run), "--windows", f"{number}/2"] for number in (1, 2))
     with owned(run):
         assert main(first) == 1
     assert f"owned by process {os.getpid()} on host" in capsys.readouterr().err
@@ -92,7 +99,8 @@ def test_prune_owns_its_directory(tmp_path: Path, capsys: Any) -> None:
     assert not RunPaths(tmp_path).masks.exists()
 
 
-def test_what_kills_have_left_is_swept_from_a_finished_run(single: Path) -> None:
+def test_what_kills_have_left_is_swept_from_a_finished_run(alone: Callable[[str], Path]) -> None:
+    single = alone("submodule")
     run, number = RunPaths(single), "0123456789abcdef" * 2
     held = {path: path.read_bytes() for path in single.rglob("*.safetensors")} | {run.report: run.report.read_bytes()}
     left = [single / f".report.json.{number}.tmp", run.windows / f".000.mlp.safetensors.{number}.tmp", run.start]
@@ -101,7 +109,7 @@ def test_what_kills_have_left_is_swept_from_a_finished_run(single: Path) -> None
         folder.mkdir()
     for file in [*left, *(folder / "x" for folder in folders)]:
         file.write_text("left")
-    assert main([*FIT, "--run_dir", str(single)]) == 0
+    assert main([*fit("submodule"), "--run_dir", str(single)]) == 0
     assert not [path for path in [*left, *folders] if path.exists()]
     assert {path: path.read_bytes() for path in held} == held
 

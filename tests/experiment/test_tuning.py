@@ -177,6 +177,7 @@ def tuned(tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 def test_the_choice_is_made_on_validation_and_measured_on_test(tuned):
     directory, _, finished = tuned
     assert finished.returncode == 0, finished.stderr
@@ -199,6 +200,7 @@ def test_the_choice_is_made_on_validation_and_measured_on_test(tuned):
     assert config["evaluate_on"] == "test"
 
 
+@pytest.mark.slow
 def test_a_second_run_keeps_the_grid(tuned, capsys):
     directory, options, _ = tuned
     before = {path: path.stat().st_mtime_ns for path in directory.glob("*/report.json")}

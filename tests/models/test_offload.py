@@ -46,6 +46,7 @@ from tests.support.scope_fixtures import (
     untimed,
     weights_of,
 )
+from tests.support.slow import quick, slow
 
 pytestmark = [pytest.mark.filterwarnings(one) for one in IGNORED]
 
@@ -72,7 +73,7 @@ class Resident(Callback):
         modules = [block.module for block in pl_module.window.blocks]
         needed = sum(p.numel() * 4 for one in modules for p in one.parameters())  # adapters, too
         needed += sum(b.nbytes for one in modules for b in one.buffers())
-        self.bytes.append((pl_module.residence.device_bytes(), needed))
+        self.bytes.append((pl_module.offloaded.device_bytes(), needed))
 
 
 def fitted(scope: LocalScope, directory: Path, *callbacks: Callback, masks: Any = None, data: Any = None, **o: Any):
@@ -96,7 +97,7 @@ def cases() -> list[Any]:
     return every + more + passing + [("llama", "submodule", "recovered_local"), ("llama", "block", "recovered_local")]
 
 
-@pytest.mark.parametrize(("family", "kind", "propagation"), cases())
+@pytest.mark.parametrize(("family", "kind", "propagation"), quick(cases(), *cases()[::2]))
 def test_an_offloaded_model_is_recovered_to_the_same_bits(
     family: str, kind: str, propagation: str, tmp_path: Path
 ) -> None:
@@ -108,8 +109,8 @@ def test_an_offloaded_model_is_recovered_to_the_same_bits(
         assert results == expected
         assert same(found, weights)
         assert not list(scope.parameters())
-        assert scope.residence is not None
-        assert scope.residence.device_bytes() == 0
+        assert scope.offloaded is not None
+        assert scope.offloaded.device_bytes() == 0
         assert resident.bytes
         assert all(there == needed for there, needed in resident.bytes)
 
@@ -121,53 +122,53 @@ def test_an_offloaded_model_is_pruned_alike(inputs: Any, allocation: Any, offloa
     options = Pruning(inputs=inputs, batch_size=4, allocation=allocation)
     expected: dict[str, Tensor] = {}
     masks = prune(source.model(), tokens, SparseGPT(), Unstructured(0.5), options, moved=expected.__setitem__)
-    residence = open_offloaded(source, offload, CPU)
+    offloaded = open_offloaded(source, offload, CPU)
     found: dict[str, Tensor] = {}
 
     def keep(name: str, weight: Tensor) -> None:
         found[name] = weight.clone()
 
-    replay = Replay.within(residence)
-    assert prune(residence.model, tokens, SparseGPT(), Unstructured(0.5), options, moved=keep, replay=replay) == masks
+    replay = Replay.within(offloaded)
+    assert prune(offloaded.model, tokens, SparseGPT(), Unstructured(0.5), options, moved=keep, replay=replay) == masks
     assert same(found, expected)
     replay.hold(())
     if offload == "host":
-        assert same(weights_of(residence.model), weights_of(source.model()))
+        assert same(weights_of(offloaded.model), weights_of(source.model()))
 
 
 @pytest.mark.parametrize("offload", ["host", "disk"])
 def test_a_walk_has_one_block_on_the_device(offload: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    residence = open_offloaded(ModelSource(save_tiny("llama", tmp_path)), offload, CPU)
-    block = sum(p.nbytes for p in residence.anatomy.blocks[0].module.parameters())
+    offloaded = open_offloaded(ModelSource(save_tiny("llama", tmp_path)), offload, CPU)
+    block = sum(p.nbytes for p in offloaded.anatomy.blocks[0].module.parameters())
     seen = []
     run = Replay.run
 
     def counting(replay: Replay, index: int, hidden: Tensor) -> Tensor:
         output = run(replay, index, hidden)
-        seen.append(residence.device_bytes())
+        seen.append(offloaded.device_bytes())
         return output
 
     monkeypatch.setattr(Replay, "run", counting)
-    replay = Replay.within(residence)
+    replay = Replay.within(offloaded)
     walk = Activations(replay, token_ids(5, 12), 2, CPU)
     for index in range(DEPTH):
         walk.enter([index])
     assert set(seen) == {block}
     replay.hold([0, 1])
     replay.run(2, walk.hidden)
-    assert residence.device_bytes() == 3 * block
+    assert offloaded.device_bytes() == 3 * block
     replay.keep([1])
-    assert residence.device_bytes() == block
+    assert offloaded.device_bytes() == block
     with replay.rest_onloaded():
-        outside = sum(p.nbytes for p in residence.model.parameters()) - DEPTH * block
-        assert residence.device_bytes() >= block + outside
+        outside = sum(p.nbytes for p in offloaded.model.parameters()) - DEPTH * block
+        assert offloaded.device_bytes() >= block + outside
     replay.hold(())
-    assert residence.device_bytes() == 0
+    assert offloaded.device_bytes() == 0
 
 
 def test_a_model_on_disk_has_no_weights_of_blocks_until_they_are_needed(tmp_path: Path) -> None:
-    residence = open_offloaded(ModelSource(save_tiny("llama", tmp_path)), "disk", CPU)
-    parameters = [one for block in residence.anatomy.blocks for one in block.parameters().values()]
+    offloaded = open_offloaded(ModelSource(save_tiny("llama", tmp_path)), "disk", CPU)
+    parameters = [one for block in offloaded.anatomy.blocks for one in block.parameters().values()]
     assert all(one.untyped_storage().nbytes() == one.element_size() for one in parameters)
     assert all(one.isnan().all() for one in parameters)
     with pytest.raises(RuntimeError, match="single memory location"), torch.no_grad():
@@ -178,12 +179,12 @@ def test_a_model_on_disk_has_no_weights_of_blocks_until_they_are_needed(tmp_path
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gptj", "gpt_neox", "opt", "gemma3_text", "bloom"])
 def test_a_model_read_from_disk_is_the_one_that_transformers_loads(family: str, dtype: str, tmp_path: Path) -> None:
     source = ModelSource(save_tiny(family, tmp_path), dtype=dtype)
-    model, residence = source.model(), open_offloaded(source, "disk", CPU)
-    state = residence.state(None, tmp_path)
+    model, offloaded = source.model(), open_offloaded(source, "disk", CPU)
+    state = offloaded.state(None, tmp_path)
     assert same(state, model.state_dict())
     assert [one.dtype for one in state.values()] == [one.dtype for one in model.state_dict().values()]
-    assert same(dict(residence.model.named_buffers()), dict(model.named_buffers()))
-    replay, tokens = Replay.within(residence), token_ids()
+    assert same(dict(offloaded.model.named_buffers()), dict(model.named_buffers()))
+    replay, tokens = Replay.within(offloaded), token_ids()
     with torch.no_grad():
         hidden = replay.embed(tokens)
         for index in range(DEPTH):
@@ -212,7 +213,7 @@ def test_several_shards_are_read_and_a_missing_weight_is_named(tmp_path: Path) -
 @pytest.mark.parametrize("offload", ["host", "disk"])
 @pytest.mark.parametrize(
     ("kind", "propagation", "dtype"),
-    [("submodule", "dense", "float32"), ("groups", "dense", "float32"), ("block", "recovered", "bfloat16")],
+    [slow("submodule", "dense", "float32"), ("groups", "dense", "float32"), ("block", "recovered", "bfloat16")],
 )
 def test_a_killed_run_goes_on_to_the_same_bits(
     kind: str, propagation: str, dtype: str, offload: str, tmp_path: Path
@@ -329,14 +330,14 @@ def test_perplexity_and_drift_block_by_block_are_those_of_the_whole_model(
     masks = random_masks(pruned)
     masks.apply(pruned)
     replays = [Replay.within(open_offloaded(source, offload, CPU)) for _ in range(2)]
-    assert replays[1].residence is not None
-    replays[1].residence.amend = amend_by(masks, None, replays[1].residence)
+    assert replays[1].offloaded is not None
+    replays[1].offloaded.amend = amend_by(masks, None, replays[1].offloaded)
     for model, replay in zip((dense, pruned), replays, strict=True):
         expected, found = evaluate(model, loader), evaluate_blockwise(replay, ids, 3)
         assert found.perplexity == pytest.approx(expected.perplexity, rel=1e-5)
         assert found.protocol == expected.protocol
-        assert replay.residence is not None
-        assert replay.residence.device_bytes() == 0
+        assert replay.offloaded is not None
+        assert replay.offloaded.device_bytes() == 0
     expected, found = measure_drift(dense, pruned, loader), measure_drift_blockwise(*replays, ids, 3)
     assert found.hidden == pytest.approx(expected.hidden, rel=1e-5)
     assert found.kl == pytest.approx(expected.kl, rel=1e-5)

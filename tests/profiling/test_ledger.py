@@ -317,8 +317,9 @@ def test_live_entries_know_the_module_that_made_them(ledger: Ledger) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_tracked_peak_is_that_of_the_allocator(ledger: Ledger) -> None:
-    model = nn.Sequential(*(nn.Linear(2048, 2048) for _ in range(4))).cuda()
-    x = torch.ones(4096, 2048, device="cuda")
+    # Large, for the workspaces of cuBLAS and cuBLASLt, of 32 MiB each, are the allocator's too.
+    model = nn.Sequential(*(nn.Linear(4096, 4096) for _ in range(4))).cuda()
+    x = torch.ones(8192, 4096, device="cuda")
     optimizer = torch.optim.AdamW(model.parameters())
     loss_of(model, x).backward()
     optimizer.step()

@@ -151,7 +151,7 @@ def test_impossible_reports_are_refused(changes: dict[str, Any], message: str) -
 def test_from_dict_needs_only_what_has_no_default() -> None:
     payload = {"scope": "block", "model": "m", "criterion": "c", "pattern": "p", "seed": 0}
     assert Report.from_dict(payload) == Report(**payload)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match=r"report: it lacks `seed`$"):
+    with pytest.raises(ValueError, match=r"report: it lacks `seed`; "):
         Report.from_dict({key: payload[key] for key in payload if key != "seed"})
 
 
@@ -221,7 +221,7 @@ def test_missing_results_name_the_path_and_the_cure(tmp_path: Path) -> None:
         ('{"cells": [1]}', r"results.json .*`cells\[0\]` must be a valid dictionary .*, got 1"),
         ('{"cells": {}}', "results.json .*`cells` must be a valid list"),
         ('{"cells": [], "extra": 1}', "`extra` is an unknown field"),
-        ('{"cells": [{"scope": "full"}]}', r"results.json .*lacks `cells\[0\].model`; .*`cells\[0\].seed`$"),
+        ('{"cells": [{"scope": "full"}]}', r"results.json .*lacks `cells\[0\].model`; .*`cells\[0\].seed`; "),
     ],
 )
 def test_broken_results_are_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -314,6 +314,10 @@ def test_ascii_consoles_get_ascii() -> None:
     ("change", "remark"),
     [
         ({"mask_violations": 1200}, r"violates its masks: 1,200 pruned weights are not zero"),
+        (
+            {"windows": {"000": {"before": 0.2, "after": 0.1}, "001": {"before": 0.2, "after": 0.2, "discarded": 3.0}}},
+            r"full \(seed 0\): 1 of 2 windows ended worse than they began and kept their start: the learning rate",
+        ),
         ({"protocol": {"split": "test", "seq_len": 128}}, r"not comparable: their protocols differ"),
         ({"perplexity": math.inf}, r"full \(seed 0\) has no finite perplexity"),
         ({"baseline_host_bytes": 412 * 2**20}, r"Host peaks include 412 MiB of libraries"),

@@ -18,6 +18,7 @@ from recon.pruning.interleaved import Interleaved
 from recon.pruning.masks import Masks
 from recon.pruning.patterns import Unstructured
 from recon.pruning.prune import prune_block
+from recon.pruning.refinement import Refined, Swaps
 from recon.scopes import BlockDistillation, MatrixReconstruction, SubmoduleDistillation
 from recon.scopes.local.module import LocalScope
 from tests.support.families import tiny
@@ -32,6 +33,7 @@ from tests.support.scope_fixtures import (
     untimed,
     weights_of,
 )
+from tests.support.slow import slow
 
 pytestmark = [pytest.mark.filterwarnings("error"), *(pytest.mark.filterwarnings(one) for one in IGNORED)]
 
@@ -56,11 +58,9 @@ class Watching:
 
         def watching(window: Any) -> None:
             begin(window)
-            scope.window = window
             self.seen[window.name] = {
                 name: t.clone() for name, t in scope.calibration.batch(window, slice(None)).items()
             }
-            scope.window = None
 
         scope.begin = watching  # type: ignore[method-assign]
 
@@ -251,7 +251,7 @@ def interleaved(scope: LocalScope, criterion: Any = None, directory: Path | None
     return scope
 
 
-@pytest.mark.parametrize("criterion", [Wanda(), SparseGPT()], ids=str)
+@pytest.mark.parametrize("criterion", [slow(Wanda()), SparseGPT()], ids=str)
 @pytest.mark.parametrize("propagation", RECOVERED)
 @pytest.mark.parametrize("kind", ["matrix", "submodule", "block"])
 def test_masks_are_chosen_from_recovered_inputs(kind: str, propagation: str, criterion: Any, tmp_path: Path) -> None:
@@ -270,6 +270,14 @@ def test_masks_are_chosen_from_recovered_inputs(kind: str, propagation: str, cri
         hidden = run_blocks(scope.model, hidden, block.index)
     assert scope.label.endswith("interleaved)")
     scope.masks.check(scope.model)
+
+
+def test_refined_masks_are_chosen_along_with_recovery(tmp_path: Path) -> None:
+    options = {"name": save_tiny("llama", tmp_path), "propagation": "recovered", "start": "moved"}
+    scope = interleaved(KINDS["matrix"](**options), Refined(Wanda(), Swaps()))
+    trainer_of(MaskEnforcer()).fit(scope)
+    scope.masks.check(scope.model)
+    assert all((2 * keep.sum(1) == keep.shape[1]).all() for keep in scope.masks.values())
 
 
 @pytest.mark.parametrize("start", ["moved", "exact", "pruned"])

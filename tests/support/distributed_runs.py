@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -121,15 +122,15 @@ def train_without_enforcer(strategy: str, run_dir: Path, *more: str) -> None:
         main_with(OnlyWorkingCopy(), [*options(strategy, "32-true", 2, run_dir), *more])
 
 
-def main_with(callback: Callback, args: list[str]) -> None:
-    """`recon fit` with one callback more."""
+def main_with(callback: Callback, args: list[str], command: Callable[[list[str]], Any] = main) -> None:
+    """`recon fit`, or another command that fits, with one callback more."""
 
     def recover(scope: Any, data: Any, trainer: L.Trainer, *more: Any) -> Any:
         trainer.callbacks.insert(0, callback)  # type: ignore[attr-defined]
         return recovery.recover(scope, data, trainer, *more)
 
     with mock.patch("recon.cli.fit.recover", recover):
-        main(args)
+        command(args)
 
 
 def weights(run_dir: Path) -> dict[str, Tensor]:

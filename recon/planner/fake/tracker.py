@@ -13,16 +13,34 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from recon.basics.trees import tensors_in
 
 OTHER = "other"
 
 aten = torch.ops.aten
+
+
+def attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    """FLOPs of attention forward; its formula in torch 2.11 refuses keys and values that groups of heads share."""
+    return sdpa_flop_count(query.shape, *(_for_each_head(one, query) for one in (key, value)))
+
+
+def attention_backward_flops(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    """FLOPs of attention backward."""
+    return sdpa_backward_flop_count(grad.shape, query.shape, *(_for_each_head(one, query) for one in (key, value)))
+
+
+def _for_each_head(shared: Tensor, query: Tensor) -> torch.Size:
+    """The shape of keys or values, repeated for each head of the queries, as they are multiplied."""
+    batch, _, *rest = shared.shape
+    return torch.Size((batch, query.shape[1], *rest))
+
+
 FORMULAS: dict[Any, Any] = flop_registry | {
-    aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+    aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
 }
 """FLOPs of an operator. The CPU's fused attention, which torch's registry lacks, keeps the same tensors as a GPU's."""
 

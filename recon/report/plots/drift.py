@@ -18,7 +18,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from numpy import ndarray
 
 from recon.report.drift import Curve, curves, protocol, split
-from recon.report.groups import Estimate, Group
+from recon.report.estimates import Estimate
+from recon.report.groups import Group
 from recon.report.plots.style import DARK, LOOKS, PNG_DPI, WIDTH, Look, frame
 from recon.report.sections import show
 

@@ -8,7 +8,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
-from recon.report.groups import Estimate, Group
+from recon.report.estimates import Estimate
+from recon.report.groups import Group
 from recon.report.plots.labels import LabelPlacer
 from recon.report.plots.style import DARK, GREY, LOOKS, PNG_DPI, WIDTH, frame
 from recon.report.sections import format_number

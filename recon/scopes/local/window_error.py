@@ -9,8 +9,8 @@ from recon.calibration.activations import Activations
 from recon.models.replay import Replay
 from recon.models.windows import Window
 from recon.profiling.ledger import sampled
-from recon.scopes.base import check_finite
 from recon.scopes.local.batches import Batch
+from recon.scopes.losses import check_finite
 
 
 def outputs(replay: Replay, window: Window, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """Changes to the model while a window is recovered: withheld weights, fp32 precision, gradients, compiled code."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -51,6 +51,37 @@ class WithheldWeights:
         for name, weight in self._withheld.items():
             self.model.get_parameter(name).copy_(weight)
         self._withheld.clear()
+
+
+class StartCopies:
+    """Copies on the host of the weights that a window begins with, as long as it may have to return to them.
+
+    Args:
+        model: The model that holds the windows.
+
+    Attributes:
+        weights: Name -> copy; empty between two windows.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.weights: dict[str, Tensor] = {}
+
+    def keep(self, names: Iterable[str]) -> None:
+        """Copy these parameters, in the precision that they have now, in place of the last ones."""
+        self.drop()
+        for name in names:
+            self.weights[name] = self.model.get_parameter(name).detach().to("cpu", copy=True)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give the model the weights that the window began with."""
+        for name, weight in self.weights.items():
+            self.model.get_parameter(name).copy_(weight)
+
+    def drop(self) -> None:
+        """Free the copies."""
+        self.weights.clear()
 
 
 class Upcast:
