@@ -31,9 +31,9 @@ from recon.pruning.masks import Masks
 from recon.pruning.start_weights import Start, apply, written
 from recon.scopes.enforcement import MaskEnforcer
 from recon.scopes.exact import solve_all
-from recon.scopes.losses import check_finite
 from recon.scopes.optimization import LRSchedulerRecipe, OptimizerRecipe
 from recon.scopes.own_batches import OwnBatches
+from recon.scopes.step_losses import StepLosses
 from recon.scopes.tally import Tally
 from recon.scopes.trainer_options import EVERYWHERE, IN_WINDOWS, TrainerOption, refuse
 
@@ -111,8 +111,7 @@ class Scope(L.LightningModule, ABC):
         self.directory: Path | None = None
         self.phases = Phases()
         self.evaluation: Evaluation | None = None  # of the recovered model, where only the fit holds it in parts
-        self.latest_loss: dict[str, torch.Tensor] = {}  # of the last step, under its name, where it was computed
-        self._losses: list[tuple[torch.Tensor, str]] = []  # not looked at yet, and of what
+        self.losses = StepLosses()
 
     @property
     def label(self) -> str:
@@ -381,25 +380,15 @@ class Scope(L.LightningModule, ABC):
         Raises:
             FloatingPointError: If this loss or one before it is NaN or infinite, naming the first.
         """
-        self.latest_loss = {name: loss.detach()}
-        self._losses.append((loss.detach(), where))
+        self.losses.note(name, loss, where)
         every: int = self.trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]
         if not (self.trainer.is_last_batch or (every and (self.trainer.global_step + 1) % every == 0)):
             return
         # From the host: Lightning asks for the latest value of a progress bar's metric after every batch.
-        self.log(name, self.finite_losses()[-1], **options)
+        self.log(name, self.losses.finite()[-1], **options)
 
-    def finite_losses(self) -> torch.Tensor:
-        """Return the losses since the last call, on the host.
-
-        Raises:
-            FloatingPointError: If one is NaN or infinite, naming the first.
-        """
-        noted, self._losses = self._losses, []
-        losses = torch.stack([loss for loss, _ in noted]).cpu() if noted else torch.empty(0)
-        for loss, (_, where) in zip(losses, noted, strict=True):
-            check_finite(loss, where)
-        return losses
+    def break_off(self) -> None:
+        """End what goes on beside a fit that has failed; nothing does here."""
 
     def on_fit_end(self) -> None:
         """Refuse a result that violates its masks, whichever callbacks there were.

@@ -44,7 +44,7 @@ class MaskEnforcer(Callback):
 
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
-        self._unpacked: list[dict[torch.device, Tensor]] = []  # of each hook
+        self._unpacked: list[tuple[Tensor, dict[torch.device, Tensor]]] = []  # of each hook, with its parameter
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -57,8 +57,8 @@ class MaskEnforcer(Callback):
             parameter = parameters[name]
             frozen = not parameter.requires_grad
             parameter.requires_grad_(True)  # a hook is accepted only then; local scopes unfreeze later
-            self._unpacked.append({})
-            self._handles.append(_attach(parameter, scope.masks, name, self._unpacked[-1]))
+            self._unpacked.append((parameter, {}))
+            self._handles.append(_attach(parameter, scope.masks, name, self._unpacked[-1][1]))
             parameter.requires_grad_(not frozen)
 
     @override
@@ -67,9 +67,10 @@ class MaskEnforcer(Callback):
         scope.check(scope.enforced())
 
     @override
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        for unpacked in self._unpacked:  # those of finished windows would fill the device
-            unpacked.clear()
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for parameter, unpacked in self._unpacked:
+            if not parameter.requires_grad:  # those of finished windows would fill the device
+                unpacked.clear()
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -276,7 +276,7 @@ class FullRetraining(Scope):
         Raises:
             FloatingPointError: If a loss since the last look is no number; nothing is saved then.
         """
-        self.finite_losses()
+        self.losses.finite()
         checkpoint[FROZEN] = self._frozen
         spent = self.tally.state()
         checkpoint[TALLY] = spent | {"seconds": spent["seconds"] + self.start_seconds}

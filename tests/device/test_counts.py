@@ -1,12 +1,17 @@
 """What a run asks of a device, counted on the simulated one: waits of the host, transfers, unpacked masks."""
 
+import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor
 
+from recon.models.anatomy import Anatomy
+from recon.models.loading import ModelSource
+from recon.pruning.masks import unpack
 from recon.scopes import BlockDistillation, FullRetraining, MatrixReconstruction, Scope, SubmoduleDistillation
 from recon.solvers import GradientDescent
 from tests.support.families import DIM
@@ -84,9 +89,9 @@ def test_a_loss_is_waited_for_only_when_it_is_logged(tmp_path: Path) -> None:
     scope = BlockDistillation(name=name, epochs=1, batch_size=4, start="pruned")
     steps = steps_of(scope, tmp_path, log_every_n_steps=2)
     assert [dict(step.waits) for step in steps] == [
-        {("recon/scopes/base.py finite_losses", "transfer to host"): 1},
+        {("recon/scopes/step_losses.py finite", "transfer to host"): 1},
         {},
-        {("recon/scopes/base.py finite_losses", "transfer to host"): 1},
+        {("recon/scopes/step_losses.py finite", "transfer to host"): 1},
         {},
     ]
 
@@ -102,3 +107,56 @@ def test_a_step_of_full_retraining_waits_for_its_batch_and_for_transformers(loss
             ("recon/scopes/full.py _loss", "aten::_local_scalar_dense"): num_passes,
         }
         assert dict(step.bytes) == {("to device", "recon/experiment/training.py train"): 4 * 16 * 8}
+
+
+class Passes:
+    """Traffic of a model's blocks, in copies of their weights."""
+
+    def __init__(self, name: str, counts: Counts) -> None:
+        blocks = Anatomy.of(ModelSource(name).model()).blocks
+        self.counts, self.bytes = counts, sum(p.nbytes for one in blocks for p in one.parameters().values())
+
+    def to_device(self) -> float:
+        """Copies of the blocks that went to the device."""
+        return self.counts.total("to device", "offload/blocks.py _copied") / self.bytes
+
+    def to_host(self) -> float:
+        """Copies that came back."""
+        return self.counts.total("to host", "offload/transfers.py") / self.bytes
+
+
+@pytest.mark.parametrize(("make", "num_more"), [(BlockDistillation, 0), (SubmoduleDistillation, 1)])
+def test_an_offloaded_recovery_moves_a_model_once_a_pass(make: Any, num_more: int, tmp_path: Path) -> None:
+    """Each block goes to the device once a pass, and what changed comes back once.
+
+    Passes: the model's moves are tried (two, and block 0 once more to learn its form), pruning, the fit, the
+    evaluation; of submodules one more, which finds the parameters that their outputs depend on.
+    """
+    name = save_tiny("llama", tmp_path, num_hidden_layers=4)
+    options = replace(WANDA, baselines=False, drift=False)
+    with simulated_cuda() as counts:
+        run(make(name=name, epochs=3, batch_size=4, offload="host"), tmp_path / "run", CUDA, options)
+    moved = Passes(name, counts)
+    assert moved.to_device() <= 2 + 1 / 4 + 3 + num_more + 0.6  # and embeddings and head, to evaluate
+    assert moved.to_host() <= 1
+    waits = sum(number for (place, _), number in counts.waits.items() if "offload/blocks.py _copied" in place)
+    assert waits == 5  # embeddings, head, last norm and two sets of frequencies, when it is evaluated
+
+
+def test_a_mask_is_unpacked_at_most_four_times_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, unpacked = save_tiny("llama", tmp_path, num_hidden_layers=2), []
+
+    def counting(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+        if not any("beartype" in frame.filename for frame in traceback.extract_stack()):  # looks at values of mappings
+            unpacked.append(packed.device.type)
+        return unpack(packed, shape)
+
+    for module in ("recon.pruning.masks", "recon.scopes.enforcement", "recon.scopes.lora"):
+        monkeypatch.setattr(f"{module}.unpack", counting)
+    with simulated_cuda() as counts:
+        run(SubmoduleDistillation(name=name, epochs=4, batch_size=4), tmp_path / "run", CUDA, WANDA)
+    assert len(unpacked) == 3 * 2 * 7  # of the baseline, the start and the window
+    assert set(unpacked) == {"cuda"}
+    num_bytes = sum(p.numel() // 8 for n, p in ModelSource(name).model().named_parameters() if "proj" in n)
+    assert counts.total("to device", "masks.py on") <= 4 * num_bytes
+    assert counts.total("to host", "masks.py pack") <= 5 * num_bytes  # chosen, and checked four times
