@@ -46,7 +46,9 @@ def start(trainer: L.Trainer, module: L.LightningModule) -> None:
     asked = trainer.num_devices * trainer.num_nodes
     require_started(trainer, asked)
     if trainer.world_size == 1 and asked == 1:
-        trainer.strategy.accelerator.setup_device(trainer.strategy.root_device)  # what is measured before the fit, too
+        accelerator = trainer.strategy.accelerator
+        assert accelerator is not None
+        accelerator.setup_device(trainer.strategy.root_device)  # or GPU 0 would be measured until the fit
         return
     strategy = trainer.strategy
     strategy.connect(module)

@@ -387,6 +387,11 @@ class Scope(L.LightningModule, ABC):
         # From the host: Lightning asks for the latest value of a progress bar's metric after every batch.
         self.log(name, self.losses.finite()[-1], **options)
 
+    def release(self) -> None:
+        """Let go of the model, which is written, and of all that holds a part of it."""
+        del self.model
+        self.offloaded = None
+
     def break_off(self) -> None:
         """End what goes on beside a fit that has failed; nothing does here."""
 

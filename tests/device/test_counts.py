@@ -4,21 +4,29 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import lightning as L
 import pytest
+import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from recon.calibration.activations import Activations
+from recon.distributed import ranks
 from recon.models.anatomy import Anatomy
 from recon.models.loading import ModelSource
+from recon.models.replay import Replay
+from recon.models.windows import Window
 from recon.pruning.masks import unpack
 from recon.scopes import BlockDistillation, FullRetraining, MatrixReconstruction, Scope, SubmoduleDistillation
+from recon.scopes.local import module
 from recon.solvers import GradientDescent
 from tests.support.families import DIM
 from tests.support.scope_fixtures import IGNORED, data_of, save_tiny
 from tests.support.simulated.counts import Counts
 from tests.support.simulated.device import simulated_cuda
-from tests.support.simulated.runs import WANDA, run
+from tests.support.simulated.runs import WANDA, run, trainer_on
 from tests.support.simulated.tags import CUDA
 
 pytestmark = [pytest.mark.filterwarnings("error"), *(pytest.mark.filterwarnings(one) for one in IGNORED)]
@@ -151,8 +159,8 @@ def test_a_mask_is_unpacked_at_most_four_times_a_run(tmp_path: Path, monkeypatch
             unpacked.append(packed.device.type)
         return unpack(packed, shape)
 
-    for module in ("recon.pruning.masks", "recon.scopes.enforcement", "recon.scopes.lora"):
-        monkeypatch.setattr(f"{module}.unpack", counting)
+    for place in ("recon.pruning.masks", "recon.scopes.enforcement", "recon.scopes.lora"):
+        monkeypatch.setattr(f"{place}.unpack", counting)
     with simulated_cuda() as counts:
         run(SubmoduleDistillation(name=name, epochs=4, batch_size=4), tmp_path / "run", CUDA, WANDA)
     assert len(unpacked) == 3 * 2 * 7  # of the baseline, the start and the window
@@ -160,3 +168,30 @@ def test_a_mask_is_unpacked_at_most_four_times_a_run(tmp_path: Path, monkeypatch
     num_bytes = sum(p.numel() // 8 for n, p in ModelSource(name).model().named_parameters() if "proj" in n)
     assert counts.total("to device", "masks.py on") <= 4 * num_bytes
     assert counts.total("to host", "masks.py pack") <= 5 * num_bytes  # chosen, and checked four times
+
+
+def test_the_held_out_error_is_computed_in_the_trainers_precision(tmp_path: Path) -> None:
+    seen: dict[bool, set[torch.dtype]] = {True: set(), False: set()}
+    window_error = module.held_out_error
+
+    def watched(replay: Replay, window: Window, held_out: Activations) -> float:
+        seen[torch.is_autocast_enabled("cpu")].add(torch.get_autocast_dtype("cpu"))
+        return window_error(replay, window, held_out)
+
+    name = save_tiny("llama", tmp_path, num_hidden_layers=1)
+    options = replace(WANDA, baselines=False, drift=False)
+    scope = BlockDistillation(name=name, epochs=1, batch_size=4, start="pruned")
+    with mock.patch.object(module, "held_out_error", watched), simulated_cuda() as counts:
+        run(scope, tmp_path / "run", CUDA, options, precision="bf16-mixed")
+    assert seen == {True: {torch.bfloat16}, False: set()}
+    waits = [cause for cause in counts.waits if "window_error.py" in cause[0]]
+    assert waits == [("recon/scopes/local/window_error.py held_out_error", "transfer to host")]
+    assert counts.waits[waits[0]] == 2  # before and after: once for all batches
+
+
+def test_the_device_of_a_run_is_current_before_its_fit() -> None:
+    trainer = trainer_on(CUDA)
+    accelerator = trainer.strategy.accelerator
+    with mock.patch.object(accelerator, "setup_device") as setup:
+        ranks.start(trainer, L.LightningModule())
+    setup.assert_called_once_with(CUDA)

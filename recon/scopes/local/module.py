@@ -7,6 +7,7 @@ it, recomputes only the activations, and ends bit-identically. `schedule` decide
 import logging
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,14 @@ class LocalScope(WindowedScope):
         self.replay.hold(())
         if self.paths is not None:
             write_json(self.paths.window_results, self.results)
+
+    def release(self) -> None:
+        """As `Scope.release`; the results stay."""
+        super().release()
+        del self.replay, self.block_masks, self.files, self.writer, self._withheld, self._start, self._precision
+        self.schedule.release()
+        if self.interleaved is not None:
+            self.interleaved = replace(self.interleaved, prunable={})
 
     def break_off(self) -> None:
         """As `Scope.break_off`; the last finished window is written to the end."""
