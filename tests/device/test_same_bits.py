@@ -24,7 +24,8 @@ from recon.pruning.patterns import NM, Pattern, Unstructured
 from recon.pruning.prune import Pruning
 from recon.scopes import BlockDistillation, FullRetraining, MatrixReconstruction, Scope, SubmoduleDistillation
 from recon.solvers import ADMMSolver, GradientDescent
-from tests.support.scope_fixtures import IGNORED, data_of, same, save_tiny
+from tests.support.families import tiny
+from tests.support.scope_fixtures import IGNORED, data_of, random_masks, same, save_tiny
 from tests.support.simulated.device import simulated_cuda
 from tests.support.simulated.runs import WANDA, run, run_on_device, weights_in
 from tests.support.simulated.tags import CPU, CUDA
@@ -54,12 +55,15 @@ class Case:
     trainer: dict[str, Any] = field(default_factory=dict)
     family: str = "llama"
     measured: bool = False
+    given: bool = False  # masks, so that the model is on the host until its fit
 
     @property
     def options(self) -> RunOptions:
         """Of the run."""
-        measured = self.measured
-        return RunOptions(self.criterion, self.pattern, self.pruning, baselines=measured, drift=measured)
+        masks = random_masks(tiny(self.family, num_hidden_layers=2)) if self.given else None
+        return RunOptions(
+            self.criterion, self.pattern, self.pruning, masks=masks, baselines=self.measured, drift=self.measured
+        )
 
 
 HOST, DISK = {"offload": "host"}, {"offload": "disk"}
@@ -109,6 +113,7 @@ CASES = {
         "full",
         {"loss": "distillation", "parameters": "lora"},
         trainer={"accumulate_grad_batches": 2, "precision": "bf16-mixed"},
+        given=True,
     ),
 }
 
