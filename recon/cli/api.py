@@ -133,8 +133,8 @@ def prune(
             run = RunDirectory(paths.path, {"options": chosen, "versions": versions(), **identity})
             run.sweep()
             if texts is not None:
-                texts.write(run.text)
-            if not run.masks.exists():
+                texts.write(run.text, run.manifest.writing)
+            if not run.has_masks:
                 shell, data.tokenizer = live.load(choose_device(parsed.device))
                 data.require(["train"], shell)
                 tokens = data.tokens("train")
@@ -215,11 +215,10 @@ def recover(
         cli.model.source = live
         if texts is not None:
             cli.datamodule.source = texts
-            texts.write(paths.text)
         if in_memory is not None:
             cli.fingerprint["masks"] = in_memory.fingerprint()
         with live.restored_on_failure():
-            report = execute(cli, in_memory)
+            report = execute(cli, in_memory, texts=texts)
             assert report is not None
             live.take(paths.model)
     return report if run_dir is not None else report.replace(run_dir="")

@@ -25,7 +25,6 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from torch.optim import Optimizer
 
-from recon.basics.files import atomic_write
 from recon.basics.locks import owned
 from recon.basics.run_paths import RunPaths
 from recon.cli.arguments import add_pruning_arguments, default_data, keep_own_defaults, plain_data, require_seed
@@ -37,6 +36,7 @@ from recon.cli.loggers import in_run_directory
 from recon.cli.names import with_short_paths
 from recon.cli.quiet import quiet
 from recon.data import TokenData
+from recon.data.texts import Texts
 from recon.distributed import ranks
 from recon.distributed.part import Share
 from recon.experiment.checkpoints import STOPPED, Checkpoints
@@ -45,7 +45,7 @@ from recon.experiment.environment import versions
 from recon.experiment.options import RunOptions
 from recon.experiment.recovery import recover
 from recon.planner.prediction import forecast
-from recon.pruning.masks import Masks
+from recon.pruning.masks import Masks, identity_of
 from recon.pruning.prune import Pruning
 from recon.pruning.refinement import refined
 from recon.report import Report, Results, print_table, table_console, with_references
@@ -189,7 +189,7 @@ class FitCLI(LightningCLI):
             options["model"]["init_args"].pop(name, None)
         self.fingerprint: dict[str, Any] = {"options": with_short_paths(options), "versions": versions()}
         if masks is not None and Path(masks).is_file():
-            self.fingerprint["masks"] = digest(Path(masks).read_bytes().hex())
+            self.fingerprint["masks"] = identity_of(Path(masks))
         scope = self.config.model.class_path.rpartition(".")[2]
         default = f"runs/{scope}-{digest(self.fingerprint)[:8]}"
         self.run_dir = Path(self.config.run_dir or default)
@@ -304,13 +304,14 @@ def run(args: list[str], merge: bool = False) -> int:
     return 0
 
 
-def execute(cli: FitCLI, masks: Masks | None = None, merge: bool = False) -> Report | None:
+def execute(cli: FitCLI, masks: Masks | None = None, merge: bool = False, texts: Texts | None = None) -> Report | None:
     """Recover what `cli` has built: the way of the command and of the library.
 
     Args:
         cli: Parsed and instantiated.
         masks: In memory, in place of a file.
         merge: Train nothing.
+        texts: Documents in memory, written to the run directory.
 
     Returns:
         The report; None on ranks other than 0, and of a part.
@@ -329,6 +330,8 @@ def execute(cli: FitCLI, masks: Masks | None = None, merge: bool = False) -> Rep
             if cli.share is None:
                 directory.sweep()
             _save_config(cli, directory)
+            if texts is not None:
+                texts.write(directory.text, directory.manifest.writing)
         return _recover(cli, directory, options)
 
 
@@ -345,7 +348,7 @@ def _recover(cli: FitCLI, directory: RunDirectory, options: RunOptions) -> Repor
             callback.print_table = False
     if not scope.by_window:
         trainer.callbacks.append(Checkpoints(directory.checkpoints, cli.config.checkpoint_every_n_steps))  # pyright: ignore[reportAttributeAccessIssue]
-    if first and not directory.report.exists():
+    if first and not directory.is_finished:
         exclude, criterion = tuple(options.pruning.exclude), options.criterion
         by_gram = criterion is not None and options.interleaves and criterion.needs == "gram"
         options = replace(options, prediction=forecast(scope, data, trainer, exclude, options.prunes, by_gram))
@@ -387,5 +390,5 @@ def _options(cli: FitCLI, masks: Masks | None, merge: bool) -> RunOptions:
 
 
 def _save_config(cli: FitCLI, directory: RunDirectory) -> None:
-    with atomic_write(directory.config) as temporary:
+    with directory.manifest.writing(directory.config) as temporary:
         cli.parser.save(cli.config, temporary, skip_unset=False, overwrite=True, multifile=False)

@@ -8,6 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from recon.basics.manifest import require_unchanged
 from recon.basics.run_paths import RunPaths
 from recon.cli.arrange import arrange
 from recon.cli.errors import usage
@@ -85,6 +86,7 @@ def _load(path: Path) -> dict[str, Any]:
             f"`recon report --memory` needs the directory of a run with {file.name}, which MemoryProfiler writes, got "
             f"{path}; name one, such as a cell's directory within a comparison"
         )
+    require_unchanged(file, "copy it again, or repeat the run")
     return load_memory(file)
 
 

@@ -9,6 +9,9 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 
 from recon.basics.files import read_json
+from recon.basics.locks import owned
+from recon.basics.manifest import require_unchanged
+from recon.basics.run_paths import RunPaths
 from recon.cli.arguments import DEFAULT_DATA, add_data_arguments, choose_device, parse, plain_data
 from recon.cli.arrange import arrange
 from recon.cli.configs import load_options
@@ -67,6 +70,28 @@ class Subject:
             f"model's directory, or let the run end"
         )
 
+    def require_unchanged(self) -> None:
+        """Refuse a run whose files are not as recon wrote them.
+
+        Raises:
+            ValueError: Naming the first such file.
+        """
+        if self.run is None:
+            return
+        run = RunPaths(self.run)
+        model = None if self.model is None else Path(self.model)
+        named = [
+            run.fingerprint_file,
+            run.config,
+            run.masks,
+            run.report,
+            run.text,
+            *([run.moved] if model is None else [model]),
+        ]
+        for path in named:
+            if path.exists() or run.manifest.records(path):
+                run.manifest.require(path, "copy it again, or repeat the command of the run")
+
     def options(self) -> dict[str, Any]:
         """The options of the run, as its fingerprint has them; none without a run."""
         if self.run is None:
@@ -114,18 +139,21 @@ def main(args: list[str]) -> int:
     parser = build_parser()
     with usage():
         subject = Subject.of(parser.parse_args(arrange("test", args)).path)
+    subject.require_unchanged()
+    with usage():
         parser.set_defaults(_data_of_run(subject))
     config, built = parse(parser, args)
     source = subject.source(config.model.as_dict())
-    run = None
-    if config.run_dir is not None:
+    begin(built.data)
+    if config.run_dir is None:
+        report = _measured(subject, source, built.data, config)
+    else:
         options = {"data": plain_data(config.data.as_dict()), "device": config.device, "masks": config.masks}
         identity = {"model": source.identity(), "text": built.data.identity()}
-        run = RunDirectory(Path(config.run_dir), {**options, **identity, "versions": versions()})
-    begin(built.data)
-    report = _measured(subject, source, built.data, config)
-    if run is not None:
-        report.replace(run_dir=str(run.path)).save(run.report)
+        with owned(Path(config.run_dir)):
+            run = RunDirectory(Path(config.run_dir), {**options, **identity, "versions": versions()})
+            report = _measured(subject, source, built.data, config)
+            report.replace(run_dir=str(run.path)).save(run.report, run.manifest.writing)
     console = Console(highlight=False, soft_wrap=True)
     if config.summary:
         print_table(Results(with_references(report)), table_console(), config.verbose)
@@ -138,6 +166,7 @@ def _measured(subject: Subject, source: ModelSource, data: TokenData, config: An
     device, file = choose_device(config.device), subject.run and subject.run / MASKS
     masks, promised, moved = None, None, None
     if config.masks is not None:
+        require_unchanged(Path(config.masks), "copy it again, or prune again")
         masks = Masks.load(config.masks)
     elif file is not None and file.is_file():
         if subject.model is None:

@@ -13,8 +13,9 @@ from torch.distributed import ProcessGroup
 from typing_extensions import override
 
 from recon.basics.files import read_json, write_json
+from recon.basics.manifest import Entry, Manifest
 from recon.data.loader import ResumableLoader
-from recon.distributed.ranks import any_rank, layout, patient_group, size
+from recon.distributed.ranks import any_rank, gathered, layout, patient_group, rank, size
 from recon.pruning.masks import Masks
 
 STOPPED = 128 + signal.SIGTERM
@@ -112,10 +113,17 @@ class Checkpoints(Checkpoint):
         self._position = {"given": 0 if progress.is_last_batch else progress.current.ready}
         path = self.directory / f"step-{trainer.global_step:06}.ckpt"
         trainer.save_checkpoint(path)
+        manifest, own = _manifest(self.directory), _share(_files(path))
+        written = {
+            file: entry for part in gathered({file: Entry.of(file) for file in own}) for file, entry in part.items()
+        }
         if trainer.is_global_zero:
-            write_json(_marker(path), identity(trainer, module.masks) | {"step": trainer.global_step})
-            for other in self.directory.iterdir():
+            manifest.record(written)
+            content = identity(trainer, module.masks) | {"step": trainer.global_step}
+            write_json(_marker(path), content, manifest.writing)
+            for other in sorted(self.directory.iterdir()):
                 if other not in (path, _marker(path)):
+                    manifest.forget(other)
                     _delete(other)
         self._saved_step = trainer.global_step
 
@@ -126,9 +134,26 @@ def identity(trainer: L.Trainer, masks: Masks) -> dict[str, Any]:
 
 
 def last(directory: Path) -> Path | None:
-    """The newest checkpoint that was written completely; None if there is none."""
-    found = sorted(path for path in directory.glob("*.ckpt") if _marker(path).exists())
-    return found[-1] if found else None
+    """The newest checkpoint that was written completely, as the manifest has it; None if there is none."""
+    markers = sorted(
+        path for path in _manifest(directory).records(directory) if path.parent == directory and path.suffix == ".json"
+    )
+    return markers[-1].with_suffix(".ckpt") if markers else None
+
+
+def require_intact(path: Path) -> None:
+    """Refuse a checkpoint that is not as it was written; all processes come here, and each reads a share of the files.
+
+    Raises:
+        ValueError: On every process, naming a file.
+    """
+    entries = _manifest(path.parent).records(path, _marker(path))
+    faults = [_manifest(path.parent).fault_of(file, entries[file]) for file in _share(sorted(entries))]
+    if found := [fault for part in gathered(faults) for fault in part if fault]:
+        raise ValueError(
+            f"a run goes on from its checkpoint as it was written, got a damaged one: {found[0]}; copy it again, or "
+            f"delete {path.parent} to begin anew"
+        )
 
 
 def step_of(path: Path) -> int:
@@ -167,6 +192,20 @@ def _marked(path: Path) -> dict[str, Any]:
             f"recon; use that version, or {cure}"
         )
     return marked
+
+
+def _manifest(directory: Path) -> Manifest:
+    return Manifest(directory.parent)
+
+
+def _files(path: Path) -> list[Path]:
+    """The files of a checkpoint, which is one itself or a directory."""
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+
+
+def _share(files: list[Path]) -> list[Path]:
+    """The files that this process hashes, of all that are on the disk which the processes share."""
+    return files[rank() :: size()]
 
 
 def _marker(path: Path) -> Path:

@@ -97,7 +97,8 @@ def _from_deepspeed(checkpoint: Path) -> dict[str, Tensor]:
     silence = StringIO()
     with unpickling_weights_only(), redirect_stdout(silence), redirect_stderr(silence):
         parts = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), lazy_mode=True)
-        held = torch.load(next(checkpoint.glob("checkpoint/*mp_rank_00_model_states.pt")), "cpu", mmap=True)
+        # That of rank 0, which alone has what was not trained; only stage 3 has one of each rank.
+        held = torch.load(min(checkpoint.glob("checkpoint/*mp_rank_00_model_states.pt")), "cpu", mmap=True)
     assert parts is not None
     assert isinstance(held, dict)
     whole: dict[int, Tensor] = {}  # tied weights stay tied

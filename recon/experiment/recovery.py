@@ -53,8 +53,12 @@ def recover(scope: Scope, data: TokenData, trainer: L.Trainer, run: RunDirectory
         ValueError: If masks and model do not fit together, or a pruned weight is not zero in the end; the model is then
             not saved.
     """
-    if run.report.exists():
+    if run.is_finished:
         return _finished(run, options)
+    if options.part is None:
+        run.reopen(scope.by_window)
+        if ranks.rank() == 0:
+            run.drop_report()
     job, resumed = Job(scope, data, trainer, run, options), run.has_begun
     with refusals():
         require_feasible(job)
@@ -74,7 +78,7 @@ def recover(scope: Scope, data: TokenData, trainer: L.Trainer, run: RunDirectory
         write(job)
         measured = measure(job, baselines)
     report = build_report(job, training, measured)
-    report.save(run.report)
+    report.save(run.report, run.manifest.writing)
     log_hyperparameters(trainer, scope, report)
     data.teardown("test")
     run.clean()

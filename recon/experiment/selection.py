@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from recon.basics.locks import locked
+from recon.basics.manifest import require_unchanged
 from recon.experiment.job import Job
 from recon.profiling.phases import PhaseName
 from recon.pruning.interleaved import Interleaved
@@ -50,11 +51,11 @@ def select(job: Job) -> Selection:
 
 def _masks(job: Job) -> Masks:
     given, ours = job.options.masks, job.run.masks
-    if ours.exists():
+    if job.run.has_masks:
         return _from_file(job, ours)
     if isinstance(given, Masks):
         given.validate_for(job.scope.model)
-        given.save(ours, GIVEN)
+        given.save(ours, GIVEN, job.run.manifest.writing)
         return given
     if given is not None:
         return _from_file(job, given)
@@ -65,12 +66,13 @@ def _from_file(job: Job, file: Path) -> Masks:
     """The masks in `file`, copied to the run's directory with the place of the moved weights that came with them."""
     if not file.exists():
         raise ValueError(f"--masks needs a file that `recon prune` wrote, got {file}, which does not exist")
+    require_unchanged(file, "copy it again, or make it again with `recon prune`")
     masks, made_by = Masks.load(file), Masks.read_metadata(file)
     masks.validate_for(job.scope.model)
     if CAME_WITH_MOVED in made_by:
         made_by[CAME_WITH_MOVED] = str((file.parent / made_by[CAME_WITH_MOVED]).resolve())
     if file != job.run.masks:
-        masks.save(job.run.masks, made_by)
+        masks.save(job.run.masks, made_by, job.run.manifest.writing)
     return masks
 
 

@@ -62,6 +62,7 @@ def train(job: Job, resumed: bool) -> Training:
     num_own, num_missing = len(scope.own_windows), len(scope.missing(scope.own_windows))
     checkpoint = checkpoints.last(run.checkpoints)
     if checkpoint is not None:
+        checkpoints.require_intact(checkpoint)
         checkpoints.require_same(checkpoint, checkpoints.identity(job.trainer, scope.masks))
         if checkpoint.is_file():
             require_weights(checkpoint, load_file(checkpoint, OF_LIGHTNING)["state_dict"], scope.state_dict())

@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from recon.basics.manifest import require_unchanged
 from recon.basics.seeds import isolated_seed
 from recon.models.stored import dtype_of
 from recon.models.weight_files import directory_digest, refuse_gguf, require_format, require_prunable, weight_places
@@ -245,6 +246,7 @@ class ModelSource:
         path = _directory("model.name", self.name)
         if path is None:
             return {"name": self.name, "revision": self.revision or "main", "dtype": self.dtype}
+        require_unchanged(path, "copy it again, or repeat the run that made it")
         return {"files": directory_digest(path), "dtype": self.dtype}
 
     def _random(self, shape: dict[str, Any]) -> PreTrainedModel:

@@ -12,6 +12,8 @@ from textwrap import shorten
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 
+from recon.basics.digests import sha256_of
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 """The file of a model in one file, and the index of one in several; with both, the first is read."""
 
@@ -164,6 +166,5 @@ def directory_digest(path: Path) -> str:
     for file in sorted(path.glob("*")):
         if file.suffix in (".safetensors", ".json", ".bin", ".model") and file.name != "card.json":
             digest.update(file.name.encode())
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
+            digest.update(bytes.fromhex(sha256_of(file)))
     return digest.hexdigest()

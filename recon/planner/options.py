@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from recon.basics.units import in_bytes
 from recon.calibration.activations import Propagation
 from recon.calibration.storage import Place, Storage
 from recon.data import TokenData
@@ -21,6 +22,7 @@ from recon.scopes import (
 )
 from recon.scopes.base import StartName
 from recon.scopes.distillation import Distillation
+from recon.scopes.full import LOGITS_MEMORY
 from recon.scopes.local.module import LocalScope
 from recon.scopes.trainable import Parameters
 from recon.solvers import GradientDescent
@@ -61,9 +63,11 @@ class PlanOptions:
         lora_rank: Rank of the adapters, with `parameters: lora`.
         train: `blocks` or `all`, in full retraining.
         gradient_checkpointing: Keep only the inputs of each block, in full retraining.
+        logits_memory: Full retraining: bytes of a batch's fp32 logits above which its loss is computed in chunks.
         accumulate: Batches an optimizer step.
         precision: Lightning's name of the precision.
         sharding: Division of the model among processes.
+        reduce_each_batch: FSDP2: gradients are reduced with every accumulated batch, not once a step.
         offload_optimizer: ZeRO: gradients and optimizer state on the host.
         offload_parameters: ZeRO-3: the weights too.
         world_size: Processes; in the local scopes each recovers its share of the windows.
@@ -97,9 +101,11 @@ class PlanOptions:
     lora_rank: int = 16
     train: Literal["blocks", "all"] = "blocks"
     gradient_checkpointing: bool = False
+    logits_memory: int = in_bytes(LOGITS_MEMORY)
     accumulate: int = 1
     precision: str = "32-true"
     sharding: Sharding = "none"
+    reduce_each_batch: bool = False
     offload_optimizer: bool = False
     offload_parameters: bool = False
     world_size: int = 1
@@ -137,6 +143,11 @@ class PlanOptions:
         return self.sharding.startswith("zero")
 
     @property
+    def gathers_half(self) -> bool:
+        """Whether FSDP2 gathers in 16 bits the weights that it has in fp32."""
+        return self.sharding == "fsdp2" and self.precision == "bf16-mixed"
+
+    @property
     def half(self) -> torch.dtype | None:
         """The 16-bit type of products; None in fp32."""
         return PRECISIONS[self.precision]
@@ -171,7 +182,7 @@ class PlanOptions:
         stored = self.dtype or stored
         if self.offload != "none":
             return stored  # Lightning, which casts, does not have the model
-        cast = self.precision.endswith("-true") or self.is_zero
+        cast = self.precision.endswith("-true") or self.is_zero or self.gathers_half
         return self.half if self.half is not None and cast else stored
 
     def as_dict(self) -> dict[str, Any]:
@@ -244,6 +255,7 @@ def _of_scope(scope: Scope, data: TokenData) -> dict[str, Any]:
         found |= {"loss": scope.loss, "parameters": scope.which_parameters, "lora_rank": scope.lora.rank}
     if isinstance(scope, FullRetraining):
         found |= {"train": scope.train_what, "gradient_checkpointing": scope.gradient_checkpointing}
+        found["logits_memory"] = scope.logits_memory
     return found
 
 

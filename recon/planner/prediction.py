@@ -16,7 +16,7 @@ from recon.planner.flops import Kind, full_flops, local_flops, seconds_of, unifo
 from recon.planner.full import full_snapshots, held_on_host, optimizer_bytes
 from recon.planner.local import FakeModels, calibration_bytes, local_snapshots, start_bytes, windows_to_recover
 from recon.planner.options import PlanOptions
-from recon.planner.snapshot import Snapshot, numel
+from recon.planner.snapshot import FP32, Snapshot, numel
 from recon.planner.trainer_options import trainer_options
 from recon.profiling.entries import CATEGORIES
 from recon.scopes import Scope
@@ -200,7 +200,7 @@ def _disk(shape: Shape, options: PlanOptions) -> dict[str, int]:
         disk["activations"] = processes * calibration_bytes(fake, options)["disk"]
         disk["windows"] = item * numel(fake.parameters[name] for window in windows for name in window.owned)
     else:
-        weights = fake.num_parameters * fake.item
+        weights = fake.num_parameters * (FP32 if options.gathers_half else fake.item)
         # The last one is deleted when the next is complete.
         disk["checkpoints"] = 2 * (weights + optimizer_bytes(fake, options))
         if options.solves:

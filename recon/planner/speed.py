@@ -17,12 +17,12 @@ from recon.models.offload.blocks import OffloadedBlocks
 from recon.models.windows import BlockWindow, Window
 from recon.planner.fake.model import FakeModel, only_first
 from recon.planner.fake.replay import Unverified
-from recon.planner.fake.step import model_loss
 from recon.planner.flops import Kind
 from recon.planner.local import one_of_each
 from recon.planner.options import PlanOptions
 from recon.planner.prediction import Shape
 from recon.scopes.losses import window_loss
+from recon.scopes.model_loss import model_loss
 from recon.solvers import ConjugateGradients, LeastSquares
 
 REPEATS = 5
@@ -154,8 +154,10 @@ class _FirstBlock:
         _fill([self.model.get_parameter(name) for name in outside], self.stored)
         tokens = torch.zeros(self.small.batch_size, self.small.seq_len, dtype=torch.long, device=self.device)
 
+        rows = self.fake.chunk_rows(self.small)
+
         def loss() -> Tensor:
-            return model_loss(lambda ids: self.model(input_ids=ids, use_cache=False).logits, tokens, self.asked.loss)
+            return model_loss(self.model, tokens, self.asked.loss, self.model, rows=rows)  # pyright: ignore[reportArgumentType]
 
         owned = window.owned + (outside if self.asked.train == "all" else [])
         steps = [self.fake.head(options) for options in (self.asked, self.small)]

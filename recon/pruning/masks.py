@@ -20,8 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from recon.basics.files import atomic_write
+from recon.basics.digests import sha256_of
+from recon.basics.files import Writer, atomic_write
 from recon.distributed.parameters import copies, whole, whole_shape
+from recon.pruning.recorded_pattern import broken
 
 FORMAT = "recon-masks-1"
 NUM_NAMES_SHOWN = 3
@@ -207,12 +209,13 @@ class Masks(Mapping[str, Tensor]):
             digest.update(bytes(self._packed[name].numpy().data))
         return digest.hexdigest()
 
-    def save(self, path: str | Path, metadata: dict[str, str] | None = None) -> None:
+    def save(self, path: str | Path, metadata: dict[str, str] | None = None, writing: Writer = atomic_write) -> None:
         """Write all masks to one bit-packed safetensors file, atomically.
 
         Args:
             path: The file; its directory is made if missing.
             metadata: What the masks were made from, for `read_metadata`.
+            writing: Opens the file; `Manifest.writing` records it, too.
 
         Raises:
             OSError: If the file cannot be written; an older file at `path` is then untouched.
@@ -222,7 +225,7 @@ class Masks(Mapping[str, Tensor]):
             "shapes": json.dumps(self._shapes),
             "metadata": json.dumps(metadata or {}),
         }
-        with atomic_write(path) as temporary:
+        with writing(Path(path)) as temporary:
             save_file(self._packed, temporary, header)
 
     @staticmethod
@@ -230,7 +233,7 @@ class Masks(Mapping[str, Tensor]):
         """Read the masks that `save` wrote, to the CPU.
 
         Raises:
-            ValueError: If `path` is not such a file.
+            ValueError: If `path` is not such a file, or the masks do not keep to the pattern that it records.
         """
         shapes = _shapes(_json_of(path, "shapes"), path)
         with safe_open(path, framework="pt") as file:
@@ -244,7 +247,9 @@ class Masks(Mapping[str, Tensor]):
                     f"{list(mask.shape)} of {mask.dtype} for `{name}` {list(shapes[name])}, not [{num_bytes}] of uint8"
                 )
                 raise ValueError(_damaged(path, got))
-        return Masks.of_packed(packed, shapes)
+        masks = Masks.of_packed(packed, shapes)
+        masks._require_recorded(path, Masks.read_metadata(path))
+        return masks
 
     @staticmethod
     def read_metadata(path: str | Path) -> dict[str, str]:
@@ -258,6 +263,17 @@ class Masks(Mapping[str, Tensor]):
             raise ValueError(_damaged(path, "metadata that are no texts"))
         return metadata
 
+    def _require_recorded(self, path: str | Path, made_by: Mapping[str, str]) -> None:
+        try:
+            found = broken(made_by, self._packed, self._shapes)
+        except ValueError as error:
+            found = str(error)
+        if found is not None:
+            raise ValueError(
+                f"masks need to keep to the pattern that their file records, {made_by.get('pattern')}, got `{path}`, "
+                f"which keeps {found}; copy it again from where it was made, or prune again"
+            )
+
     def _num_pruned(self, name: str) -> int:
         return math.prod(self._shapes[name]) - count_bits(self._packed[name])
 
@@ -267,6 +283,17 @@ class Masks(Mapping[str, Tensor]):
         parameters = _parameters(model)
         for name in self:
             yield name, parameters[name]
+
+
+def identity_of(path: Path) -> str:
+    """The `Masks.fingerprint` of the masks in a file: the order of a header's entries differs whenever it is written.
+
+    That of its bytes if it is no mask file, which is refused when the masks are needed.
+    """
+    try:
+        return Masks.load(path).fingerprint()
+    except (ValueError, SafetensorError):
+        return sha256_of(path)
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -72,6 +72,19 @@ class Pattern(ABC):
         """
         return [(slice(None), self)]
 
+    def kept_in(self, num_rows: int, num_columns: int) -> tuple[int, int] | None:
+        """Count the survivors among weights that compete within a matrix.
+
+        Args:
+            num_rows: Number of outputs.
+            num_columns: Number of inputs.
+
+        Returns:
+            A number of consecutive weights, row-major, and how many of each such run survive; None if the pattern
+            does not say so.
+        """
+        return None
+
     def select_all(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
         """Choose the survivors of several matrices, by default of each on its own.
 
@@ -137,6 +150,13 @@ class Unstructured(Pattern):
                 f"{self} needs to keep a weight of each {self.per}, got none of {num_weights} for `{name}`; lower "
                 f"pattern.sparsity, or choose pattern.per: model"
             )
+
+    def kept_in(self, num_rows: int, num_columns: int) -> tuple[int, int] | None:
+        """As `Pattern.kept_in`: of a row or of the matrix."""
+        if self.across_model:
+            return None
+        num = self.num_competing(num_rows, num_columns)
+        return num, self.num_kept(num)
 
     def select_count(self, scores: Float[Tensor, "out in_"], num_kept: int) -> Bool[Tensor, "out in_"]:
         """Keep the `num_kept` highest scores of each row or of the matrix."""
@@ -207,6 +227,10 @@ class NM(Pattern):
     def require(self, name: str, num_rows: int, num_columns: int) -> None:
         """Refuse a matrix whose rows are no whole number of groups."""
         self.require_whole_groups(num_columns, name)
+
+    def kept_in(self, num_rows: int, num_columns: int) -> tuple[int, int] | None:
+        """As `Pattern.kept_in`: of a group."""
+        return self.of, self.keep
 
     def require_whole_groups(self, in_features: int, name: str) -> None:
         """Refuse a matrix whose rows are no whole number of groups.

@@ -1,6 +1,7 @@
 """Pruning of a model: the survivors of its blocks, chosen one block after another."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,18 +11,20 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from recon.basics.manifest import Manifest, require_unchanged
 from recon.calibration.activations import Activations
 from recon.calibration.collection import collect
 from recon.calibration.statistics import InputStatistics
 from recon.calibration.storage import ON_DEVICE, Storage
 from recon.models.anatomy import Anatomy
-from recon.models.linear import as_out_in, weight_out_in
+from recon.models.linear import as_out_in, is_transposed, weight_out_in
 from recon.models.replay import Replay
 from recon.profiling.ledger import followed
 from recon.pruning.allocation import Allocation
 from recon.pruning.criteria import Criterion
 from recon.pruning.masks import Masks
-from recon.pruning.patterns import Pattern
+from recon.pruning.patterns import Counted, Pattern
+from recon.pruning.recorded_pattern import recorded
 from recon.pruning.refinement import Refined
 from recon.pruning.start_weights import Sink, Start, apply, written
 
@@ -245,7 +248,7 @@ def prune_to(
     replay: Replay | None = None,
     storage: Storage = ON_DEVICE,
 ) -> Masks:
-    """As `prune`, and write the masks.
+    """As `prune`, and write the masks, recorded in the manifest of their directory.
 
     Args:
         masks_file: File of the masks.
@@ -259,34 +262,55 @@ def prune_to(
         storage: As in `prune`.
     """
     options = options or Pruning()
-    made_by = {"criterion": str(criterion), "pattern": options.describe(pattern)}
+    writing, moved_with_them = Manifest(masks_file.parent).writing, {}
+    prunable = Anatomy.of(model).prunable(options.exclude)
     if criterion.moves_weights and moved_file is not None:
-        prunable = Anatomy.of(model).prunable(options.exclude)
         weights = {name: module.get_parameter("weight") for name, module in prunable.items()}
-        with written(moved_file, like=weights) as moved:
+        with written(moved_file, weights, writing) as moved:
             masks = prune(model, tokens, criterion, pattern, options, moved, replay, storage)
-        made_by[CAME_WITH_MOVED] = moved_file.name
+        moved_with_them = {CAME_WITH_MOVED: moved_file.name}
     else:
         masks = prune(model, tokens, criterion, pattern, options, None, replay, storage)
-    masks.save(masks_file, made_by)
+    masks.save(masks_file, made_by(criterion, pattern, options, masks, prunable) | moved_with_them, writing)
     return masks
+
+
+def made_by(
+    criterion: Criterion, pattern: Pattern, options: Pruning, masks: Masks, prunable: Mapping[str, nn.Module]
+) -> dict[str, str]:
+    """The metadata of masks: their criterion, and their pattern for people and for the check when they are loaded.
+
+    Args:
+        criterion: It chose them.
+        pattern: As it was asked for.
+        options: With an allocation, the zeros of each matrix are recorded.
+        masks: All of them.
+        prunable: Parameter name -> linear map.
+    """
+    held = pattern
+    if options.allocation is not None:
+        zeros = {name: masks.subset([name]).num_pruned for name in masks}
+        held = Counted(zeros, sum(map(math.prod, masks.shapes.values())), options.allocation.require(pattern).per)  # pyright: ignore[reportArgumentType]
+    transposed = [name for name in masks if is_transposed(prunable[name])]
+    return {"criterion": str(criterion), "pattern": options.describe(pattern), **recorded(held, transposed)}
 
 
 def moved_with(masks_file: Path, masks: Masks) -> Start | None:
     """Open the moved weights that were written with the masks in `masks_file`; None if their criterion moves none.
 
     Raises:
-        ValueError: If the file is missing, or belongs to other masks.
+        ValueError: If the file is missing, damaged, or belongs to other masks.
     """
-    made_by = Masks.read_metadata(masks_file)
-    if CAME_WITH_MOVED not in made_by:
+    known = Masks.read_metadata(masks_file)
+    if CAME_WITH_MOVED not in known:
         return None
-    path = masks_file.parent / made_by[CAME_WITH_MOVED]
+    path = masks_file.parent / known[CAME_WITH_MOVED]
     if not path.exists():
         raise ValueError(
-            f"the masks in {masks_file} are those of {made_by.get('criterion', 'a criterion')}, which moves weights, "
+            f"the masks in {masks_file} are those of {known.get('criterion', 'a criterion')}, which moves weights, "
             f"and need {path}, which does not exist; copy it there, or prune again"
         )
+    require_unchanged(path, "copy it again, or prune again")
     return Start(path, masks)
 
 

@@ -8,12 +8,13 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from recon.basics.files import atomic_write
+from recon.basics.files import Writer, atomic_write
 from recon.distributed.parameters import whole
 from recon.models.anatomy import Block
 from recon.models.offload.blocks import OffloadedBlocks
@@ -80,7 +81,12 @@ class Start(Mapping[str, Tensor]):
 
 
 @contextmanager
-def written(path: Path, like: Mapping[str, Tensor]) -> Iterator[Sink]:
+def written(
+    path: Path,
+    like: Mapping[str, Tensor],
+    writing: Writer = atomic_write,
+    metadata: Mapping[str, str] | None = None,
+) -> Iterator[Sink]:
     """Write start weights one by one, in any order; the file is whole when the context ends, or absent.
 
     `safetensors.torch.save_file` would need all weights at once.
@@ -88,11 +94,14 @@ def written(path: Path, like: Mapping[str, Tensor]) -> Iterator[Sink]:
     Args:
         path: The file.
         like: Parameter name -> a tensor of the shape and the dtype in which its weight is written.
+        writing: Opens the file; `Manifest.writing` records it, too.
+        metadata: Words that go into the file's header.
 
     Yields:
         A function that takes each weight; it raises ValueError if a weight is not finite in its dtype.
     """
-    places, header, offset = {}, {}, 0
+    places, offset = {}, 0
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     for name, tensor in like.items():
         end = offset + tensor.numel() * tensor.element_size()
         places[name] = offset
@@ -102,7 +111,7 @@ def written(path: Path, like: Mapping[str, Tensor]) -> Iterator[Sink]:
     text += b" " * (-len(text) % 8)  # the format wants the data aligned
     for stale in path.parent.glob(f".{path.name}.*.tmp"):  # of a killed run; as large as the model
         stale.unlink()
-    with atomic_write(path) as temporary, temporary.open("wb") as file:
+    with writing(path) as temporary, temporary.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
 
         def write(name: str, weight: Tensor) -> None:

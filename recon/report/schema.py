@@ -23,7 +23,8 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
-from recon.basics.files import write_json
+from recon.basics.files import Writer, atomic_write, write_json
+from recon.basics.manifest import require_unchanged
 from recon.report.parts import PARTS, first_fault
 
 SCOPES = ("dense", "sparse", "pruned", "matrix", "submodule", "block", "full")
@@ -191,9 +192,14 @@ class Report(BaseModel):
         """
         return _validated(cls, _without_recovered(payload), source)
 
-    def save(self, path: Path | str) -> None:
-        """Write the report to `path`, atomically."""
-        write_json(Path(path), self.to_dict())
+    def save(self, path: Path | str, writing: Writer = atomic_write) -> None:
+        """Write the report to `path`, atomically.
+
+        Args:
+            path: The file.
+            writing: Opens the file; `Manifest.writing` records it, too.
+        """
+        write_json(path, self.to_dict(), writing)
 
     @classmethod
     def load(cls, path: Path | str) -> "Report":
@@ -228,9 +234,9 @@ class Results:
         """Name, date and `cells`, ready for strict JSON."""
         return {"name": self.name, "created": self.created, "cells": [cell.to_dict() for cell in self.cells]}
 
-    def save(self, path: Path | str) -> None:
-        """Write the results to `path`, atomically."""
-        write_json(Path(path), self.to_dict())
+    def save(self, path: Path | str, writing: Writer = atomic_write) -> None:
+        """As `Report.save`."""
+        write_json(path, self.to_dict(), writing)
 
     @classmethod
     def load(cls, path: Path | str) -> "Results":
@@ -269,6 +275,8 @@ def _find(path: Path) -> Path:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no report at {path}; run `recon compare` first, or name its output")
+
+    require_unchanged(path, "copy it again, or delete it and repeat the command that made it")
 
     def refuse(token: str) -> NoReturn:
         raise ValueError(f"{token} is not strict JSON")

@@ -95,15 +95,14 @@ class Scope(L.LightningModule, ABC):
         if epochs < 1:
             raise ValueError(f"model.epochs must be at least 1, got {epochs}; give --model.epochs 1")
         self.source = ModelSource(name, shape, dtype, revision, tokenizer, trust_remote_code)
-        self.save_dtype = save_dtype
-        self.epochs, self.start = epochs, start
+        self.save_dtype, self.epochs, self.start = save_dtype, epochs, start
         self.offload: Offload = offload
         self.offloaded: OffloadedBlocks | None = None  # of a model that is not on the device
         self.forms: tuple[Form, Form] | None = None  # in which its blocks return, once they were tried out
         self._storage = ON_DEVICE
         self.start_weights: Mapping[str, torch.Tensor] | None = None  # of every mask; None for the dense survivors
         self.start_seconds = 0.0  # what it took to solve for them, in this start of the run
-        self.tally = Tally()
+        self.tally, self.losses = Tally(), StepLosses()
         self.model: PreTrainedModel
         self.dtype_to_save: torch.dtype
         self.data: TokenData
@@ -111,7 +110,6 @@ class Scope(L.LightningModule, ABC):
         self.directory: Path | None = None
         self.phases = Phases()
         self.evaluation: Evaluation | None = None  # of the recovered model, where only the fit holds it in parts
-        self.losses = StepLosses()
 
     @property
     def label(self) -> str:
@@ -341,9 +339,8 @@ class Scope(L.LightningModule, ABC):
 
     def solve_start(self) -> Mapping[str, torch.Tensor] | None:
         """The exact solution of every matrix: from the run's directory, or solved for now and left there."""
-        path = None if self.paths is None else self.paths.start
-        found: dict[str, torch.Tensor] = {}
-        if path is not None and path.exists():
+        paths, found = self.paths, dict[str, torch.Tensor]()
+        if paths is not None and paths.manifest.is_intact(paths.start):
             self.tally.at_least = True  # unless a checkpoint has the seconds of the start that solved it
         else:
             tokens = self.data.tokens("train")  # to tokenise is no part of it
@@ -351,10 +348,11 @@ class Scope(L.LightningModule, ABC):
             started = time.monotonic()
             with ExitStack() as stack:
                 like = {name: self.model.get_parameter(name) for name in self.masks}
-                sink = found.__setitem__ if path is None else stack.enter_context(written(path, like))
+                to_file = paths and written(paths.start, like, paths.manifest.writing)
+                sink = stack.enter_context(to_file) if to_file else found.__setitem__
                 solve_all(self.open_replay(), tokens, self.masks, sink, self.forward_batch_size)
             self.start_seconds = time.monotonic() - started
-        return found if path is None else Start(path, self.masks)
+        return found if paths is None else Start(paths.start, self.masks)
 
     def begin_from_start(self, masks: Masks) -> None:
         """Prune the weights of `masks` and give the survivors what recovery starts from."""
@@ -382,10 +380,9 @@ class Scope(L.LightningModule, ABC):
         """
         self.losses.note(name, loss, where)
         every: int = self.trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]
-        if not (self.trainer.is_last_batch or (every and (self.trainer.global_step + 1) % every == 0)):
-            return
-        # From the host: Lightning asks for the latest value of a progress bar's metric after every batch.
-        self.log(name, self.losses.finite()[-1], **options)
+        if self.trainer.is_last_batch or (every and (self.trainer.global_step + 1) % every == 0):
+            # From the host: Lightning asks for the latest value of a progress bar's metric after every batch.
+            self.log(name, self.losses.finite()[-1], **options)
 
     def release(self) -> None:
         """Let go of the model, which is written, and of all that holds a part of it."""

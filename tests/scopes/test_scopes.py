@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from callbacks import MaskEnforcer
+from recon.basics.manifest import Entry, Manifest
 from recon.models.anatomy import Anatomy
 from recon.models.linear import as_out_in
 from recon.pruning.masks import Masks
@@ -466,7 +467,8 @@ class Overtake(Callback):
         if pl_module.window.name == self.window:
             for file in self.theirs.glob("*"):
                 if not (self.ours / file.name).exists():
-                    shutil.copy(file, self.ours / file.name)
+                    copied = Path(shutil.copy(file, self.ours / file.name))
+                    Manifest(self.ours.parent).record({copied: Entry.of(copied)})
 
 
 @pytest.mark.parametrize(("kind", "at"), [("matrix", "001"), ("submodule", "000.attention"), ("block", "002")])

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from recon.basics.files import atomic_write
+from recon.basics.manifest import Manifest
 from recon.models.offload.disk_weights import DiskWeights
 from recon.models.windows import Window
 
@@ -20,7 +20,9 @@ RESULT = ("before", "after", "tokens", "seconds")
 
 @dataclass(frozen=True)
 class WindowFiles:
-    """One file for each finished window; it appears whole or not at all.
+    """One file for each finished window; it appears whole or not at all, and is recorded in the run's manifest.
+
+    A file that is not recorded, or not as it was written, counts as none: its window is recovered again.
 
     Args:
         directory: Directory of the files; nothing is written or found if None.
@@ -36,7 +38,7 @@ class WindowFiles:
         return self.directory / f"{window.name}.safetensors"
 
     def __contains__(self, window: Window) -> bool:
-        return self.directory is not None and self.path(window).exists()
+        return self.directory is not None and self._manifest.is_intact(self.path(window))
 
     def keep(self, window: Window, model: nn.Module, result: dict[str, Any]) -> dict[str, Any]:
         """Write a window as `write` does, or load it as `load` does if another process has written it meanwhile.
@@ -54,7 +56,7 @@ class WindowFiles:
         if self.directory is None:
             return
         weights = {name: model.get_parameter(name).detach().cpu().contiguous() for name in window.owned}
-        with atomic_write(self.path(window)) as temporary:
+        with self._manifest.writing(self.path(window)) as temporary:
             save_file(weights, temporary, {"result": json.dumps(result)})
         self._redirect(window)
 
@@ -98,6 +100,11 @@ class WindowFiles:
                 parameter.copy_(file.get_tensor(name))
         self._redirect(window)
         return result
+
+    @property
+    def _manifest(self) -> Manifest:
+        assert self.directory is not None
+        return Manifest(self.directory.parent)
 
     def _redirect(self, window: Window) -> None:
         if self.disk_weights is not None:
