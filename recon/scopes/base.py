@@ -106,9 +106,8 @@ class Scope(L.LightningModule, ABC):
         self.model: PreTrainedModel
         self.dtype_to_save: torch.dtype
         self.data: TokenData
-        self.masks = Masks({})
         self.directory: Path | None = None
-        self.phases = Phases()
+        self.phases, self.masks = Phases(), Masks({})
         self.evaluation: Evaluation | None = None  # of the recovered model, where only the fit holds it in parts
 
     @property
