@@ -112,7 +112,7 @@ def test_a_step_of_full_retraining_waits_for_its_batch_and_for_transformers(loss
         num_passes = 1 if loss == "cross_entropy" else 2
         assert dict(step.waits) == {
             ("recon/experiment/training.py train", "transfer to device"): 1,
-            ("recon/scopes/full.py _loss", "aten::_local_scalar_dense"): num_passes,
+            ("recon/scopes/model_loss.py model_loss", "aten::_local_scalar_dense"): num_passes,
         }
         assert dict(step.bytes) == {("to device", "recon/experiment/training.py train"): 4 * 16 * 8}
 

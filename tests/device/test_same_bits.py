@@ -43,6 +43,12 @@ SCOPES: dict[str, Callable[..., Scope]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _fused_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the CPU step as a device does: full retraining fuses AdamW there, which rounds otherwise."""
+    monkeypatch.setattr(FullRetraining, "_steps_fused", True)
+
+
 @dataclass(frozen=True)
 class Case:
     """A recovery. Its baselines and drift are measured only where it says so."""
