@@ -54,11 +54,7 @@ class RunDirectory(RunPaths):
     def _not_ours(self, held: Content | None, ours: dict[str, Any]) -> str:
         needs = f"run_dir needs a new directory or one of this very run, got {self.path}"
         cure = "name another run_dir or delete this one"
-        try:
-            different = _differences(json.loads(self.fingerprint_file.read_text(encoding="utf-8")), ours)
-        except (OSError, ValueError) as error:
-            return f"{needs}, whose {self.fingerprint_file.name} cannot be read ({error}); {cure}"
-        if different:
+        if different := _differences(read_json(self.fingerprint_file, dict, "run_dir", cure), ours):
             return f"{needs}, whose run differs in {', '.join(different)}; {cure}"
         is_missing = "is missing" if held is None else "is that of another run"
         return f"{needs}, whose {self.manifest.file.name} {is_missing}, so nothing is known of what lies there; {cure}"

@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+import tempfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -282,7 +283,7 @@ class FullRetraining(Scope):
     def on_train_start(self) -> None:
         """Find the best weights of earlier starts, and measure the held-out loss that the last one was about to."""
         if self.keep_best:
-            directory = Path(self.trainer.default_root_dir) if self.directory is None else self.directory
+            directory = Path(tempfile.mkdtemp(prefix="recon-")) if self.directory is None else self.directory
             self._best = BestWeights(RunPaths(directory).best)
             self._best.begin(self.trainer, self._resumed)
             if self._validates_next:
@@ -325,6 +326,7 @@ class FullRetraining(Scope):
             self._gather(best)
         if self._best is not None and self.directory is None:
             self._best.forget()
+            self._best.path.parent.rmdir()
 
     def _gather(self, best: BestWeights | None) -> None:
         if self.partitioned:  # not loaded whole to be measured, so it is rounded here as it will be written

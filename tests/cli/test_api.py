@@ -155,7 +155,7 @@ def test_moved_weights_come_with_masks_and_recovery_starts_from_them(tmp_path: P
     assert moved.keys() == masks.keys()
     file = masks.file  # type: ignore[attr-defined]
     start: dict[str, torch.Tensor] = dict(moved)
-    untrained = {"model.lr": 0.0, "model.epochs": 1}
+    untrained = {"model.lr": 1e-12, "model.epochs": 1}
     report = recon.recover(model, tokenizer, masks, text=TEXT, start="moved", options=SMALL | untrained)
     assert (report.criterion, report.pattern) == ("sparsegpt", "2:4")
     assert all(torch.equal(model.get_parameter(name), weight) for name, weight in start.items())

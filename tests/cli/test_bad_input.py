@@ -10,6 +10,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from recon.basics.manifest import Manifest
 from recon.cli import main
 from recon.cli.configs import load_config, load_options
 from recon.experiment import checkpoints
@@ -138,10 +139,17 @@ def test_options_of_a_run(text: str | None, tmp_path: Path) -> None:
         load_options(tmp_path / "config.yaml", ["data"])
 
 
+def recorded(file: Path, text: str, run: Path) -> None:
+    """Write a file as a version of recon that wrote this would have."""
+    with Manifest(run).writing(file) as temporary:
+        temporary.write_text(text)
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"options": {}}'])
 def test_fingerprints(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "model").mkdir()
-    (tmp_path / "fingerprint.json").write_text(text)
+    recorded(tmp_path / "model" / "config.json", "{}", tmp_path)
+    recorded(tmp_path / "fingerprint.json", text, tmp_path)
     refused(["test", str(tmp_path)], capsys, str(tmp_path / "fingerprint.json"), "run again in a new run_dir")
 
 
@@ -150,8 +158,7 @@ def test_fingerprints(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
 )
 def test_parts_of_windows(part: str, said: str, tmp_path: Path) -> None:
     file = tmp_path / "parts" / "001-of-002" / "part.json"
-    file.parent.mkdir(parents=True)
-    file.write_text(part)
+    recorded(file, part, tmp_path)
     with pytest.raises(ValueError, match=said) as error:
         RunDirectory(tmp_path, None).read_parts()
     assert str(file) in str(error.value)

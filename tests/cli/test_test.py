@@ -1,6 +1,7 @@
 """`recon test` on runs of every kind, with and without a model, and on sparse models."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def test_the_hint_of_prune_can_be_pasted(runs: Path, tmp_path: Path, capsys: pyt
     assert args[-2:] == ["--model.start", "moved"]
     assert main([*args, "--run_dir", str(tmp_path / "run"), "--model.epochs=1"]) == 0
     text = capsys.readouterr().out
-    rows = [line.split()[0] for line in text.splitlines() if line.split()]
+    rows = [found[1] for line in text.splitlines() if (found := re.match(r"(\w+) +\d", line))]
     assert [name for name in rows if name in ("dense", "pruned", "submodule")] == ["dense", "pruned", "submodule"]
     assert "memory" not in text.replace("memory.json", "")
     log = (tmp_path / "run" / "log.txt").read_text().splitlines()

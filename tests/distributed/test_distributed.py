@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from recon.basics.manifest import Manifest
 from recon.cli import main
 from recon.distributed.unpickling import unpickling_weights_only
 from recon.models.loading import ModelSource
@@ -261,10 +262,11 @@ def test_one_process_that_fails_saves_its_last_step_and_ends_bit_identically(dir
     with pytest.raises(Failed, match=r"needs a new directory or one of this very run, .* differs in .*processes"):
         in_processes(runs.fit, "ddp", "bf16-mixed", 2, run, *more)
     masks = Masks.load(run / "masks.safetensors")
-    Masks({name: ~keep for name, keep in masks.items()}).save(run / "masks.safetensors")
+    writing = Manifest(run).writing
+    Masks({name: ~keep for name, keep in masks.items()}).save(run / "masks.safetensors", writing=writing)
     with pytest.raises(Failed, match="written with other masks"):
         in_processes(runs.fit, "auto", "bf16-mixed", 1, run, world=1)
-    masks.save(run / "masks.safetensors", Masks.read_metadata(directory / "masks" / "masks.safetensors"))
+    masks.save(run / "masks.safetensors", Masks.read_metadata(directory / "masks" / "masks.safetensors"), writing)
     in_processes(runs.fit, "auto", "bf16-mixed", 1, run, world=1)
     assert runs.same(runs.weights(run), runs.weights(finished(directory, "auto", "bf16-mixed")))
 

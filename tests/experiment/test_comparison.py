@@ -44,7 +44,7 @@ def smoke(tmp_path_factory):
     recoveries = [
         {"scope": "matrix"},
         {"scope": "submodule", "options": {"model.epochs": 1}},
-        {"scope": "block", "label": "block broken", "options": {"model.epochs": 0}},
+        {"scope": "block", "label": "block broken", "options": {"model.num_blocks": 3}},
         {"scope": "full", "options": {"model.epochs": 1}},
     ]
     options = ["--directory", str(directory), f"--recoveries={json.dumps(recoveries)}"]
@@ -72,7 +72,7 @@ def test_a_failed_cell_is_shown_and_stops_nothing(smoke):
     directory, _, finished = smoke
     failed = json.loads((directory / "results.json").read_text())["cells"][4]
     assert failed["status"] == "failed"
-    assert "model.epochs must be at least 1, got 0" in failed["error"]
+    assert "model.num_blocks must be at most 2, the blocks of the model, got 3" in failed["error"]
     assert "1 of 6 cells failed" in finished.stdout
 
 

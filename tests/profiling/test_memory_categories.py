@@ -48,6 +48,7 @@ def run(
 ) -> dict[str, Any]:
     """A run as `recon fit` does it, in short; phase -> what was written of it."""
     gc.collect()  # of what other tests have left
+    gc.freeze()  # nor does what they hold count
     trainer = trainer_of(MaskEnforcer(), profiler or MemoryProfiler(print_table=False), **options)
     trainer.loggers = [] if logger is None else [logger]
     phases = scope.phases = Phases(trainer.callbacks)  # type: ignore[attr-defined]

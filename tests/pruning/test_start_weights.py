@@ -469,8 +469,11 @@ def test_one_process_solves_for_the_start_and_all_have_it(tmp_path: Path) -> Non
     assert same(first, second)
     assert recon_fit("matrix", tmp_path / "one", *masks) == 0
     exact = load_file(tmp_path / "one" / "model" / "model.safetensors")
+    reset = {int(name) for name, errors in report_of(tmp_path / "one")["windows"].items() if "discarded" in errors}
+    solved_too = {name: one for name, one in first.items() if int(name.split(".")[2]) not in reset}
     assert len(first) == 14
-    for name, weight in first.items():  # Gram matrices of other batch sizes
+    assert solved_too
+    for name, weight in solved_too.items():  # Gram matrices of other batch sizes
         torch.testing.assert_close(weight, exact[name], rtol=1e-3, atol=1e-4)
 
 

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from callbacks import MaskEnforcer
+from recon.basics.manifest import Manifest
 from recon.experiment import checkpoints
 from recon.experiment.checkpoints import Checkpoints
 from recon.scopes import FullRetraining
@@ -101,6 +102,7 @@ def test_a_run_killed_before_a_validation_ends_bit_identically(epoch: int, tmp_p
 def test_another_fit_does_not_take_the_file_of_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
     fit(tmp_path, run)
+    Manifest(run).forget(run / "checkpoints")
     for path in (run / "checkpoints").iterdir():
         path.unlink()
     held_out(monkeypatch, lambda epoch: 10 + epoch)

@@ -121,12 +121,12 @@ def test_a_written_window_is_loaded_with_its_results(tmp_path: Path) -> None:
     model, files = model_of(), WindowFiles(tmp_path)
     window, group = windows_of(model)
     assert window not in files
-    files.write(window, model, {"after": 0.1})
+    files.write(window, model, {"before": 0.2, "after": 0.1, "tokens": 8, "seconds": 0.5})
     assert window in files
     assert group not in files
     written = {name: model.get_parameter(name).detach().clone() for name in window.owned}
     recover(model, window)
-    assert files.load(window, model) == {"after": 0.1}
+    assert files.load(window, model) == {"before": 0.2, "after": 0.1, "tokens": 8, "seconds": 0.5}
     assert all(torch.equal(model.get_parameter(name), written[name]) for name in window.owned)
 
 
@@ -151,6 +151,6 @@ def test_weights_on_disk_are_read_from_the_windows_file_from_now_on(tmp_path: Pa
     window, _ = windows_of(model)
     files = WindowFiles(tmp_path)
     object.__setattr__(files, "disk_weights", redirected)
-    files.write(window, model, {})
+    files.write(window, model, {"before": 0.2, "after": 0.1, "tokens": 8, "seconds": 0.5})
     files.load(window, model)
     assert redirected.calls == [(window.owned, files.path(window))] * 2
