@@ -51,7 +51,7 @@ class Progress(Callback):
         elapsed = self._printed - self._started
         rate = (done - self._first_step) / elapsed if elapsed > 0 else 0.0
         left = f"{_clock((total - done) / rate)} left" if rate > 0 else ""
-        latest = pl_module.latest_loss if isinstance(pl_module, Scope) else {}
+        latest = pl_module.losses.latest if isinstance(pl_module, Scope) else {}
         metrics = {name: float(value) for name, value in (trainer.callback_metrics | latest).items()}
         if not epoch_ended:  # until then Lightning holds the last epoch's, which may be another window's
             metrics = {name: value for name, value in metrics.items() if not name.startswith("held_out")}

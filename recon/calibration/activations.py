@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from recon.calibration.collection import collect
 from recon.calibration.pairs import collect_pairs
 from recon.calibration.prefetch import Batch, Key, Prefetch
+from recon.calibration.rows import Rows
 from recon.calibration.statistics import InputStatistics, Need
 from recon.calibration.storage import ON_DEVICE, Storage
 from recon.models.replay import Replay
@@ -94,20 +95,32 @@ class Activations:
             hidden[start : start + self.batch_size] = piece
         return hidden
 
-    def load(self, kept: Tensor, rows: slice | Int[Tensor, "batch"]) -> Tensor:
+    def load(self, kept: Tensor, rows: slice | Rows) -> Tensor:
         """Load these sequences onto the compute device, in the model's dtype."""
-        if isinstance(rows, slice):
-            found = kept[rows]
-        elif kept.device == self.device:
-            found = kept[rows.to(self.device)]
-        else:  # one by one: gathered first, they would not be pinned and would be copied twice
-            found = torch.empty((len(rows), *kept.shape[1:]), dtype=kept.dtype, device=self.device)
-            for room, row in zip(found, rows.tolist(), strict=True):
-                room.copy_(kept[row], non_blocking=True)
+        if kept.device == self.device:
+            found = kept[rows] if isinstance(rows, slice) else kept[rows.on_device]
+        elif kept.is_pinned():
+            found = self._upload(kept, rows)
+        else:  # the mapped pages of a file
+            found = self._upload(self._pinned(kept, rows), slice(None))
         # Cast on the compute device: a copy that casts, too, would not overlap with computation.
-        return found.to(self.device, non_blocking=True).to(self.dtype)
+        return found.to(self.dtype)
 
-    def batch(self, window: Window, rows: slice | Int[Tensor, "batch"]) -> dict[str, Tensor]:
+    def _upload(self, pinned: Tensor, rows: slice | Rows) -> Tensor:
+        if isinstance(rows, slice):
+            return pinned[rows].to(self.device, non_blocking=True)
+        # One by one: gathered first, they would be copied twice.
+        found = torch.empty((len(rows), *pinned.shape[1:]), dtype=pinned.dtype, device=self.device)
+        for room, row in zip(found, rows.on_host.tolist(), strict=True):
+            room.copy_(pinned[row], non_blocking=True)
+        return found
+
+    def _pinned(self, kept: Tensor, rows: slice | Rows) -> Tensor:
+        """Gather sequences in pinned memory: a copy from elsewhere would wait for the computation."""
+        found = kept[rows if isinstance(rows, slice) else rows.on_host]
+        return torch.empty(found.shape, dtype=kept.dtype, pin_memory=True).copy_(found)
+
+    def batch(self, window: Window, rows: slice | Rows) -> dict[str, Tensor]:
         """Load inputs and target of `window`, in the current blocks, for some sequences.
 
         Returns:

@@ -46,6 +46,9 @@ def start(trainer: L.Trainer, module: L.LightningModule) -> None:
     asked = trainer.num_devices * trainer.num_nodes
     require_started(trainer, asked)
     if trainer.world_size == 1 and asked == 1:
+        accelerator = trainer.strategy.accelerator
+        assert accelerator is not None
+        accelerator.setup_device(trainer.strategy.root_device)  # or GPU 0 would be measured until the fit
         return
     strategy = trainer.strategy
     strategy.connect(module)
@@ -137,12 +140,17 @@ def _wait(group: dist.ProcessGroup) -> None:
         sys.exit(1)  # another process is gone and has said why
 
 
-def any_rank(value: bool, device: torch.device) -> bool:
-    """Whether `value` is true on any rank."""
-    if size() == 1:
+def any_rank(value: bool, group: dist.ProcessGroup | None) -> bool:
+    """Whether `value` is true on any rank.
+
+    Args:
+        value: Of this rank.
+        group: All ranks, on the host: a device would be waited for. None if there is one rank.
+    """
+    if group is None:
         return value
-    tensor = torch.tensor(int(value), device=device)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    tensor = torch.tensor(int(value))
+    dist.all_reduce(tensor, dist.ReduceOp.MAX, group)
     return bool(tensor.item())
 
 

@@ -9,12 +9,13 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.distributed import ProcessGroup
 from typing_extensions import override
 
 from recon.basics.files import read_json, write_json
 from recon.basics.manifest import Entry, Manifest
 from recon.data.loader import ResumableLoader
-from recon.distributed.ranks import any_rank, gathered, layout, rank, size
+from recon.distributed.ranks import any_rank, gathered, layout, patient_group, rank, size
 from recon.pruning.masks import Masks
 
 STOPPED = 128 + signal.SIGTERM
@@ -43,6 +44,7 @@ class Checkpoints(Checkpoint):
         self._saved_step = self._last_step = 0
         self._stepping = False
         self._told_to_stop = False
+        self._group: ProcessGroup | None = None  # asks the other ranks; none if there are none
         self._position: dict[str, int] | None = None
 
     @override
@@ -56,6 +58,7 @@ class Checkpoints(Checkpoint):
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._saved_step = self._last_step = trainer.global_step
+        self._group = patient_group() if size() > 1 else None
         if self._position is not None:
             # Lightning restores loaders itself, but not if the learning rate's schedule has asked for their length.
             if not isinstance(trainer.train_dataloader, ResumableLoader):
@@ -89,7 +92,7 @@ class Checkpoints(Checkpoint):
         if step == self._last_step:
             return
         self._last_step = step
-        stop = any_rank(self._told_to_stop, trainer.strategy.root_device)
+        stop = any_rank(self._told_to_stop, self._group)
         if stop or step % self.every_n_steps == 0:
             self._save(trainer, pl_module)
         if stop:
@@ -99,6 +102,8 @@ class Checkpoints(Checkpoint):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         # Within a step the weights may be half updated; at an epoch's end Lightning's counters are between two epochs.
         if trainer.global_step == self._saved_step or self._stepping or not trainer.training:
+            return
+        if isinstance(exception, FloatingPointError):  # found some steps after it happened
             return
         if trainer.world_size == 1 and _back_to_last_step(trainer):
             self._save(trainer, pl_module)

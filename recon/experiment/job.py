@@ -60,4 +60,7 @@ class Job:
 
     def reopened(self, source: ModelSource) -> Replay:
         """Another copy of a model, offloaded as the scope's is."""
-        return Replay.within(open_offloaded(source, self.scope.offload, self.device, self.run.dense))
+        offloaded = open_offloaded(source, self.scope.offload, self.device, self.run.dense)
+        replay = Replay.within(offloaded, self.scope.forms)
+        self.scope.forms = replay.forms
+        return replay

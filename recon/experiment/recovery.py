@@ -71,6 +71,7 @@ def recover(scope: Scope, data: TokenData, trainer: L.Trainer, run: RunDirectory
             selection = select(job)
             baselines = measure_baselines(job, selection.masks, selection.moved)
             _prepare(job, selection)
+            del selection  # it may hold the model's matrices
         training = train(job, resumed)
         if options.part is not None or not job.is_first:
             return None

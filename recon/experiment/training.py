@@ -103,6 +103,7 @@ def _begin(job: Job) -> None:
 
 def _break_off(job: Job) -> None:
     """Note if a checkpoint of the last step has the seconds until now."""
+    job.scope.break_off()
     checkpoint = checkpoints.last(job.run.checkpoints)
     if job.is_first and checkpoint is not None and checkpoints.step_of(checkpoint) == job.trainer.global_step:
         job.run.begun.unlink(missing_ok=True)

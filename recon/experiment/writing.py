@@ -29,7 +29,9 @@ def write(job: Job) -> None:
     assert job.data.tokenizer is not None
     model, state = scope.result()
     save_model(model, job.data.tokenizer, job.run.model, state, job.run.manifest.placing)
-    del model, state, scope.model
+    del model, state
+    scope.release()
+    job.trainer.strategy.optimizers, job.trainer.strategy.lr_scheduler_configs = [], []  # they hold parameters
 
 
 def save_model(

@@ -20,6 +20,7 @@ from recon.models.anatomy import Anatomy
 from recon.models.calls import (
     Call,
     Conversion,
+    Form,
     Halt,
     Hidden,
     Outputs,
@@ -55,6 +56,7 @@ class Replay:
         model: Any model that `Anatomy` can read; at this moment on one device.
         anatomy: Its anatomy.
         offloaded: Onloads each block when it is run, if the blocks are offloaded.
+        forms: Those of a replay of the same architecture, whose moves were tried; tried on this model if None.
 
     Raises:
         ValueError: If blocks are not called exactly once and in order, with hidden states of three
@@ -64,19 +66,33 @@ class Replay:
 
     offloaded: OffloadedBlocks | None = None
 
-    def __init__(self, model: PreTrainedModel, anatomy: Anatomy, offloaded: OffloadedBlocks | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        anatomy: Anatomy,
+        offloaded: OffloadedBlocks | None = None,
+        forms: tuple[Form, Form] | None = None,
+    ):
         self.model = model
         self.anatomy = anatomy
         self.offloaded = offloaded
         self._calls: OrderedDict[tuple[Any, ...], list[Call]] = OrderedDict()
+        if forms is not None:
+            self._block_form, self._attention_form = forms
+            return
         with self.recording():
             self._block_form, self._attention_form = probe.learn_forms(self)
         self.verify()
 
     @classmethod
-    def within(cls, offloaded: OffloadedBlocks) -> "Replay":
+    def within(cls, offloaded: OffloadedBlocks, forms: tuple[Form, Form] | None = None) -> "Replay":
         """Make the replay of a model whose blocks are offloaded."""
-        return cls(offloaded.model, offloaded.anatomy, offloaded)
+        return cls(offloaded.model, offloaded.anatomy, offloaded, forms)
+
+    @property
+    def forms(self) -> tuple[Form, Form]:
+        """Forms in which blocks and attention submodules return, for another replay of this architecture."""
+        return self._block_form, self._attention_form
 
     @property
     def device(self) -> torch.device:

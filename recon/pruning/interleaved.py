@@ -53,7 +53,7 @@ class Interleaved:
         found = {name: statistics[name] for name in matrices}
         with followed("choose masks"):
             keep, moved = prune_block(matrices, found, self.criterion, self.patterns[block.index])
-        masks = Masks({name: chosen.cpu().contiguous() for name, chosen in keep.items()})
+        masks = Masks(keep)
         path = self._path(block)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)

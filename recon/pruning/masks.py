@@ -101,6 +101,10 @@ class Masks(Mapping[str, Tensor]):
         """The mask of `name` as it is held, for `unpack`."""
         return self._packed[name]
 
+    def on(self, device: torch.device, name: str) -> Bool[Tensor, "..."]:
+        """The mask of `name` on a device: packed bytes are copied, an eighth of the mask's, and unpacked there."""
+        return unpack(self._packed[name].to(device), self._shapes[name])
+
     @staticmethod
     def of_packed(packed: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> "Masks":
         """Wrap masks that are packed already, without a copy.
@@ -118,7 +122,7 @@ class Masks(Mapping[str, Tensor]):
         """Zero the pruned weights of `model` in place, before FSDP2 shards it or DeepSpeed copies it."""
         for name, parameter in self._matched(model):
             with whole(parameter, write=True) as weight:
-                weight.masked_fill_(~self[name].to(weight.device), 0)  # not `* keep`: inf * 0 is NaN
+                weight.masked_fill_(~self.on(weight.device, name), 0)  # not `* keep`: inf * 0 is NaN
 
     def violations(self, model: nn.Module) -> int:
         """Count the weights that are pruned but not zero in one of their copies; NaN counts."""
@@ -305,10 +309,15 @@ def _few(names: list[str]) -> str:
 def pack(keep: Bool[Tensor, "..."]) -> UInt8[Tensor, "num_bytes"]:
     """Pack eight weights into a byte, row-major, the first in the lowest bit; zeros fill the last byte.
 
+    Packs on the device of `keep`, so that an eighth of its bytes are copied.
+
     Returns:
         The bytes, on the CPU.
     """
-    return torch.from_numpy(np.packbits(keep.flatten().cpu().numpy(), bitorder="little"))
+    if keep.device.type != "cpu":
+        bits = torch.nn.functional.pad(keep.flatten().to(torch.uint8), (0, -keep.numel() % 8)).view(-1, 8)
+        return (bits << torch.arange(8, dtype=torch.uint8, device=keep.device)).sum(1, dtype=torch.uint8).cpu()
+    return torch.from_numpy(np.packbits(keep.flatten().numpy(), bitorder="little"))
 
 
 def unpack(packed: UInt8[Tensor, "num_bytes"], shape: tuple[int, ...]) -> Bool[Tensor, "..."]:

@@ -113,7 +113,7 @@ def prune(
         else:
             with followed("choose masks"):
                 chosen, start = prune_block(matrices, statistics, criterion, of_block)
-            block_masks = Masks({name: keep.cpu().contiguous() for name, keep in chosen.items()})
+            block_masks = Masks(chosen)
             masks.add(block_masks)
             if moved is not None:
                 for name, weight in start.items():
@@ -124,7 +124,7 @@ def prune(
     if pattern.across_model:
         modules = {name: module for matrices in blocks for name, module in matrices.items()}
         keep = {name: as_out_in(modules[name], chosen) for name, chosen in pattern.select_all(scores).items()}
-        masks = Masks({name: chosen.cpu().contiguous() for name, chosen in keep.items()})
+        masks = Masks(keep)
         if isinstance(criterion, Refined):
             walk = Activations(replay, tokens, options.batch_size, replay.device, storage=storage)
             masks = _refined(walk, blocks, criterion, pattern, masks, moved)

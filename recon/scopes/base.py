@@ -19,6 +19,7 @@ from recon.data import TokenData
 from recon.distributed.part import Share
 from recon.evaluation.perplexity import Evaluation
 from recon.models.anatomy import Anatomy
+from recon.models.calls import Form
 from recon.models.loading import ModelSource, empty
 from recon.models.offload.blocks import OffloadedBlocks
 from recon.models.offload.opening import Offload, open_offloaded
@@ -30,9 +31,9 @@ from recon.pruning.masks import Masks
 from recon.pruning.start_weights import Start, apply, written
 from recon.scopes.enforcement import MaskEnforcer
 from recon.scopes.exact import solve_all
-from recon.scopes.losses import check_finite
 from recon.scopes.optimization import LRSchedulerRecipe, OptimizerRecipe
 from recon.scopes.own_batches import OwnBatches
+from recon.scopes.step_losses import StepLosses
 from recon.scopes.tally import Tally
 from recon.scopes.trainer_options import EVERYWHERE, IN_WINDOWS, TrainerOption, refuse
 
@@ -94,23 +95,20 @@ class Scope(L.LightningModule, ABC):
         if epochs < 1:
             raise ValueError(f"model.epochs must be at least 1, got {epochs}; give --model.epochs 1")
         self.source = ModelSource(name, shape, dtype, revision, tokenizer, trust_remote_code)
-        self.save_dtype = save_dtype
-        self.epochs, self.start = epochs, start
+        self.save_dtype, self.epochs, self.start = save_dtype, epochs, start
         self.offload: Offload = offload
         self.offloaded: OffloadedBlocks | None = None  # of a model that is not on the device
+        self.forms: tuple[Form, Form] | None = None  # in which its blocks return, once they were tried out
         self._storage = ON_DEVICE
         self.start_weights: Mapping[str, torch.Tensor] | None = None  # of every mask; None for the dense survivors
         self.start_seconds = 0.0  # what it took to solve for them, in this start of the run
-        self.tally = Tally()
+        self.tally, self.losses = Tally(), StepLosses()
         self.model: PreTrainedModel
         self.dtype_to_save: torch.dtype
         self.data: TokenData
-        self.masks = Masks({})
         self.directory: Path | None = None
-        self.phases = Phases()
+        self.phases, self.masks = Phases(), Masks({})
         self.evaluation: Evaluation | None = None  # of the recovered model, where only the fit holds it in parts
-        self.latest_loss: dict[str, torch.Tensor] = {}  # of the last step, under its name, where it was computed
-        self._losses: list[tuple[torch.Tensor, str]] = []  # not looked at yet, and of what
 
     @property
     def label(self) -> str:
@@ -264,6 +262,7 @@ class Scope(L.LightningModule, ABC):
 
     def load(self, data: TokenData) -> None:
         """Load the dense model, and give `data` its tokenizer."""
+        self.forms = None
         if self.offload == "none":
             self.model, data.tokenizer = self.source.load()
         else:
@@ -288,11 +287,12 @@ class Scope(L.LightningModule, ABC):
         return model, state
 
     def open_replay(self) -> Replay:
-        """The blocks of the model, one by one, on the device that this module is on."""
-        if self.offloaded is None:
-            return Replay(self.model, Anatomy.of(self.model))
-        self.offloaded.move_to(self.device)
-        return Replay.within(self.offloaded)
+        """The blocks of the model, one by one, on the device that this module is on; tried out the first time."""
+        if self.offloaded is not None:
+            self.offloaded.move_to(self.device)
+        replay = Replay(self.model, Anatomy.of(self.model), self.offloaded, self.forms)
+        self.forms = replay.forms
+        return replay
 
     def check(self, masks: Masks) -> None:
         """Look for pruned weights that are not zero, wherever the model is.
@@ -349,7 +349,7 @@ class Scope(L.LightningModule, ABC):
                 like = {name: self.model.get_parameter(name) for name in self.masks}
                 to_file = paths and written(paths.start, like, paths.manifest.writing)
                 sink = stack.enter_context(to_file) if to_file else found.__setitem__
-                solve_all(self.model, tokens, self.masks, sink, self.forward_batch_size)
+                solve_all(self.open_replay(), tokens, self.masks, sink, self.forward_batch_size)
             self.start_seconds = time.monotonic() - started
         return found if paths is None else Start(paths.start, self.masks)
 
@@ -365,9 +365,8 @@ class Scope(L.LightningModule, ABC):
     def log_loss(self, name: str, loss: torch.Tensor, where: str, **options: Any) -> None:
         """Log the loss of a step that trains, and stop the run if it is no number.
 
-        That is found when a loss is written to a logger, each `trainer.log_every_n_steps` steps, and with the last
-        batch of an epoch: to ask at every step would make the host wait for the device each time. Nothing is saved
-        in between.
+        That is found when a loss is written to a logger, each `trainer.log_every_n_steps` steps, with the last batch of
+        an epoch, and before a checkpoint: to ask at every step would make the host wait for the device each time.
 
         Args:
             name: What the loss is called.
@@ -378,16 +377,19 @@ class Scope(L.LightningModule, ABC):
         Raises:
             FloatingPointError: If this loss or one before it is NaN or infinite, naming the first.
         """
-        self.latest_loss = {name: loss.detach()}
-        self._losses.append((loss.detach(), where))
+        self.losses.note(name, loss, where)
         every: int = self.trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]
-        if not (self.trainer.is_last_batch or (every and (self.trainer.global_step + 1) % every == 0)):
-            return
-        noted, self._losses = self._losses, []
-        if not torch.stack([loss for loss, _ in noted]).isfinite().all():
-            for each in noted:
-                check_finite(*each)
-        self.log(name, loss, **options)
+        if self.trainer.is_last_batch or (every and (self.trainer.global_step + 1) % every == 0):
+            # From the host: Lightning asks for the latest value of a progress bar's metric after every batch.
+            self.log(name, self.losses.finite()[-1], **options)
+
+    def release(self) -> None:
+        """Let go of the model, which is written, and of all that holds a part of it."""
+        del self.model
+        self.offloaded = None
+
+    def break_off(self) -> None:
+        """End what goes on beside a fit that has failed; nothing does here."""
 
     def on_fit_end(self) -> None:
         """Refuse a result that violates its masks, whichever callbacks there were.

@@ -101,7 +101,7 @@ class Distillation(LocalScope):
         for name, found in statistics.items():
             module = self.model.get_submodule(name.removesuffix(".weight"))
             dense = weight_out_in(module)
-            solution = solve(module, dense, found, self.masks[name], name)
+            solution = solve(module, dense, found, self.masks.on(dense.device, name), name)
             self.block_masks.starts[name] = as_out_in(module, solution.weight).to(dense.dtype)
 
     def begin(self, window: Window) -> None:

@@ -44,7 +44,7 @@ class MaskEnforcer(Callback):
 
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
-        self._unpacked: list[dict[torch.device, Tensor]] = []  # of each hook
+        self._unpacked: list[tuple[Tensor, dict[torch.device, Tensor]]] = []  # of each hook, with its parameter
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -57,8 +57,8 @@ class MaskEnforcer(Callback):
             parameter = parameters[name]
             frozen = not parameter.requires_grad
             parameter.requires_grad_(True)  # a hook is accepted only then; local scopes unfreeze later
-            self._unpacked.append({})
-            self._handles.append(_attach(parameter, scope.masks, name, self._unpacked[-1]))
+            self._unpacked.append((parameter, {}))
+            self._handles.append(_attach(parameter, scope.masks, name, self._unpacked[-1][1]))
             parameter.requires_grad_(not frozen)
 
     @override
@@ -67,9 +67,10 @@ class MaskEnforcer(Callback):
         scope.check(scope.enforced())
 
     @override
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        for unpacked in self._unpacked:  # those of finished windows would fill the device
-            unpacked.clear()
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for parameter, unpacked in self._unpacked:
+            if not parameter.requires_grad:  # those of finished windows would fill the device
+                unpacked.clear()
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -116,7 +117,7 @@ def _require_zero_keeping(optimizers: list[Any]) -> None:
 def _attach(parameter: Tensor, masks: Masks, name: str, unpacked: dict[torch.device, Tensor]) -> RemovableHandle:
     """The hook that masks the gradient of `parameter`, as its strategy needs it; it keeps the mask in `unpacked`."""
     if isinstance(parameter, DTensor):
-        keep = distribute_tensor(masks[name].to(parameter.device), parameter.device_mesh, parameter.placements)
+        keep = distribute_tensor(masks.on(parameter.device, name), parameter.device_mesh, parameter.placements)
         pruned = ~keep.to_local()
 
         def mask_shard(parameter: Tensor) -> None:
@@ -126,18 +127,19 @@ def _attach(parameter: Tensor, masks: Masks, name: str, unpacked: dict[torch.dev
         return parameter.register_post_accumulate_grad_hook(mask_shard)
     if hasattr(parameter, "ds_id"):  # partitioned weights: whole masks of eight times the size would outweigh them
         shape = masks.shapes[name]
-        return parameter.register_hook(_masking(lambda: masks.packed(name), lambda bits: unpack(bits, shape), unpacked))
-    return parameter.register_hook(_masking(lambda: masks[name], lambda keep: keep, unpacked))
+        packed = lambda device: masks.packed(name).to(device)  # noqa: E731
+        return parameter.register_hook(_masking(packed, lambda bits: unpack(bits, shape), unpacked))
+    return parameter.register_hook(_masking(lambda device: masks.on(device, name), lambda keep: keep, unpacked))
 
 
 def _masking(
-    mask: Callable[[], Tensor], to_bool: Callable[[Tensor], Tensor], on_device: dict[torch.device, Tensor]
+    mask: Callable[[torch.device], Tensor], to_bool: Callable[[Tensor], Tensor], on_device: dict[torch.device, Tensor]
 ) -> Callable[[Tensor], Tensor]:
     """A gradient hook; the mask is asked for at its first call, when it is there even if recovery chooses it."""
 
     def hook(gradient: Tensor) -> Tensor:
         if gradient.device not in on_device:
-            on_device[gradient.device] = mask().to(gradient.device)
+            on_device[gradient.device] = mask(gradient.device)
         return torch.where(to_bool(on_device[gradient.device]), gradient, 0)  # not a product: inf * 0 is nan
 
     return hook

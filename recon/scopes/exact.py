@@ -3,12 +3,10 @@
 import logging
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from recon.calibration.activations import Activations
 from recon.calibration.collection import collect
 from recon.calibration.statistics import InputStatistics
-from recon.models.anatomy import Anatomy
 from recon.models.linear import as_out_in, weight_out_in
 from recon.models.replay import Replay
 from recon.profiling.ledger import followed
@@ -48,7 +46,7 @@ def solve(
 
 
 def solve_all(
-    model: PreTrainedModel,
+    replay: Replay,
     tokens: Tensor,
     masks: Masks,
     sink: Sink,
@@ -57,7 +55,7 @@ def solve_all(
     """Solve every pruned matrix of a dense model on its dense inputs, block by block. The model is left as it was.
 
     Args:
-        model: In evaluation mode, on the device to compute on.
+        replay: The model, on the device to compute on.
         tokens: Calibration sequences, int64[num_sequences, seq_len].
         masks: Which weights survive.
         sink: Is given each solution, in the parameter's layout, dtype and on its device.
@@ -67,7 +65,7 @@ def solve_all(
         ValueError: If a mask is not that of a linear map in a block, or numbers are not finite.
         FloatingPointError: If hidden states are no numbers.
     """
-    anatomy = Anatomy.of(model)
+    anatomy = replay.anatomy
     by_block = [block.weights_among(masks) for block in anatomy.blocks]
     orphans = masks.keys() - {name for matrices in by_block for name in matrices}
     if orphans:
@@ -76,7 +74,7 @@ def solve_all(
             f"that belong to none, {min(orphans)} the first; exclude them with `pruning.exclude` or choose "
             f"model.start: pruned"
         )
-    walk = Activations(Replay(model, anatomy), tokens, batch_size, next(model.parameters()).device)
+    walk = Activations(replay, tokens, batch_size, replay.device)
     for block, matrices in zip(anatomy.blocks, by_block, strict=True):
         if not matrices:
             continue
@@ -86,7 +84,7 @@ def solve_all(
         with followed("solve"):
             for name, module in matrices.items():
                 dense = weight_out_in(module)
-                solution = solve(module, dense, statistics[name], masks[name], name)
+                solution = solve(module, dense, statistics[name], masks.on(dense.device, name), name)
                 gradients.append(solution.projected_gradient)
                 sink(name, as_out_in(module, solution.weight).to(dense.dtype))
         log.info(

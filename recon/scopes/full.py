@@ -255,7 +255,12 @@ class FullRetraining(Scope):
                 block.module.forward = partial(checkpoint, block.module.forward, use_reentrant=False)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save what DeepSpeed has only rounded, and the cost so far."""
+        """Save what DeepSpeed has only rounded, and the cost so far.
+
+        Raises:
+            FloatingPointError: If a loss since the last look is no number; nothing is saved then.
+        """
+        self.losses.finite()
         checkpoint[FROZEN] = self._frozen
         spent = self.tally.state()
         checkpoint[TALLY] = spent | {"seconds": spent["seconds"] + self.start_seconds}
@@ -358,8 +363,8 @@ class FullRetraining(Scope):
         """Mean loss per predicted token."""
         self.tally.count(batch["input_ids"].numel())
         loss = self._loss(batch["input_ids"])
-        check_finite(loss, f"full retraining, step {self.global_step}, batch {batch_idx}")
-        self.log("loss", loss, prog_bar=True)
+        where = f"full retraining, step {self.global_step}, batch {batch_idx}"
+        self.log_loss("loss", loss, where, prog_bar=True, batch_size=len(batch["input_ids"]))
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:

@@ -151,4 +151,4 @@ class MatrixReconstruction(LocalScope):
         return as_out_in(self._module(name), self.model.get_parameter(name))
 
     def _keep(self, name: str) -> Tensor:
-        return as_out_in(self._module(name), self.masks[name].to(self.device))
+        return as_out_in(self._module(name), self.masks.on(self.device, name))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from recon.calibration.activations import Activations
 from recon.calibration.prefetch import Prefetch
+from recon.calibration.rows import Rows
 from recon.calibration.storage import Storage
 from recon.models.anatomy import Anatomy
 from recon.models.replay import Replay
@@ -106,7 +107,8 @@ def test_a_walk_that_loads_ahead_keeps_every_bit(family: str, propagation: Any) 
                 for parameter in Anatomy.of(model).blocks[index].module.parameters():
                     parameter.mul_(0.9)
             loaded = walk.batches(
-                iter(torch.arange(5).flip(0).split(2)), lambda rows, walk=walk: walk.load(walk.hidden, rows)
+                Rows.split(torch.arange(5).flip(0), 2, walk.device),
+                lambda rows, walk=walk: walk.load(walk.hidden, rows),
             )
             kept.append([walk.hidden, walk.attention, walk.output, *(batch for _, batch in loaded)])
         for one, other in zip(*kept, strict=True):
@@ -156,5 +158,5 @@ def test_a_walk_on_a_gpu_keeps_its_bits_wherever_hidden_states_are(place: Any) -
             assert other.device.type == "cpu"
             assert other.is_pinned() == (place == "host")
             assert torch.equal(one.cpu(), other)
-            rows = torch.tensor([4, 1])
+            (rows,) = Rows.split(torch.tensor([4, 1]), 2, device)
             assert torch.equal(walks[0].load(one, rows), walks[1].load(other, rows))

@@ -17,6 +17,8 @@ from torch import Tensor
 from callbacks import MaskEnforcer
 from recon.basics.run_paths import RunPaths
 from recon.cli import main
+from recon.models.anatomy import Anatomy
+from recon.models.replay import Replay
 from recon.profiling.phases import Phases
 from recon.pruning.criteria import ALPS, SparseGPT
 from recon.pruning.masks import Masks
@@ -86,7 +88,7 @@ def fit(scope: Scope, *callbacks: Callback) -> dict[str, Tensor]:
 
 def exact_of(model: Any, masks: Masks) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
-    solve_all(model, data_of().tokens("train"), masks, found.__setitem__, batch_size=4)
+    solve_all(Replay(model, Anatomy.of(model)), data_of().tokens("train"), masks, found.__setitem__, batch_size=4)
     return found
 
 
@@ -172,7 +174,7 @@ def test_the_exact_start_leaves_out_what_is_not_pruned(caplog: pytest.LogCapture
     masks = random_masks(model, exclude=("model.layers.0.*", "*.down_proj"))
     caplog.set_level("INFO", "recon")
     found: dict[str, Tensor] = {}
-    solve_all(model, data_of().tokens("train"), masks, found.__setitem__)
+    solve_all(Replay(model, Anatomy.of(model)), data_of().tokens("train"), masks, found.__setitem__)
     lines = list(caplog.messages)
     everything = exact_of(model, random_masks(model))
     assert found.keys() == masks.keys() < everything.keys()

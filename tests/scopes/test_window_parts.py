@@ -37,7 +37,7 @@ def rows_of(batches: WindowBatches) -> list[list[int]]:
 
 def test_every_sequence_comes_once_an_epoch_in_an_order_that_its_seed_gives() -> None:
     seeds = iter((1, 2, 1))
-    batches = WindowBatches(10, 4, lambda: next(seeds), lambda rows: ({"rows": one} for one in rows))
+    batches = WindowBatches(10, 4, lambda: next(seeds), lambda order: ({"rows": one} for one in order.split(4)))
     epochs = [rows_of(batches) for _ in range(3)]
     assert all([len(batch) for batch in one] == [4, 4, 2] for one in epochs)
     assert all(sorted([row for batch in one for row in batch]) == list(range(10)) for one in epochs)
@@ -47,7 +47,7 @@ def test_every_sequence_comes_once_an_epoch_in_an_order_that_its_seed_gives() ->
 
 @pytest.mark.parametrize(("num", "batch_size", "length"), [(8, 4, 2), (9, 4, 3), (1, 4, 1)])
 def test_the_number_of_batches_counts_a_smaller_last_one(num: int, batch_size: int, length: int) -> None:
-    batches = WindowBatches(num, batch_size, lambda: 0, lambda rows: ({"rows": one} for one in rows))
+    batches = WindowBatches(num, batch_size, lambda: 0, lambda order: ({"rows": one} for one in order.split(4)))
     assert len(batches) == len(rows_of(batches)) == length
 
 

@@ -17,12 +17,10 @@ from recon.basics.trees import map_tensors
 from recon.distributed.parameters import spilled
 from recon.models.anatomy import Anatomy, Block
 from recon.models.offload.disk_weights import DiskWeights
+from recon.models.offload.transfers import Onloaded, Pinned, copy_to_host
 from recon.profiling.ledger import claim
 
 HOST = torch.device("cpu")
-
-Copies = list[tuple[Tensor, Tensor]]
-"""Tensors that are on the device, each with its copy on the host (without data, if its weights are on disk)."""
 
 
 class OffloadedBlocks:
@@ -31,7 +29,8 @@ class OffloadedBlocks:
     Blocks that are *held* stay on the device; beside them at most one other is there. All else (embeddings, head) is
     on the host, except within `rest_onloaded`.
 
-    Where device and host are one, the same copies are made: `device_bytes` counts what a device would have to hold.
+    Where device and host are one, the same copies are made: `device_bytes` counts what a device would have to hold. Of
+    a block that is offloaded, only the weights that changed are copied back.
 
     Args:
         model: Has its blocks on the host, or without data if there are `disk_weights`.
@@ -51,21 +50,22 @@ class OffloadedBlocks:
         self.model, self.anatomy, self.device = model, Anatomy.of(model), device
         self.disk_weights, self.amend = disk_weights, amend
         self._held: set[int] = set()
-        self._onloaded: dict[int, Copies] = {}
-        self._rest: Copies = []
+        self._onloaded: dict[int, list[Onloaded]] = {}
+        self._rest: list[Onloaded] = []
+        self._pinned: Pinned | None = None
 
     def device_bytes(self) -> int:
         """Count the bytes of the weights and buffers on the device, or those that a device would hold."""
         blocks = [_tensors(self.anatomy.blocks[index].module) for index in self._onloaded]
-        return sum(tensor.nbytes for tensors in [*blocks, [one for one, _ in self._rest]] for tensor in tensors)
+        return sum(tensor.nbytes for tensors in [*blocks, [one.tensor for one in self._rest]] for tensor in tensors)
 
     def host_copies(self) -> list[Tensor]:
         """List the weights and buffers on the host, for the memory ledger; none before `__init__` has ended."""
         if "_rest" not in vars(self):
             return []
-        pairs = [*self._rest, *(pair for copies in self._onloaded.values() for pair in copies)]
-        on_device = {id(tensor) for tensor, _ in pairs}
-        return [one for one in _tensors(self.model) if id(one) not in on_device] + [copy for _, copy in pairs]
+        there = [*self._rest, *(one for block in self._onloaded.values() for one in block)]
+        on_device = {id(one.tensor) for one in there}
+        return [one for one in _tensors(self.model) if id(one) not in on_device] + [one.host_copy for one in there]
 
     def move_to(self, device: torch.device) -> None:
         """Compute on `device` from now on; if it is another one, all blocks are offloaded first."""
@@ -114,7 +114,7 @@ class OffloadedBlocks:
     def rest_onloaded(self) -> Iterator[None]:
         """Keep the embeddings, the head and all else outside the blocks on the device within the context."""
         inside = {id(tensor) for block in self.anatomy.blocks for tensor in _tensors(block.module)}
-        self._rest = _copy_to([one for one in _tensors(self.model) if id(one) not in inside], self.device)
+        self._rest = self._copied([one for one in _tensors(self.model) if id(one) not in inside])
         try:
             yield
         finally:
@@ -149,24 +149,44 @@ class OffloadedBlocks:
     def _copy_to_device(self, index: int) -> None:
         block = self.anatomy.blocks[index]
         if self.disk_weights is None:
-            self._onloaded[index] = _copy_to(_tensors(block.module), self.device)
+            self._onloaded[index] = self._copied(_tensors(block.module), index)
         else:
             parameters = {f"{block.name}.{name}": one for name, one in block.module.named_parameters()}
-            self._onloaded[index] = _copy_to(list(block.module.buffers()), self.device)
-            self._onloaded[index] += [(parameter, parameter.data) for parameter in parameters.values()]
+            self._onloaded[index] = self._copied(list(block.module.buffers()))
+            self._onloaded[index] += [Onloaded(parameter, parameter.data) for parameter in parameters.values()]
             for name, value in self.disk_weights.read(parameters):
                 claim("weights", value, on_host=True)
                 parameters[name].data = value.to(self.device, parameters[name].dtype, copy=True)
             claim("weights", *parameters.values())
         self.amend(block)
+        for one in self._onloaded[index]:
+            one.note()  # what was amended will be again
 
     def _offload_all_but(self, kept: set[int]) -> None:
         for index in [index for index in self._onloaded if index not in kept]:
-            copies = self._onloaded.pop(index)
+            block = self._onloaded.pop(index)
             if self.disk_weights is None:
-                for tensor, host_copy in copies:
-                    host_copy.copy_(tensor.data)
-            _restore(copies)
+                copy_to_host([one for one in block if one.has_changed], self.device)
+            _restore(block)
+
+    def _copied(self, tensors: list[Tensor], index: int | None = None) -> list[Onloaded]:
+        """Copy the data of tensors to the device, for those of a block ahead of time; the host's copies stay."""
+        sources, copies = [tensor.data for tensor in tensors], [tensor.data for tensor in tensors]
+        if self.device.type == "cuda" and index is not None:
+            sources = self._pinned_copies(index, tensors)
+        for tensor, source in zip(tensors, sources, strict=True):
+            tensor.data = source.to(self.device, copy=True, non_blocking=True)
+        claim("weights", *tensors)
+        return [Onloaded(*pair) for pair in zip(tensors, copies, strict=True)]
+
+    def _pinned_copies(self, index: int, tensors: list[Tensor]) -> list[Tensor]:
+        """Take the pinned copy of a block, and begin with that of the next."""
+        if self._pinned is None:
+            self._pinned = Pinned()
+        copies, following = self._pinned.take(index, tensors), index + 1
+        if following < len(self.anatomy.blocks) and following not in self._onloaded:
+            self._pinned.begin(following, _tensors(self.anatomy.blocks[following].module))
+        return copies
 
 
 def moved(value: Any, device: torch.device) -> Any:
@@ -178,15 +198,6 @@ def _tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def _copy_to(tensors: list[Tensor], device: torch.device) -> Copies:
-    """Copy the data of `tensors` to the device; the host copies stay where they are."""
-    copies = [(tensor, tensor.data) for tensor in tensors]
-    for tensor, host_copy in copies:
-        tensor.data = host_copy.to(device, copy=True)
-    claim("weights", *tensors)
-    return copies
-
-
-def _restore(copies: Copies) -> None:
-    for tensor, host_copy in copies:
-        tensor.data = host_copy
+def _restore(onloaded: list[Onloaded]) -> None:
+    for one in onloaded:
+        one.restore()

@@ -1,6 +1,6 @@
 """The batches that a window is trained on."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from jaxtyping import Int
@@ -17,7 +17,7 @@ class WindowBatches:
         num_sequences: Calibration sequences.
         batch_size: Sequences per batch; the last one of an epoch may be smaller.
         seed: Gives the seed of an epoch's order when the epoch begins.
-        load: Makes the batches of these rows.
+        load: Makes the batches of an epoch from its order, int64[num_sequences].
     """
 
     def __init__(
@@ -25,7 +25,7 @@ class WindowBatches:
         num_sequences: int,
         batch_size: int,
         seed: Callable[[], int],
-        load: Callable[[Sequence[Int[Tensor, "batch"]]], Iterable[Batch]],
+        load: Callable[[Int[Tensor, "num"]], Iterable[Batch]],
     ) -> None:
         self.num_sequences, self.batch_size, self.seed, self.load = num_sequences, batch_size, seed, load
 
@@ -34,4 +34,4 @@ class WindowBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         order = torch.randperm(self.num_sequences, generator=torch.Generator().manual_seed(self.seed()))
-        yield from self.load(order.split(self.batch_size))
+        yield from self.load(order)

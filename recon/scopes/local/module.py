@@ -4,8 +4,10 @@ A window takes `epochs` consecutive Lightning epochs, and is written to the run 
 it, recomputes only the activations, and ends bit-identically. `schedule` decides which window is next.
 """
 
+import logging
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from torch import Tensor
 from recon.basics.files import write_json
 from recon.basics.seeds import derived_seed
 from recon.calibration.activations import Activations, Observation
+from recon.calibration.rows import Rows
 from recon.calibration.statistics import InputStatistics
 from recon.data import TokenData
 from recon.data.sources import Split
@@ -32,7 +35,10 @@ from recon.scopes.local.window_error import held_out_error
 from recon.scopes.local.window_files import WindowFiles
 from recon.scopes.local.window_progress import WindowProgress, say_if_reset
 from recon.scopes.local.window_state import StartCopies, Upcast, WithheldWeights, freeze
+from recon.scopes.local.window_writer import WindowWriter
 from recon.scopes.local.windowed import WindowedScope
+
+log = logging.getLogger("recon")
 
 
 class LocalScope(WindowedScope):
@@ -79,6 +85,7 @@ class LocalScope(WindowedScope):
             require_recovered_inputs(self.propagation)
         self.interleaved = interleaved
         self.files = WindowFiles(self.paths and self.paths.windows, self.offloaded and self.offloaded.disk_weights)
+        self.writer = WindowWriter(self.files)
         self.model.requires_grad_(False)
         self.replay = self.open_replay()
         self.block_masks = BlockMasks(self.model, masks, interleaved, self.start == "moved", self.start_weights)
@@ -125,8 +132,9 @@ class LocalScope(WindowedScope):
         assert self.under_way is not None
         return derived_seed(self.data.seed, self.schedule.index(self.under_way.window), self.under_way.epoch)
 
-    def _load(self, rows: Iterable[Tensor]) -> Iterator[Batch]:
+    def _load(self, order: Tensor) -> Iterator[Batch]:
         assert self.window is not None
+        rows = Rows.split(order, self.batch_size, self.device)
         batches = self.calibration.batches(rows, partial(self.calibration.batch, self.window))
         return (batch for _, batch in batches)
 
@@ -140,8 +148,7 @@ class LocalScope(WindowedScope):
         """Log the held-out error after an epoch's last batch; callbacks see it when the epoch ends."""
         if self.trainer.is_last_batch:
             assert self.under_way is not None
-            error = held_out_error(self.replay, self.under_way.window, self.held_out)
-            self.under_way.after = error
+            self.under_way.after = error = self._held_out_error(self.under_way.window)
             self.log("held_out_error", error, prog_bar=True, on_step=False, on_epoch=True, batch_size=1)
 
     def on_train_epoch_end(self) -> None:
@@ -154,10 +161,12 @@ class LocalScope(WindowedScope):
         """Load the finished windows that were not trained here, write all results, free the activations.
 
         Raises:
+            OSError: If the last window could not be written.
             RuntimeError: If a trainer stopped before the last window.
             ConnectionError: If another process has ended before its last window.
         """
         del self.calibration, self.held_out
+        self.writer.wait()
         self.schedule.require_written(self.own_windows)
         if isinstance(self.trainer.strategy, WindowParallelStrategy):
             self.phases.enter(PhaseName.WAIT)
@@ -174,6 +183,21 @@ class LocalScope(WindowedScope):
         self.replay.hold(())
         if self.paths is not None:
             write_json(self.paths.window_results, self.results, self.paths.manifest.writing)
+
+    def release(self) -> None:
+        """As `Scope.release`; the results stay."""
+        super().release()
+        del self.replay, self.block_masks, self.files, self.writer, self._withheld, self._start, self._precision
+        self.schedule.release()
+        if self.interleaved is not None:
+            self.interleaved = replace(self.interleaved, prunable={})
+
+    def break_off(self) -> None:
+        """As `Scope.break_off`; the last finished window is written to the end."""
+        try:
+            self.writer.wait()
+        except OSError as error:  # the fit has failed by another one
+            log.error(str(error))
 
     def begin(self, window: Window) -> None:
         """Compute inputs and targets of the window, then prune its weights.
@@ -217,7 +241,11 @@ class LocalScope(WindowedScope):
             raise StopIteration  # ends the loop of Lightning's fit in good order
         self.phases.enter(window_phase(window.name))
         self.begin(window)
-        return WindowProgress(window, before=held_out_error(self.replay, window, self.held_out))
+        return WindowProgress(window, before=self._held_out_error(window))
+
+    def _held_out_error(self, window: Window) -> float:
+        with self.trainer.precision_plugin.train_step_context():  # as the steps are computed
+            return held_out_error(self.replay, window, self.held_out)
 
     def learn(self, names: Iterable[str]) -> None:
         """Let these parameters learn, and no others: one optimizer serves all windows in turn."""
@@ -245,7 +273,7 @@ class LocalScope(WindowedScope):
             self._start.restore()
         self._start.drop()
         self.masks.subset([name for name in window.owned if name in self.masks]).check(self.model)
-        result = self.files.keep(window, self.model, result)
+        result = self.writer.keep(window, self.model, result)
         if self.logger is not None:
             errors = {"window/before": result["before"], "window/after": result["after"]}
             self.logger.log_metrics(errors, step=self.schedule.index(window))

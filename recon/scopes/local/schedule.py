@@ -148,6 +148,10 @@ class Schedule:
         """Note the results of a window that was recovered or loaded."""
         self.results[window.name] = result
 
+    def release(self) -> None:
+        """Forget the windows, which hold blocks of the model; the results stay."""
+        self.windows, self.own, self._owners = [], [], {}
+
     def is_last_of_block(self, window: Window) -> bool:
         """Tell whether the next window lies in other blocks."""
         following = self.windows[self.index(window) + 1 :]

@@ -32,11 +32,14 @@ def held_out_error(replay: Replay, window: Window, held_out: Activations) -> flo
     Raises:
         FloatingPointError: If it is no number, naming the window and the batch.
     """
-    sums = torch.zeros(2, dtype=torch.float64)
+    errors, begins = [], []
     batches = held_out.batches(held_out.rows(), partial(held_out.batch, window))
     for rows, batch in sampled(batches, "held-out error"):
         output, target = outputs(replay, window, batch)
-        error = (output - target).square().sum()
-        check_finite(error, f"window {window.name}, held-out batch that begins with sequence {rows.start}")
-        sums += torch.stack((error, target.square().sum())).cpu()
+        errors.append(torch.stack(((output - target).square().sum(), target.square().sum())))
+        begins.append(rows.start)
+    sums = torch.zeros(2, dtype=torch.float64)
+    for error, begin in zip(torch.stack(errors).cpu(), begins, strict=True):  # the host waits once for all batches
+        check_finite(error[0], f"window {window.name}, held-out batch that begins with sequence {begin}")
+        sums += error
     return float(sums[0] / sums[1])

@@ -5,6 +5,7 @@ from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from recon.models.anatomy import Block
 from recon.models.calls import forward_replaced
@@ -107,6 +108,7 @@ def freeze(optimizer: torch.optim.Optimizer) -> None:
     for parameter in optimizer.param_groups[0]["params"]:
         parameter.requires_grad_(False)
         parameter.grad = None
+        increment_version(parameter)  # fused optimizers do not, and an offloaded model keeps what has changed
     optimizer.state.clear()
 
 
