@@ -24,7 +24,7 @@ from recon.pruning.patterns import Unstructured
 from recon.pruning.prune import moved_with, prune_to
 from recon.pruning.start_weights import Start, apply, written
 from recon.scopes import BlockDistillation, FullRetraining, MatrixReconstruction, Scope, SubmoduleDistillation
-from recon.scopes.exact import solve_all
+from recon.scopes.exact import START_SOLVER, solve_all
 from recon.scopes.local.module import LocalScope
 from tests.support.families import tiny
 from tests.support.processes import in_processes
@@ -156,8 +156,8 @@ def test_a_start_of_other_masks_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_exact_start_is_the_matrix_scopes_result(family: str, tmp_path: Path) -> None:
-    scope = prepared(MatrixReconstruction(name=save_tiny(family, tmp_path), batch_size=4))
+def test_the_exact_start_is_the_matrix_scopes_result_with_its_solver(family: str, tmp_path: Path) -> None:
+    scope = prepared(MatrixReconstruction(name=save_tiny(family, tmp_path), batch_size=4, solver=START_SOLVER))
     model = tiny(family)
     before = weights_of(model)
     found = exact_of(model, scope.masks)
