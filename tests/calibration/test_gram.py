@@ -75,7 +75,7 @@ def test_inputs_of_16_bits_are_multiplied_as_they_are_where_the_device_can() -> 
         return a.float() @ b.float()
 
     assert not has_16_bit_products("cpu")
-    with mock.patch.object(gram, "has_16_bit_products", lambda device: True), mock.patch.object(torch, "mm", mm):
+    with mock.patch.object(gram, "has_16_bit_products", return_value=True), mock.patch.object(torch, "mm", mm):
         found = collected(inputs)
     assert set(seen) == {(torch.bfloat16, torch.bfloat16, torch.float32)}
     assert relative_errors(found, inputs).max() < SUMS

@@ -464,11 +464,12 @@ def test_one_process_solves_for_the_start_and_all_have_it(tmp_path: Path) -> Non
     (solved, first), (not_solved, second) = in_processes(fit_and_watch, tmp_path / "two", options)
     assert (solved, not_solved) == (1, 0)
     assert same(first, second)
-    assert recon_fit("matrix", tmp_path / "one", *masks) == 0
+    solver = ["--model.solver", "ConjugateGradients", "--model.solver.improvement", "1e-2"]
+    assert recon_fit("matrix", tmp_path / "one", *masks, *solver) == 0
     exact = load_file(tmp_path / "one" / "model" / "model.safetensors")
     assert len(first) == 14
     for name, weight in first.items():  # Gram matrices of other batch sizes
-        torch.testing.assert_close(weight, exact[name], rtol=1e-3, atol=1e-4)
+        assert (weight - exact[name]).norm() < 1e-3 * exact[name].norm()
 
 
 def test_a_partitioned_model_starts_from_moved_weights(pruned: Path, tmp_path: Path) -> None:
