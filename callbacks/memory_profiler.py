@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from callbacks.follower import Follower
 from recon.basics.files import write_json
+from recon.basics.manifest import Entry
 from recon.basics.run_paths import RunPaths
 from recon.distributed.ranks import rank
 from recon.profiling.entries import CATEGORIES, SIDES, Peak, Side
@@ -81,6 +82,8 @@ class MemoryProfiler(Callback, PhaseListener):
     def on_run_start(self, directory: Path, device: torch.device) -> None:
         self._directory, self._device, self.phases, self._num_logged = directory, device, [], 0
         self._trainer = self._module = self._shortage = None
+        paths = RunPaths(directory)
+        paths.manifest.forget(paths.memory(rank()))
         gc.collect()  # or the cycles of an earlier run in this process would be frozen, and counted
         self._baseline = resident_bytes()
         if self._follower:
@@ -189,6 +192,9 @@ class MemoryProfiler(Callback, PhaseListener):
     @override
     def on_run_end(self, failed: bool) -> None:
         gc.unfreeze()
+        if self._directory is not None and not failed:  # once, not with each phase: a window would wait for the disk
+            paths = RunPaths(self._directory)
+            paths.manifest.record({file: Entry.of(file) for file in [paths.memory(rank())] if file.exists()})
         if failed and self._shortage is not None:
             raise MemoryError(self._shortage["advice"])
         if self.print_table and not failed and rank() == 0:

@@ -12,6 +12,7 @@ FACE = {
     "allocation": "recon.pruning.allocation",
     "criteria": "recon.pruning.criteria",
     "patterns": "recon.pruning.patterns",
+    "refinement": "recon.pruning.refinement",
     "strategies": "recon.distributed.strategies",
 }
 """Short names that configurations and users write, such as `recon.criteria.Wanda`, and where they lead."""

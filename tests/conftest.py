@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.pop("COLUMNS", None)  # tables are as wide in pytest's workers, which have 80, as in a pipe
 
 import pytest
 import torch

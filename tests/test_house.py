@@ -33,8 +33,9 @@ PAGES = [page for page in PAGES if page.exists()]
 CONFIG_FOLDERS = "|".join(path.name for path in sorted((ROOT / "configs").iterdir()) if path.is_dir())
 FILE = re.compile(r"[\w./-]+\.(py|sh|sbatch|toml|yaml|md|png|svg|txt|json|safetensors)")
 WRITTEN_BY_RUNS = {
-    *("config.yaml", "fingerprint.json", "masks.safetensors", "moved.safetensors", "windows.json", "memory.json"),
-    *("memory.png", "memory.svg", "report.json", "results.json", "log.txt", "gpu.json", "gpu.md"),
+    *("config.yaml", "fingerprint.json", "manifest.json", "masks.safetensors", "moved.safetensors"),
+    *("start.safetensors", "windows.json", "memory.json", "memory.png", "memory.svg", "report.json", "results.json"),
+    *("log.txt", "gpu.json", "gpu.md"),
 }
 OF_THE_READER = re.compile(r"(my|path|runs)/|(mine|it)\.yaml$|config\.json$|out\.json$")
 """Names that stand for a reader's own files."""

@@ -5,8 +5,8 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,9 @@ from safetensors import SafetensorError
 
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 """Names that `atomic_write` gives to files which are not whole yet."""
+
+Writer = Callable[[Path], AbstractContextManager[Path]]
+"""Yields a temporary path that becomes the file when the context ends."""
 
 
 @contextmanager
@@ -53,6 +56,29 @@ def partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
+@contextmanager
+def placing(path: Path, finish: Callable[[Path], AbstractContextManager[Any]] = nullcontext) -> Iterator[Path]:
+    """Yield the directory to fill that becomes `path` when the context ends.
+
+    If anything fails, nothing of it is kept, and an older directory at `path` stays as it was.
+
+    Args:
+        path: The directory.
+        finish: Is given the filled directory; its context ends when that has its name.
+
+    Raises:
+        OSError: If the directory cannot be renamed.
+    """
+    made = partial(path)
+    shutil.rmtree(made, ignore_errors=True)
+    try:
+        yield made
+        with finish(made):
+            put_in_place(path)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
 def put_in_place(path: Path) -> None:
     """Give the finished directory `partial(path)` its name; an older one at `path` is deleted only then.
 
@@ -88,11 +114,41 @@ def _aside(path: Path) -> Path:
     return path.with_name(f".{path.name}.old")
 
 
-def write_json(path: str | Path, obj: Any) -> None:
-    """Write `obj` as indented JSON, atomically; floats keep all digits, NaN and Infinity are spelled so."""
+def write_json(path: str | Path, obj: Any, writing: Writer = atomic_write) -> None:
+    """Write `obj` as indented JSON, atomically; floats keep all digits, NaN and Infinity are spelled so.
+
+    Args:
+        path: The file.
+        obj: Its content.
+        writing: Opens the file; `Manifest.writing` records it, too.
+    """
     text = json.dumps(obj, indent=2, ensure_ascii=False) + "\n"
-    with atomic_write(path) as temporary:
+    with writing(Path(path)) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path, kind: type, needs: str, cure: str) -> Any:
+    """Read a JSON file that recon wrote.
+
+    Args:
+        path: The file.
+        kind: `dict` or `list`, the outermost value.
+        needs: The owner of the file, for the message, such as `a run directory`.
+        cure: What to do about a damaged file.
+
+    Raises:
+        ValueError: If the file cannot be read, is no JSON, or holds another kind of value; it names the file.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{needs} needs a JSON file that recon wrote, got {path} ({error}); {cure}") from error
+    if not isinstance(content, kind):
+        raise ValueError(
+            f"{needs} needs a JSON file that recon wrote, got {path}, which holds a {type(content).__name__} in place "
+            f"of a {kind.__name__}; {cure}"
+        )
+    return content
 
 
 def _sync(path: Path) -> None:

@@ -61,6 +61,12 @@ def owned(directory: Path, part: Path | None = None) -> Iterator[None]:
         ValueError: If another process owns the directory or the part, naming its host and process.
     """
     ours = part or directory
+    try:
+        ours.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"run_dir needs a directory that can be made and written, got {str(ours)!r} ({error}); name another one"
+        ) from error
     with ExitStack() as stack:
         with locked(directory / ".owner.gate"):  # for a moment, in which nobody else becomes an owner
             for other in [directory] if part is not None else sorted(directory.glob("parts/*/")):

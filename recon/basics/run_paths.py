@@ -3,6 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from recon.basics.manifest import NAME, Manifest
+
+PARTS = "parts"
+
 
 @dataclass(frozen=True)
 class RunPaths:
@@ -13,6 +17,11 @@ class RunPaths:
     """
 
     path: Path
+
+    @property
+    def manifest(self) -> Manifest:
+        """The records of all products that are read again; a part has those of its run."""
+        return Manifest(self.path.parents[1] if self.path.parent.name == PARTS else self.path)
 
     @property
     def fingerprint_file(self) -> Path:
@@ -67,12 +76,17 @@ class RunPaths:
     @property
     def parts(self) -> Path:
         """The measurements of jobs that each recover one part of the windows."""
-        return self.path / "parts"
+        return self.path / PARTS
 
     @property
     def checkpoints(self) -> Path:
         """The state from which full retraining goes on."""
         return self.path / "checkpoints"
+
+    @property
+    def best(self) -> Path:
+        """The weights of full retraining as they were when its held-out loss was lowest."""
+        return self.path / "best.safetensors"
 
     @property
     def begun(self) -> Path:
@@ -107,6 +121,7 @@ class RunPaths:
     def products(self) -> tuple[Path, ...]:
         """All of the above; `memory` of rank 0 stands for those of all ranks."""
         return (
+            self.path / NAME,
             self.fingerprint_file,
             self.config,
             self.text,
@@ -119,6 +134,7 @@ class RunPaths:
             self.window_results,
             self.parts,
             self.checkpoints,
+            self.best,
             self.begun,
             self.log,
             self.logs,
@@ -135,4 +151,4 @@ class RunPaths:
     @property
     def temporary(self) -> tuple[Path, ...]:
         """Products without a use once the run has its report."""
-        return self.block_masks, self.start, self.dense, self.checkpoints, self.begun
+        return self.block_masks, self.start, self.dense, self.checkpoints, self.best, self.begun

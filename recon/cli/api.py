@@ -30,6 +30,7 @@ from recon.pruning.criteria import Criterion
 from recon.pruning.masks import Masks
 from recon.pruning.patterns import Pattern
 from recon.pruning.prune import moved_with, prune_to
+from recon.pruning.refinement import refined
 from recon.pruning.start_weights import Start
 from recon.report import Report
 
@@ -100,7 +101,7 @@ def prune(
         text: Documents for calibration; the source of the configurations if None.
         validation_text: Not used by pruning; as in `recover`, so that calibration documents are the same.
         test_text: As `validation_text`. Splits without documents are carved out of `text`.
-        config: Shipped configurations or YAML files, such as "allocations/owl".
+        config: Shipped configurations or YAML files, such as "refine/swaps" or "allocations/owl".
         options: Options of `recon prune` by their dotted names, such as {"data.num_sequences": 64}; they beat `config`.
         run_dir: Where the masks stay; with the returned object if None.
 
@@ -120,7 +121,8 @@ def prune(
         if run_dir is None:
             stack.callback(shutil.rmtree, paths.path, ignore_errors=True)
         parsed, built = _parsed(lambda: parse(build_parser(), args))
-        if built.criterion is None or built.pattern is None:
+        chosen_by = refined(built.criterion, built.refinement)
+        if chosen_by is None or built.pattern is None:
             raise ValueError("recon.prune needs a criterion and a pattern, got null")
         data = built.data
         data.source = texts or data.source
@@ -131,12 +133,12 @@ def prune(
             run = RunDirectory(paths.path, {"options": chosen, "versions": versions(), **identity})
             run.sweep()
             if texts is not None:
-                texts.write(run.text)
-            if not run.masks.exists():
+                texts.write(run.text, run.manifest.writing)
+            if not run.has_masks:
                 shell, data.tokenizer = live.load(choose_device(parsed.device))
                 data.require(["train"], shell)
                 tokens = data.tokens("train")
-                prune_to(run.masks, shell, tokens, built.criterion, built.pattern, built.pruning, run.moved)
+                prune_to(run.masks, shell, tokens, chosen_by, built.pattern, built.pruning, run.moved)
         stack.pop_all()  # the file lives as long as the masks
     return PrunedMasks(run.masks, is_temporary=run_dir is None)
 
@@ -213,11 +215,10 @@ def recover(
         cli.model.source = live
         if texts is not None:
             cli.datamodule.source = texts
-            texts.write(paths.text)
         if in_memory is not None:
             cli.fingerprint["masks"] = in_memory.fingerprint()
         with live.restored_on_failure():
-            report = execute(cli, in_memory)
+            report = execute(cli, in_memory, texts=texts)
             assert report is not None
             live.take(paths.model)
     return report if run_dir is not None else report.replace(run_dir="")

@@ -1,5 +1,6 @@
 """Options that several commands share, and how results leave a command."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,15 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentParser, Namespace
 
+from recon.basics.refusals import UsageError
 from recon.cli.arrange import arrange
 from recon.cli.errors import usage
 from recon.data import TokenData
+from recon.data.module import LARGEST_SEED
 from recon.pruning.criteria import Criterion
 from recon.pruning.patterns import Pattern
 from recon.pruning.prune import Pruning
+from recon.pruning.refinement import Refinement
 
 DEFAULT_CRITERION = {"class_path": "recon.criteria.Wanda"}
 DEFAULT_PATTERN = {"class_path": "recon.patterns.Unstructured"}
@@ -20,9 +24,12 @@ DEFAULT_DATA = {"class_path": "recon.data.TokenData"}
 
 
 def add_pruning_arguments(parser: ArgumentParser) -> None:
-    """Add `criterion`, `pattern` and `pruning`; the first two may be null."""
+    """Add `criterion`, `refinement`, `pattern` and `pruning`; the first three may be null."""
     parser.add_argument(
         "--criterion", type=Criterion | None, default=DEFAULT_CRITERION, help="How much a weight matters."
+    )
+    parser.add_argument(
+        "--refinement", type=Refinement | None, default=None, help="How masks are improved, with the Gram matrix."
     )
     parser.add_argument("--pattern", type=Pattern | None, default=DEFAULT_PATTERN, help="Which zeros are allowed.")
     parser.add_class_arguments(Pruning, "pruning")
@@ -66,7 +73,19 @@ def parse(parser: ArgumentParser, args: list[str]) -> tuple[Any, Any]:
         config = parser.parse_args(args)
         if keep_own_defaults(parser, config):
             config = parser.parse_args(args)
+        if "seed_everything" in config:
+            require_seed(config.seed_everything)
         return config, parser.instantiate_classes(config)
+
+
+def require_seed(seed: int) -> None:
+    """Refuse a seed that numpy does not take.
+
+    Raises:
+        UsageError: If it is negative or too large.
+    """
+    if not 0 <= seed <= LARGEST_SEED:
+        raise UsageError(f"--seed_everything must be from 0 to {LARGEST_SEED}, got {seed}; 0 is the default")
 
 
 def describe(kind: type, spec: dict[str, Any]) -> str:
@@ -98,10 +117,16 @@ def choose_device(name: str) -> torch.device:
     """The device called `name`; `auto` takes a CUDA device where there is one.
 
     Raises:
-        ValueError: If the device is asked for and not there.
+        UsageError: If the device is unknown or not there.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device {name} needs a CUDA device and a CUDA build of torch, found none; use --device cpu")
-    return torch.device(name)
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UsageError(f"--device needs auto, cpu, cuda or cuda:N, got {name!r}; choose one of them")
+    device, count = torch.device(name), torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise UsageError(
+            f"--device {name} needs that CUDA device and a CUDA build of torch, got {count} devices; use --device cpu"
+            f"{'' if count == 0 else f', or cuda:0 to cuda:{count - 1}'}"
+        )
+    return device

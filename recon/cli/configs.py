@@ -1,6 +1,7 @@
 """Where the shipped configurations are, in a clone and in a wheel, and how `-c scopes/block` finds one."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,29 @@ def shipped_configs() -> list[Path]:
     return sorted(path for path in config_directory().rglob("*.yaml") if path.name != "base.yaml")
 
 
+MERGE = "tag:yaml.org,2002:merge"
+"""The key `<<`, which may stand for keys that are written, too."""
+
+
 class Loader(yaml.SafeLoader):
-    """YAML without its base-60 numbers, and with 1e-3 as one: `2:4` is a text here, and 124 in YAML 1.1."""
+    """YAML without its base-60 numbers, and with 1e-3 as one: `2:4` is a text here, and 124 in YAML 1.1.
+
+    A key that stands twice is an error: of two values one would be dropped without a word.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As `SafeLoader.construct_mapping`.
+
+        Raises:
+            yaml.YAMLError: If a key stands twice.
+        """
+        keys: list[Any] = []
+        for written in (key for key, _ in node.value if key.tag != MERGE):
+            key = self.construct_object(written, deep=True)
+            if key in keys:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", written.start_mark)
+            keys.append(key)
+        return super().construct_mapping(node, deep)
 
 
 Loader.yaml_implicit_resolvers = {
@@ -71,9 +93,30 @@ def load_config(path: str) -> dict[str, Any]:
     try:
         content = load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"-c needs a YAML file, got {path}: {' '.join(str(error).split())}") from error
-    if content is not None and not isinstance(content, dict):
-        raise UsageError(
-            f"-c needs a YAML file of options and values, got {path}, which holds a {type(content).__name__}"
-        )
-    return content or {}
+        raise UsageError(f"-c needs a YAML file, got {path}: {' '.join(str(error).split())}; correct it") from error
+    if not content or not isinstance(content, dict):
+        held = f"holds a {type(content).__name__}" if content else "is empty"
+        raise UsageError(f"-c needs a YAML file of options and values, got {path}, which {held}; correct it")
+    return content
+
+
+def load_options(path: Path, sections: Sequence[str]) -> dict[str, Any]:
+    """The options of a run, as its `config.yaml` has them.
+
+    Args:
+        path: The file.
+        sections: Options that it needs.
+
+    Raises:
+        ValueError: If the file cannot be read or lacks one of them.
+    """
+    cure = "restore it, or run again with the same options in a new run_dir"
+    try:
+        content = load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"a run directory needs the options of the run, got {path} ({reason}); {cure}") from error
+    missing = [name for name in sections if not isinstance(content, dict) or not isinstance(content.get(name), dict)]
+    if missing:
+        raise ValueError(f"a run directory needs the options of the run, got {path} without {missing[0]}; {cure}")
+    return content

@@ -75,6 +75,8 @@ def plain(message: str) -> str:
                 value = found["value"] or value
             elif line:
                 others.append(line)
+    if types:  # the value of a known option; the other classes that might have it are beside the point
+        others = [line for line in others if FOREIGN not in line]
     if others:
         lines = list(dict.fromkeys(others))
         if FOREIGN in lines[0] and value:

@@ -1,6 +1,5 @@
 """`recon fit`: prune a model and recover it at one scope, configured by LightningCLI."""
 
-import re
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib import import_module
@@ -22,21 +21,22 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from torch.optim import Optimizer
 
-from recon.basics.files import atomic_write
 from recon.basics.locks import owned
 from recon.basics.run_paths import RunPaths
-from recon.cli.arguments import add_pruning_arguments, default_data, keep_own_defaults, plain_data
+from recon.cli.arguments import add_pruning_arguments, default_data, keep_own_defaults, plain_data, require_seed
 from recon.cli.arrange import arrange
+from recon.cli.building import packages, trainer_of
 from recon.cli.configs import config_directory
 from recon.cli.errors import usage
 from recon.cli.loggers import in_run_directory
 from recon.cli.names import with_short_paths
 from recon.cli.quiet import quiet
 from recon.data import TokenData
+from recon.data.texts import Texts
 from recon.distributed import ranks
 from recon.distributed.part import Share
 from recon.experiment.checkpoints import STOPPED, Checkpoints
@@ -45,8 +45,9 @@ from recon.experiment.environment import versions
 from recon.experiment.options import RunOptions
 from recon.experiment.recovery import recover
 from recon.planner.prediction import forecast
-from recon.pruning.masks import Masks
+from recon.pruning.masks import Masks, identity_of
 from recon.pruning.prune import Pruning
+from recon.pruning.refinement import refined
 from recon.report import Report, Results, print_table, table_console, with_references
 from recon.report.log import log_to
 from recon.scopes import Scope
@@ -64,6 +65,7 @@ NOT_FINGERPRINTED = (
     "verbose",
     "trainer",
     "checkpoint_every_n_steps",
+    "__default_config__",
 )
 """Parts of the configuration that do not decide what a run computes, or whose content is taken instead."""
 
@@ -105,9 +107,6 @@ DECISIVE_CALLBACKS = (
 )
 """Callbacks that decide what a run computes; others only watch it."""
 
-
-NOT_INSTALLED = re.compile(r"(?:Requirement '|No module named ')([A-Za-z0-9_-]+)")
-"""How libraries say that a package is missing."""
 
 Recipe = TypeVar("Recipe", OptimizerRecipe, LRSchedulerRecipe)
 
@@ -171,9 +170,12 @@ class FitCLI(LightningCLI):
         super().parse_arguments(parser, args)
         if keep_own_defaults(parser, self.config):
             super().parse_arguments(parser, args)
+        require_seed(self.config.seed_everything)
 
     def before_instantiate_classes(self) -> None:
         """Settle the run directory, which trainer, logger and checkpoints go by."""
+        if not isinstance(self.config.trainer, Namespace):
+            raise ValueError(f"trainer needs options of Lightning's Trainer, got {self.config.trainer}; leave it out")
         masks = self.config.masks
         self.share = None if self.config.windows is None else Share.parse(self.config.windows)
         self.config.windows = None  # of this job, not of the run
@@ -187,7 +189,7 @@ class FitCLI(LightningCLI):
             options["model"]["init_args"].pop(name, None)
         self.fingerprint: dict[str, Any] = {"options": with_short_paths(options), "versions": versions()}
         if masks is not None and Path(masks).is_file():
-            self.fingerprint["masks"] = digest(Path(masks).read_bytes().hex())
+            self.fingerprint["masks"] = identity_of(Path(masks))
         scope = self.config.model.class_path.rpartition(".")[2]
         default = f"runs/{scope}-{digest(self.fingerprint)[:8]}"
         self.run_dir = Path(self.config.run_dir or default)
@@ -206,28 +208,21 @@ class FitCLI(LightningCLI):
         part = "" if held is None else held.name
         self.config.trainer.logger = in_run_directory(given.trainer.logger, self.run_dir, part)
         try:
-            super().instantiate_classes()
-        except (ImportError, ValueError) as error:
-            if (found := NOT_INSTALLED.search(str(error))) is None:
-                raise
-            raise ValueError(
-                f"the configuration names a class that needs the package {found[1]}, which is not installed; install "
-                f"it (pip install {found[1]}), or leave out what names the class"
-            ) from error
-        except MisconfigurationException as error:
-            raise ValueError(str(error)) from error
-        except RuntimeError as error:
-            if "SLURM" not in str(error):
-                raise
-            raise ValueError(str(error)) from error  # that the job was asked for with --ntasks
+            with packages():
+                super().instantiate_classes()
         finally:
             self.config = given
         self.datamodule.seed = given.seed_everything  # of a class that takes no seed, too
         choose_optimizer(self.model, given)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """As LightningCLI's, with what the trainer writes by itself in the run directory."""
-        return super().instantiate_trainer(default_root_dir=str(self.run_dir), **kwargs)
+        """As LightningCLI's, with what the trainer writes by itself in the run directory.
+
+        Raises:
+            ValueError: If this machine lacks the devices, or options contradict.
+        """
+        with trainer_of(self.config.trainer):
+            return super().instantiate_trainer(default_root_dir=str(self.run_dir), **kwargs)
 
 
 def parse_only(args: list[str]) -> Any:
@@ -309,13 +304,14 @@ def run(args: list[str], merge: bool = False) -> int:
     return 0
 
 
-def execute(cli: FitCLI, masks: Masks | None = None, merge: bool = False) -> Report | None:
+def execute(cli: FitCLI, masks: Masks | None = None, merge: bool = False, texts: Texts | None = None) -> Report | None:
     """Recover what `cli` has built: the way of the command and of the library.
 
     Args:
         cli: Parsed and instantiated.
         masks: In memory, in place of a file.
         merge: Train nothing.
+        texts: Documents in memory, written to the run directory.
 
     Returns:
         The report; None on ranks other than 0, and of a part.
@@ -334,6 +330,8 @@ def execute(cli: FitCLI, masks: Masks | None = None, merge: bool = False) -> Rep
             if cli.share is None:
                 directory.sweep()
             _save_config(cli, directory)
+            if texts is not None:
+                texts.write(directory.text, directory.manifest.writing)
         return _recover(cli, directory, options)
 
 
@@ -350,9 +348,10 @@ def _recover(cli: FitCLI, directory: RunDirectory, options: RunOptions) -> Repor
             callback.print_table = False
     if not scope.by_window:
         trainer.callbacks.append(Checkpoints(directory.checkpoints, cli.config.checkpoint_every_n_steps))  # pyright: ignore[reportAttributeAccessIssue]
-    if first and not directory.report.exists():
-        exclude = tuple(options.pruning.exclude)
-        options = replace(options, prediction=forecast(scope, data, trainer, exclude, masked=options.prunes))
+    if first and not directory.is_finished:
+        exclude, criterion = tuple(options.pruning.exclude), options.criterion
+        by_gram = criterion is not None and options.interleaves and criterion.needs == "gram"
+        options = replace(options, prediction=forecast(scope, data, trainer, exclude, options.prunes, by_gram))
     with log_to(directory.measurements(cli.share).log) if first else nullcontext():
         return recover(scope, data, trainer, directory, options)
 
@@ -378,7 +377,7 @@ def _options(cli: FitCLI, masks: Masks | None, merge: bool) -> RunOptions:
     config: Any = cli.config
     built: Any = cli.config_init
     return RunOptions(
-        criterion=built.criterion,
+        criterion=refined(built.criterion, built.refinement),
         pattern=built.pattern,
         pruning=built.pruning or Pruning(),
         masks=masks if masks is not None or config.masks is None else Path(config.masks),
@@ -391,5 +390,5 @@ def _options(cli: FitCLI, masks: Masks | None, merge: bool) -> RunOptions:
 
 
 def _save_config(cli: FitCLI, directory: RunDirectory) -> None:
-    with atomic_write(directory.config) as temporary:
+    with directory.manifest.writing(directory.config) as temporary:
         cli.parser.save(cli.config, temporary, skip_unset=False, overwrite=True, multifile=False)

@@ -60,7 +60,7 @@ def _group(option: Option) -> str:
         return "Trainer"
     if root == "data":
         return "Data"
-    if root in ("criterion", "pattern", "pruning"):
+    if root in ("criterion", "refinement", "pattern", "pruning"):
         return "Pruning"
     if root != "model":
         return "Run"

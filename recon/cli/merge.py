@@ -23,4 +23,5 @@ def main(args: list[str]) -> int:
             f"merge needs the directory of a run that has recovered windows, got {directory.path}, which has none; run "
             f"recon fit --windows 1/n and the other parts first"
         )
+    directory.manifest.require(directory.config, "copy it again, or repeat `recon fit` with the options of the run")
     return run(["-c", str(directory.config), "--run_dir", str(directory.path)], merge=True)

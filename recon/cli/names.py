@@ -41,11 +41,17 @@ CHOICES = {
     "data.source": Choice("recon.data", ("TextSource",)),
     "criterion": Choice("recon.criteria", ("Criterion",)),
     "pattern": Choice("recon.patterns", ("Pattern",), internal=("Counted",)),
+    "refinement": Choice("recon.refinement", ("Refinement",)),
     "pruning.allocation": Choice("recon.allocation", ("Allocation",)),
 }
 """The options that choose a class."""
 
-LISTS = {"criteria": "criterion", "patterns": "pattern", "allocations": "pruning.allocation"}
+LISTS = {
+    "criteria": "criterion",
+    "patterns": "pattern",
+    "refinements": "refinement",
+    "allocations": "pruning.allocation",
+}
 """The options of a comparison that list classes, and the option that chooses one."""
 
 
@@ -66,10 +72,10 @@ def resolve_pattern(text: str) -> dict[str, Any]:
     """
     if found := re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text):
         return {"class_path": "recon.patterns.NM", "init_args": {"keep": int(found[1]), "of": int(found[2])}}
-    if found := re.fullmatch(r"\s*(\d*\.?\d+)\s*(%?)\s*", text):
+    if found := re.fullmatch(r"\s*(-?\d*\.?\d+)\s*(%?)\s*", text):
         sparsity = float(Decimal(found[1]) / 100 if found[2] else Decimal(found[1]))
-        if sparsity >= 1:
-            raise UsageError(f"--pattern needs a sparsity below 100%, such as 60% or 0.6, or N:M, got {text}")
+        if not 0 <= sparsity < 1:
+            raise UsageError(f"--pattern needs a sparsity from 0 to below 100%, such as 60% or 0.6, or N:M, got {text}")
         return {"class_path": "recon.patterns.Unstructured", "init_args": {"sparsity": sparsity}}
     return {"class_path": resolve_class("pattern", text), "init_args": {}}
 

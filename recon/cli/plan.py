@@ -11,14 +11,17 @@ from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 
 from recon.basics.units import in_bytes
-from recon.cli.fit import ParsingCLI, _cli, choose_optimizer
+from recon.cli.fit import ParsingCLI, _class, _cli, choose_optimizer
 from recon.cli.quiet import quiet
 from recon.data import TokenData
 from recon.models.loading import ModelSource
 from recon.planner import SCOPES, Kind, PlanOptions, Prediction, Proposal, Shape, predict, print_plan, propose
+from recon.planner.fake.model import FakeModel
 from recon.planner.rates import as_rates
 from recon.planner.speed import measured_speeds
 from recon.planner.trainer_options import configured_trainer_options
+from recon.pruning.patterns import Pattern
+from recon.pruning.prune import Pruning, require_fit
 from recon.report import Results
 from recon.scopes import BlockDistillation, FullRetraining, MatrixReconstruction, Scope, SubmoduleDistillation
 from recon.scopes.distillation import Distillation
@@ -47,6 +50,10 @@ SHARED_BY_DISTILLATION = ("epochs", "parameters", "start")
 
 OWN = ("device_memory", "flop_rate", "rates", "scopes", "json")
 """Options that only `recon plan` has."""
+
+
+BUILT = ("model", "data", "pattern", "pruning")
+"""Options whose classes are built."""
 
 
 class PlanCLI(ParsingCLI):
@@ -93,11 +100,14 @@ def main(args: list[str]) -> int:
     memory = None if config.device_memory is None else in_bytes(config.device_memory)
     if unknown := [name for name in config.scopes if name not in SCOPES]:
         raise ValueError(f"--scopes needs some of {', '.join(SCOPES)}, got {', '.join(unknown)}")
-    built: Any = cli.parser.instantiate_classes(Namespace(model=config.model, data=config.data))
+    built: Any = cli.parser.instantiate_classes(Namespace(**{name: config[name] for name in BUILT}))
     scope, data = built.model, built.data
     choose_optimizer(scope, config)
     rows = [_options(one, data, config) for one in _rows(scope, config)]
     shape = Shape(scope.source)
+    for row in rows:
+        if row.scope == scope.scope:
+            _require_fit(scope, shape.fake(row), built.pattern, built.pruning)
     speeds = [_speed(config.flop_rate, scope.source, options) for options in rows]
     rates = None
     if config.flop_rate is None and config.rates is not None and config.trainer.accelerator != "cpu":
@@ -112,6 +122,15 @@ def main(args: list[str]) -> int:
         changes = " ".join(proposals[scope.scope][0].arguments)
         print(f"To run {scope.scope} so: recon fit {shlex.join(_of_fit(args))} {changes}")
     return 0
+
+
+def _require_fit(scope: Scope, fake: FakeModel, pattern: Pattern | None, pruning: Pruning | None) -> None:
+    """Refuse what `recon fit` refuses once it has loaded the model."""
+    pruning = pruning or Pruning()
+    prunable = fake.prunable(pruning.exclude)
+    if pattern is not None:
+        require_fit(prunable, pattern, pruning)
+    scope.require_model(fake.anatomy, prunable)
 
 
 def _of_fit(args: list[str]) -> list[str]:
@@ -166,8 +185,16 @@ def _options(scope: Scope, data: TokenData, config: Namespace) -> PlanOptions:
     trainer = configured_trainer_options(config.trainer, is_local)
     if is_local and trainer["world_size"] > 1:
         scope.require_independent("strategy window_parallel")
+    exclude, masked = tuple(config.pruning.exclude), config.pattern is not None
     measured = {"evaluates": True, "baselines": config.baselines, "drift": config.drift}
-    return PlanOptions.of(scope, data, trainer | measured, tuple(config.pruning.exclude), config.pattern is not None)
+    return PlanOptions.of(scope, data, trainer | measured, exclude, masked, _prunes_by_gram(config))
+
+
+def _prunes_by_gram(config: Namespace) -> bool:
+    """Whether masks are chosen along with recovery, from Gram matrices."""
+    if config.pruning.inputs != "recovered" or config.criterion is None:
+        return False
+    return config.refinement is not None or _class(config.criterion.class_path).needs == "gram"
 
 
 def _proposals(shape: Shape, predictions: list[Prediction], memory: int) -> dict[str, list[Proposal]]:

@@ -18,6 +18,7 @@ from recon.experiment.directory import RunDirectory, digest
 from recon.experiment.environment import versions
 from recon.experiment.options import RunOptions
 from recon.models.loading import ModelSource
+from recon.pruning.refinement import refined
 from recon.report import Results, print_table, table_console, with_references
 from recon.report.log import log_to
 
@@ -57,8 +58,9 @@ def main(args: list[str]) -> int:
     quiet()
     parser = build_parser()
     config, built = parse(parser, args)
-    if built.criterion is None or built.pattern is None:
-        raise ValueError("recon prune needs a criterion and a pattern, got null")
+    criterion = refined(built.criterion, built.refinement)
+    if criterion is None or built.pattern is None:
+        raise ValueError("recon prune needs a criterion and a pattern, got null for one of them; name both")
     options = {
         key: value
         for key, value in config.as_dict().items()
@@ -70,13 +72,14 @@ def main(args: list[str]) -> int:
     fingerprint = {"options": with_short_paths(options), "versions": versions(), **identity}
     path = Path(config.run_dir or f"runs/prune-{digest(fingerprint)[:8]}")
     console = Console(highlight=False, soft_wrap=True)
-    chosen = RunOptions(built.criterion, built.pattern, built.pruning, drift=config.drift, baselines=config.baselines)
+    chosen = RunOptions(criterion, built.pattern, built.pruning, drift=config.drift, baselines=config.baselines)
+    device = choose_device(config.device)
     begin(built.data)
     with owned(path):
         run = RunDirectory(path, fingerprint)
         run.sweep()
         with log_to(run.log):
-            report = measure_pruned(source, built.data, run, chosen, choose_device(config.device), config.save_model)
+            report = measure_pruned(source, built.data, run, chosen, device, config.save_model)
     if config.summary:
         print_table(Results(with_references(report)), table_console(), config.verbose)
     moved = run.moved.is_file()

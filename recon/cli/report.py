@@ -1,6 +1,5 @@
 """`recon report`: print the results of any set of runs and comparisons, or the memory of a run phase by phase."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +8,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from recon.basics.manifest import require_unchanged
 from recon.basics.run_paths import RunPaths
 from recon.cli.arrange import arrange
 from recon.cli.errors import usage
 from recon.report import collect, markdown_table, print_table, table_console
 from recon.report.memory_phases import phases_section, sides_of
+from recon.report.parts import load_memory
 from recon.report.sections import Section
 
 
@@ -85,7 +86,8 @@ def _load(path: Path) -> dict[str, Any]:
             f"`recon report --memory` needs the directory of a run with {file.name}, which MemoryProfiler writes, got "
             f"{path}; name one, such as a cell's directory within a comparison"
         )
-    return json.loads(file.read_text())
+    require_unchanged(file, "copy it again, or repeat the run")
+    return load_memory(file)
 
 
 def _table(section: Section) -> Table:

@@ -6,11 +6,14 @@ from jsonargparse import Namespace
 
 from recon.cli import prune, test
 from recon.cli.arguments import describe, parse
-from recon.cli.fit import parse_options
+from recon.cli.fit import choose_optimizer, parse_options
 from recon.experiment.comparison.spec import Resolver
 
 NOT_DECISIVE = ("config", "run_dir", "summary", "verbose", "masks")
 """Where results go and what is printed; the file of the masks is keyed by its directory, which the command names."""
+
+BUILT = ("model", "data", "criterion", "pattern", "pruning")
+"""Options of `recon fit` whose classes are built, so that what they refuse is known before the first cell runs."""
 
 
 class CommandResolver(Resolver):
@@ -20,7 +23,7 @@ class CommandResolver(Resolver):
         self._known: dict[tuple[str, ...], Any] = {}
 
     def describe(self, kind: type, spec: dict[str, Any]) -> str:
-        """The name of a criterion, pattern or allocation that a class specification makes."""
+        """The name of a criterion, refinement, pattern or allocation that a class specification makes."""
         return describe(kind, spec)
 
     def resolved(self, command: list[str]) -> Any:
@@ -42,7 +45,9 @@ def _resolved(name: str, *args: str) -> dict[str, Any]:
 
 def _fit(args: list[str]) -> tuple[Namespace, Any]:
     parser, config = parse_options(args)
-    return config, parser.instantiate_classes(Namespace(data=config.data))["data"]
+    built: Any = parser.instantiate_classes(Namespace(**{name: config[name] for name in BUILT}))
+    choose_optimizer(built.model, config)
+    return config, built.data
 
 
 def _other(name: str, args: list[str]) -> tuple[Namespace, Any]:

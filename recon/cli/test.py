@@ -1,17 +1,20 @@
 """`recon test`: the perplexity of any model or run."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
+from recon.basics.files import read_json
+from recon.basics.locks import owned
+from recon.basics.manifest import require_unchanged
+from recon.basics.run_paths import RunPaths
 from recon.cli.arguments import DEFAULT_DATA, add_data_arguments, choose_device, parse, plain_data
 from recon.cli.arrange import arrange
+from recon.cli.configs import load_options
 from recon.cli.errors import usage
 from recon.cli.quiet import quiet
 from recon.data import TokenData
@@ -62,11 +65,42 @@ class Subject:
             return cls(path, str(path / MODEL))
         if (path / MASKS).is_file():
             return cls(path, None)
-        raise ValueError(f"recon test needs a model or a run with model or masks, got {path}, which has none of them")
+        raise ValueError(
+            f"recon test needs a model or a run with model or masks, got {path}, which has none of them; name the "
+            f"model's directory, or let the run end"
+        )
+
+    def require_unchanged(self) -> None:
+        """Refuse a run whose files are not as recon wrote them.
+
+        Raises:
+            ValueError: Naming the first such file.
+        """
+        if self.run is None:
+            return
+        run = RunPaths(self.run)
+        model = None if self.model is None else Path(self.model)
+        named = [
+            run.fingerprint_file,
+            run.config,
+            run.masks,
+            run.report,
+            run.text,
+            *([run.moved] if model is None else [model]),
+        ]
+        for path in named:
+            if path.exists() or run.manifest.records(path):
+                run.manifest.require(path, "copy it again, or repeat the command of the run")
 
     def options(self) -> dict[str, Any]:
         """The options of the run, as its fingerprint has them; none without a run."""
-        return json.loads((self.run / FINGERPRINT).read_text())["options"] if self.run else {}
+        if self.run is None:
+            return {}
+        file, cure = self.run / FINGERPRINT, "test its model/ directory by itself, or run again in a new run_dir"
+        options = read_json(file, dict, "recon test", cure).get("options")
+        if not isinstance(options, dict) or "model" not in options:
+            raise ValueError(f"recon test needs the options of a run, got {file} without options.model; {cure}")
+        return options
 
     def source(self, options: Mapping[str, Any]) -> ModelSource:
         """Where to load the model from.
@@ -105,18 +139,21 @@ def main(args: list[str]) -> int:
     parser = build_parser()
     with usage():
         subject = Subject.of(parser.parse_args(arrange("test", args)).path)
+    subject.require_unchanged()
+    with usage():
         parser.set_defaults(_data_of_run(subject))
     config, built = parse(parser, args)
     source = subject.source(config.model.as_dict())
-    run = None
-    if config.run_dir is not None:
+    begin(built.data)
+    if config.run_dir is None:
+        report = _measured(subject, source, built.data, config)
+    else:
         options = {"data": plain_data(config.data.as_dict()), "device": config.device, "masks": config.masks}
         identity = {"model": source.identity(), "text": built.data.identity()}
-        run = RunDirectory(Path(config.run_dir), {**options, **identity, "versions": versions()})
-    begin(built.data)
-    report = _measured(subject, source, built.data, config)
-    if run is not None:
-        report.replace(run_dir=str(run.path)).save(run.report)
+        with owned(Path(config.run_dir)):
+            run = RunDirectory(Path(config.run_dir), {**options, **identity, "versions": versions()})
+            report = _measured(subject, source, built.data, config)
+            report.replace(run_dir=str(run.path)).save(run.report, run.manifest.writing)
     console = Console(highlight=False, soft_wrap=True)
     if config.summary:
         print_table(Results(with_references(report)), table_console(), config.verbose)
@@ -129,6 +166,7 @@ def _measured(subject: Subject, source: ModelSource, data: TokenData, config: An
     device, file = choose_device(config.device), subject.run and subject.run / MASKS
     masks, promised, moved = None, None, None
     if config.masks is not None:
+        require_unchanged(Path(config.masks), "copy it again, or prune again")
         masks = Masks.load(config.masks)
     elif file is not None and file.is_file():
         if subject.model is None:
@@ -162,7 +200,7 @@ def _data_of_run(subject: Subject) -> dict[str, Any]:
     if subject.run is None:
         return {}
     file = subject.run / CONFIG
-    options = yaml.safe_load(file.read_text()) if file.is_file() else subject.options()
+    options = load_options(file, ["data"]) if file.is_file() else subject.options()
     data = options.get("data", {})
     spec: dict[str, Any] = data if "class_path" in data else {**DEFAULT_DATA, "init_args": data}
     return {"data": spec | {"init_args": {key: one for key, one in spec["init_args"].items() if key != "seed"}}}

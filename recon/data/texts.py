@@ -7,7 +7,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from recon.basics.files import atomic_write
+from recon.basics.files import Writer, atomic_write
 from recon.data.sources import Documents, Split, TextSource
 
 
@@ -57,9 +57,14 @@ class Texts(TextSource):
         given = [split for split, documents in self._documents.items() if documents]
         return {options[split]: [str(directory / f"{split}-{name}.jsonl")] for split in given}
 
-    def write(self, directory: Path) -> None:
-        """Write the documents of each split, so that the run can be repeated by a command."""
+    def write(self, directory: Path, writing: Writer = atomic_write) -> None:
+        """Write the documents of each split, so that the run can be repeated by a command.
+
+        Args:
+            directory: Of the files.
+            writing: Opens each file; `Manifest.writing` records it, too.
+        """
         given = filter(None, self._documents.values())
         for documents, (path,) in zip(given, self.files(directory).values(), strict=True):
-            with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+            with writing(Path(path)) as temporary, temporary.open("w", encoding="utf-8") as file:
                 file.writelines(json.dumps({"text": one}) + "\n" for one in documents)

@@ -60,6 +60,31 @@ def copies(parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield "fp32 master copy", trained
 
 
+def frozen_copies(model: nn.Module, dtype: torch.dtype, keep: bool) -> dict[str, Tensor]:
+    """Copies in the host's memory of all parameters that do not learn; all ranks call this.
+
+    Args:
+        model: As the strategy keeps it, or before.
+        dtype: Of the copies.
+        keep: Whether this rank keeps them; the others return nothing.
+    """
+    found = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            with whole(parameter) as weight:
+                if keep:
+                    found[name] = weight.to("cpu", dtype, copy=True)
+    return found
+
+
+def round_working_copies(model: nn.Module, dtype: torch.dtype, exact: Collection[str] = ()) -> None:
+    """Round all parameters but those named `exact` to the numbers of another precision; not under FSDP2."""
+    for name, parameter in model.named_parameters():
+        if name not in exact and parameter.dtype != dtype:
+            with whole(parameter, write=True) as weight:
+                weight.copy_(weight.to(dtype))
+
+
 def gather(
     model: nn.Module, dtype: torch.dtype, directory: Path, keep: bool, exact: Collection[str] = ()
 ) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from recon.calibration.activations import Activations
 from recon.calibration.storage import ON_DEVICE, Storage
 from recon.evaluation.drift import Drift, divergence, energy, require_finite, require_same_depth
-from recon.evaluation.perplexity import Evaluation, score
+from recon.evaluation.perplexity import NOT_FINITE, Evaluation, score
 from recon.models.replay import Replay
 from recon.profiling.ledger import sampled
 
@@ -82,7 +82,9 @@ def measure_drift_blockwise(
     for index, ((_, logits), (_, others)) in enumerate(sampled(pairs, "head")):
         total += sum(divergence(one[:-1], other[:-1]) for one, other in zip(logits, others, strict=True))
         if not torch.tensor(total).isfinite():
-            raise FloatingPointError(f"logits must be finite, got NaN or infinity in {split} batch {index}")
+            raise FloatingPointError(
+                f"logits must be finite, got NaN or infinity in {split} batch {index}; {NOT_FINITE}"
+            )
     predicted = tokens[:, 1:].numel()
     return Drift((sums[0] / sums[1]).tolist(), total / predicted, split, len(tokens), tokens.shape[1])
 

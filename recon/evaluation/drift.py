@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from recon.evaluation.perplexity import CHUNK
+from recon.evaluation.perplexity import CHUNK, NOT_FINITE
 from recon.models.anatomy import Anatomy, Block
 from recon.profiling.ledger import sampled
 
@@ -89,7 +89,7 @@ def measure_drift(
         for reference, other in zip(logits_dense, logits, strict=True):  # views: logits are the largest tensors
             total += divergence(reference[:-1], other[:-1])
         if not math.isfinite(total):
-            raise FloatingPointError(f"logits must be finite, got NaN or infinity in {where}")
+            raise FloatingPointError(f"logits must be finite, got NaN or infinity in {where}; {NOT_FINITE}")
         num_sequences, seq_len, predicted = num_sequences + len(ids), ids.shape[1], predicted + ids[:, 1:].numel()
     return Drift((error / size).tolist(), total / predicted, split, num_sequences, seq_len)
 

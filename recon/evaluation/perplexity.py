@@ -16,6 +16,9 @@ from recon.profiling.ledger import sampled
 CHUNK = 1024
 """Tokens whose logits are cast to fp32 at a time."""
 
+NOT_FINITE = "look for NaN in the weights, or load the model in a wider model.dtype"
+"""Cures for logits that are not finite."""
+
 
 class StablePerplexity(Perplexity):
     """torchmetrics' perplexity, from the log-softmax of fp32 logits.
@@ -95,6 +98,8 @@ def score(batches: Iterable[tuple[Tensor, Tensor]], split: str, device: torch.de
         for sequence, tokens in zip(logits, ids, strict=True):  # views: the logits are the largest tensor here
             metric.update(sequence[:-1], tokens[1:])
         if not torch.isfinite(metric.total_log_probs):
-            raise FloatingPointError(f"logits must be finite, got NaN or infinity in {split} batch {index}")
+            raise FloatingPointError(
+                f"logits must be finite, got NaN or infinity in {split} batch {index}; {NOT_FINITE}"
+            )
         num_sequences, seq_len, scored = num_sequences + len(ids), ids.shape[1], scored + ids[:, 1:].numel()
     return Evaluation(float(metric.compute()), split, num_sequences, seq_len, scored)

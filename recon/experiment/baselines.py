@@ -115,14 +115,14 @@ def measure_pruned(
     """
     if options.criterion is None or options.pattern is None:
         raise ValueError("recon prune needs a criterion and a pattern, got null")
-    if run.report.exists():
+    if run.is_finished:
         log.info(f"{run.path} holds this run, finished: nothing to do")
         return Report.load(run.report)
     costs = _Costs(device)
     log.info(f"load {source.name}")
     model, data.tokenizer = source.load(device)
     data.require(("train", "test", "validation") if options.drift else ("train", "test"), model)
-    started, resumed = time.monotonic(), run.masks.exists()
+    started, resumed = time.monotonic(), run.has_masks
     if resumed:
         log.info(f"{run.masks} holds the masks of this run: nothing to prune")
         masks = Masks.load(run.masks)
@@ -135,7 +135,8 @@ def measure_pruned(
     apply(model, masks, moved_with(run.masks, masks))
     sizes: dict[str, Any] = {"model_sparsity": share_of_zeros(model.parameters())}
     if keep_model:
-        save_model(model.to(source.stored_dtype()), data.tokenizer, run.model)  # pyright: ignore[reportArgumentType]
+        stored: Any = model.to(source.stored_dtype())  # pyright: ignore[reportArgumentType]
+        save_model(stored, data.tokenizer, run.model, placing=run.manifest.placing)
         sizes = written_sizes(run.model)
         # Measured as written, and computed as the dense model is.
         model = source.at(run.model).model(device)
@@ -155,7 +156,7 @@ def measure_pruned(
         **sizes,
         **_compared(source, model, masks, data, device, options),
     )
-    report.save(run.report)
+    report.save(run.report, run.manifest.writing)
     return report
 
 

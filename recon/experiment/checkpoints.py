@@ -1,6 +1,5 @@
 """What full retraining saves to go on after it was killed: written whole or not at all, and only for the same run."""
 
-import json
 import shutil
 import signal
 import threading
@@ -12,9 +11,10 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
-from recon.basics.files import write_json
+from recon.basics.files import read_json, write_json
+from recon.basics.manifest import Entry, Manifest
 from recon.data.loader import ResumableLoader
-from recon.distributed.ranks import any_rank, layout
+from recon.distributed.ranks import any_rank, gathered, layout, rank, size
 from recon.pruning.masks import Masks
 
 STOPPED = 128 + signal.SIGTERM
@@ -38,7 +38,7 @@ class Checkpoints(Checkpoint):
 
     def __init__(self, directory: Path, every_n_steps: int = 100) -> None:
         if every_n_steps < 1:
-            raise ValueError(f"checkpoint_every_n_steps must be at least 1, got {every_n_steps}")
+            raise ValueError(f"checkpoint_every_n_steps must be at least 1, got {every_n_steps}; 100 is the default")
         self.directory, self.every_n_steps = directory, every_n_steps
         self._saved_step = self._last_step = 0
         self._stepping = False
@@ -108,10 +108,17 @@ class Checkpoints(Checkpoint):
         self._position = {"given": 0 if progress.is_last_batch else progress.current.ready}
         path = self.directory / f"step-{trainer.global_step:06}.ckpt"
         trainer.save_checkpoint(path)
+        manifest, own = _manifest(self.directory), _share(_files(path))
+        written = {
+            file: entry for part in gathered({file: Entry.of(file) for file in own}) for file, entry in part.items()
+        }
         if trainer.is_global_zero:
-            write_json(_marker(path), identity(trainer, module.masks) | {"step": trainer.global_step})
-            for other in self.directory.iterdir():
+            manifest.record(written)
+            content = identity(trainer, module.masks) | {"step": trainer.global_step}
+            write_json(_marker(path), content, manifest.writing)
+            for other in sorted(self.directory.iterdir()):
                 if other not in (path, _marker(path)):
+                    manifest.forget(other)
                     _delete(other)
         self._saved_step = trainer.global_step
 
@@ -122,14 +129,31 @@ def identity(trainer: L.Trainer, masks: Masks) -> dict[str, Any]:
 
 
 def last(directory: Path) -> Path | None:
-    """The newest checkpoint that was written completely; None if there is none."""
-    found = sorted(path for path in directory.glob("*.ckpt") if _marker(path).exists())
-    return found[-1] if found else None
+    """The newest checkpoint that was written completely, as the manifest has it; None if there is none."""
+    markers = sorted(
+        path for path in _manifest(directory).records(directory) if path.parent == directory and path.suffix == ".json"
+    )
+    return markers[-1].with_suffix(".ckpt") if markers else None
+
+
+def require_intact(path: Path) -> None:
+    """Refuse a checkpoint that is not as it was written; all processes come here, and each reads a share of the files.
+
+    Raises:
+        ValueError: On every process, naming a file.
+    """
+    entries = _manifest(path.parent).records(path, _marker(path))
+    faults = [_manifest(path.parent).fault_of(file, entries[file]) for file in _share(sorted(entries))]
+    if found := [fault for part in gathered(faults) for fault in part if fault]:
+        raise ValueError(
+            f"a run goes on from its checkpoint as it was written, got a damaged one: {found[0]}; copy it again, or "
+            f"delete {path.parent} to begin anew"
+        )
 
 
 def step_of(path: Path) -> int:
     """The optimizer steps before a checkpoint."""
-    return json.loads(_marker(path).read_text())["step"]
+    return _marked(path)["step"]
 
 
 def require_same(path: Path, ours: dict[str, Any]) -> None:
@@ -138,7 +162,7 @@ def require_same(path: Path, ours: dict[str, Any]) -> None:
     Raises:
         ValueError: Naming what differs.
     """
-    theirs = json.loads(_marker(path).read_text())
+    theirs = _marked(path)
     if different := [name for name in ours if ours[name] != theirs.get(name)]:
         told = ", ".join(
             "other masks" if name == "masks" else f"{name} {theirs.get(name)}, now {ours[name]}" for name in different
@@ -147,6 +171,36 @@ def require_same(path: Path, ours: dict[str, Any]) -> None:
             f"a run goes on from its checkpoint only with the same processes, strategy, precision and masks; {path} "
             f"was written with {told}; start it as before, or delete {path.parent} to begin anew"
         )
+
+
+def _marked(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint's marker.
+
+    Raises:
+        ValueError: If the marker is damaged, or of another version.
+    """
+    marker, cure = _marker(path), f"delete {path.parent} to begin anew"
+    marked = read_json(marker, dict, "a checkpoint", cure)
+    if missing := [name for name in ("step", "masks") if name not in marked]:
+        raise ValueError(
+            f"a checkpoint needs a marker with {' and '.join(missing)}, got {marker}, made by another version of "
+            f"recon; use that version, or {cure}"
+        )
+    return marked
+
+
+def _manifest(directory: Path) -> Manifest:
+    return Manifest(directory.parent)
+
+
+def _files(path: Path) -> list[Path]:
+    """The files of a checkpoint, which is one itself or a directory."""
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+
+
+def _share(files: list[Path]) -> list[Path]:
+    """The files that this process hashes, of all that are on the disk which the processes share."""
+    return files[rank() :: size()]
 
 
 def _marker(path: Path) -> Path:

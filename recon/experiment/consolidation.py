@@ -1,9 +1,12 @@
 """The weights in a checkpoint of full retraining, whole, on the host: no process group, no GPU, no second copy."""
 
 import warnings
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
+from pickle import UnpicklingError
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -30,14 +33,62 @@ def consolidate(checkpoint: Path) -> dict[str, Tensor]:
         ValueError: If it is no such checkpoint.
     """
     if checkpoint.is_file():
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+        state = load_file(checkpoint, ("state_dict",))["state_dict"]
     elif (checkpoint / "latest").is_file():
         state = _from_deepspeed(checkpoint)
     elif (checkpoint / ".metadata").is_file():
         state = _from_fsdp2(checkpoint)
     else:
-        raise ValueError(f"a checkpoint is a file, or a directory of DeepSpeed or FSDP2, got {checkpoint}")
+        raise ValueError(
+            f"a checkpoint needs to be a file, or a directory of DeepSpeed or FSDP2, got {checkpoint}; delete it to "
+            f"begin anew"
+        )
     return {name.removeprefix(PREFIX): weight for name, weight in state.items() if name.startswith(PREFIX)}
+
+
+def load_file(checkpoint: Path, keys: Sequence[str]) -> dict[str, Any]:
+    """Read a checkpoint of one file, mapped into memory, without running code.
+
+    Args:
+        checkpoint: The file.
+        keys: What it needs to have.
+
+    Raises:
+        ValueError: If it cannot be read, or lacks one of `keys`.
+    """
+    cure = f"delete {checkpoint.parent} to begin anew"
+    try:
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, UnpicklingError, EOFError) as error:
+        reason = shorten(f"{error}", 200)
+        raise ValueError(f"a checkpoint needs to be whole, got {checkpoint}, damaged ({reason}); {cure}") from error
+    missing = [key for key in keys if not isinstance(content, dict) or key not in content]
+    if missing:
+        raise ValueError(
+            f"a checkpoint needs {', '.join(keys)}, got {checkpoint} without {missing[0]}, made by another version of "
+            f"recon or of Lightning; use that version, or {cure}"
+        )
+    return content
+
+
+def require_weights(checkpoint: Path, held: Mapping[str, Tensor], needed: Mapping[str, Tensor]) -> None:
+    """Refuse a checkpoint without a weight, or with one of another shape.
+
+    Args:
+        checkpoint: Where the weights are from.
+        held: Name -> weight in the checkpoint.
+        needed: Name -> weight of the model.
+
+    Raises:
+        ValueError: Naming the first weight.
+    """
+    other = [name for name, weight in needed.items() if name not in held or held[name].shape != weight.shape]
+    if other:
+        got = list(held[other[0]].shape) if other[0] in held else "none"
+        raise ValueError(
+            f"a checkpoint needs the model's weights in their shapes, got {got} for {other[0]} "
+            f"{list(needed[other[0]].shape)} in {checkpoint}; delete {checkpoint.parent} to begin anew"
+        )
 
 
 def _from_deepspeed(checkpoint: Path) -> dict[str, Tensor]:
@@ -46,7 +97,8 @@ def _from_deepspeed(checkpoint: Path) -> dict[str, Tensor]:
     silence = StringIO()
     with unpickling_weights_only(), redirect_stdout(silence), redirect_stderr(silence):
         parts = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), lazy_mode=True)
-        held = torch.load(next(checkpoint.glob("checkpoint/*mp_rank_00_model_states.pt")), "cpu", mmap=True)
+        # That of rank 0, which alone has what was not trained; only stage 3 has one of each rank.
+        held = torch.load(min(checkpoint.glob("checkpoint/*mp_rank_00_model_states.pt")), "cpu", mmap=True)
     assert parts is not None
     assert isinstance(held, dict)
     whole: dict[int, Tensor] = {}  # tied weights stay tied

@@ -43,7 +43,10 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         if (self.criterion is None) != (self.pattern is None):
-            raise ValueError("pruning needs both criterion and pattern; give both, or null for both to train unpruned")
+            got = f"--criterion {self.criterion} and --pattern {self.pattern}"
+            raise ValueError(
+                f"pruning needs both criterion and pattern, got {got}; give both, or null for both to train unpruned"
+            )
 
     @property
     def prunes(self) -> bool:

@@ -20,7 +20,7 @@ from recon.experiment.job import Job
 from recon.experiment.measurement import measure, measure_baselines
 from recon.experiment.options import RunOptions
 from recon.experiment.reporting import build_report
-from recon.experiment.requirements import require_feasible
+from recon.experiment.requirements import require_feasible, require_suitable
 from recon.experiment.selection import Selection, select
 from recon.experiment.training import train
 from recon.experiment.writing import write
@@ -53,8 +53,12 @@ def recover(scope: Scope, data: TokenData, trainer: L.Trainer, run: RunDirectory
         ValueError: If masks and model do not fit together, or a pruned weight is not zero in the end; the model is then
             not saved.
     """
-    if run.report.exists():
+    if run.is_finished:
         return _finished(run, options)
+    if options.part is None:
+        run.reopen(scope.by_window)
+        if ranks.rank() == 0:
+            run.drop_report()
     job, resumed = Job(scope, data, trainer, run, options), run.has_begun
     with refusals():
         require_feasible(job)
@@ -62,6 +66,8 @@ def recover(scope: Scope, data: TokenData, trainer: L.Trainer, run: RunDirectory
     with scope.phases.run(run.measurements(options.part).path, job.device):
         with ranks.rank_zero_first():
             _load(job)
+            with refusals():
+                require_suitable(job)
             selection = select(job)
             baselines = measure_baselines(job, selection.masks, selection.moved)
             _prepare(job, selection)
@@ -71,7 +77,7 @@ def recover(scope: Scope, data: TokenData, trainer: L.Trainer, run: RunDirectory
         write(job)
         measured = measure(job, baselines)
     report = build_report(job, training, measured)
-    report.save(run.report)
+    report.save(run.report, run.manifest.writing)
     log_hyperparameters(trainer, scope, report)
     data.teardown("test")
     run.clean()

@@ -1,8 +1,20 @@
-"""What a recovery needs of its options, asked before anything is loaded."""
+"""What a recovery needs of its options, asked before anything is loaded or, where the model decides, before pruning."""
 
+import shutil
+from pathlib import Path
+
+from recon.basics.units import readable
 from recon.distributed.part import Share
+from recon.experiment.checkpoints import Checkpoints
 from recon.experiment.job import Job
+from recon.models.anatomy import Anatomy
+from recon.pruning.prune import require_fit
 from recon.scopes.base import NO_MOVED
+from recon.scopes.local.module import LocalScope
+from recon.scopes.local.schedule import require_recovered_inputs
+
+CLEARLY = 0.9
+"""Share of the predicted bytes below which a disk is refused: a prediction may be a little too high."""
 
 
 def require_feasible(job: Job) -> None:
@@ -13,6 +25,8 @@ def require_feasible(job: Job) -> None:
     """
     scope, options = job.scope, job.options
     scope.require_trainer(job.trainer)
+    if options.interleaves:
+        require_interleavable(job)
     if options.part is not None:
         _require_divisible(job, options.part)
     if not scope.loads_whole and (job.measures_baselines or not (job.run.masks.exists() or options.masks)):
@@ -23,6 +37,59 @@ def require_feasible(job: Job) -> None:
     moves = options.criterion is not None and options.criterion.moves_weights
     if scope.start == "moved" and options.masks is None and not moves:
         raise ValueError(NO_MOVED.format(f"and {options.criterion or 'no criterion'} moves none"))
+    require_room(job)
+
+
+def require_suitable(job: Job) -> None:
+    """Refuse options that the loaded model does not fit, before it is pruned.
+
+    Raises:
+        ValueError: Naming the option.
+    """
+    scope, options = job.scope, job.options
+    anatomy = Anatomy.of(scope.model)
+    has_masks = options.masks is not None or job.run.masks.exists()
+    pruned = anatomy.prunable(options.pruning.exclude) if options.prunes and not has_masks else {}
+    if options.pattern is not None:
+        require_fit(pruned, options.pattern, options.pruning)
+    scope.require_model(anatomy, pruned)
+
+
+def require_room(job: Job) -> None:
+    """Refuse a disk with clearly too few free bytes for what the run is predicted to write.
+
+    What an earlier start has written is there already. Without a prediction nothing is refused.
+
+    Raises:
+        ValueError: Naming the directory, with both numbers.
+    """
+    predicted = dict(job.options.prediction.get("disk", {}))
+    if "checkpoints" in predicted:
+        predicted["checkpoints"] = predicted["checkpoints"] // 2 * min(2, _num_checkpoints(job))
+    if (part := job.options.part) is not None and "windows" in predicted:
+        predicted = {**predicted, "windows": predicted["windows"] // part.of, "model": 0}
+    needed = sum(predicted.values()) - sum(one.stat().st_size for one in job.run.path.rglob("*") if one.is_file())
+    place = _existing(job.run.path)
+    free = shutil.disk_usage(place).free
+    if free < CLEARLY * needed:
+        largest = ", ".join(f"{name} {readable(size)}" for name, size in predicted.items() if size > 0)
+        raise ValueError(
+            f"a run needs room for what it writes, predicted {readable(needed)} more ({largest}), got "
+            f"{readable(free)} free in {place}; free space, or name a run_dir on another disk"
+        )
+
+
+def _num_checkpoints(job: Job) -> int:
+    """How many regular checkpoints full retraining writes, as the prediction knows it."""
+    every = [one.every_n_steps for one in job.trainer.callbacks if isinstance(one, Checkpoints)]  # pyright: ignore[reportAttributeAccessIssue]
+    setting = job.options.prediction["setting"]
+    of_step = setting["batch_size"] * setting["world_size"] * setting["accumulate"]
+    return setting["epochs"] * -(-setting["num_sequences"] // of_step) // every[0] if every else 0
+
+
+def _existing(path: Path) -> Path:
+    """The directory, or the first one above it that is there."""
+    return next(one for one in (path, *path.absolute().parents) if one.is_dir())
 
 
 def require_complete(job: Job) -> None:
@@ -45,7 +112,8 @@ def require_interleavable(job: Job) -> None:
     """Refuse to choose masks along with recovery where they cannot be.
 
     Raises:
-        ValueError: If the scope has no windows, masks were given, or the pattern ranks across the model.
+        ValueError: If the scope has no windows or dense inputs, masks were given, or the pattern ranks across the
+            model.
     """
     scope, options = job.scope, job.options
     assert options.pattern is not None
@@ -56,6 +124,8 @@ def require_interleavable(job: Job) -> None:
             f"pruning.inputs: recovered chooses masks block by block along with recovery, which needs a local scope, a "
             f"pattern per row, matrix or group, and no masks made before, got {got}; choose pruning.inputs: dense"
         )
+    assert isinstance(scope, LocalScope)
+    require_recovered_inputs(scope.propagation)
 
 
 def _require_divisible(job: Job, part: Share) -> None:

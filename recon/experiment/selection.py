@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from recon.basics.locks import locked
+from recon.basics.manifest import require_unchanged
 from recon.experiment.job import Job
-from recon.experiment.requirements import require_interleavable
 from recon.profiling.phases import PhaseName
 from recon.pruning.interleaved import Interleaved
 from recon.pruning.masks import Masks
@@ -51,11 +51,11 @@ def select(job: Job) -> Selection:
 
 def _masks(job: Job) -> Masks:
     given, ours = job.options.masks, job.run.masks
-    if ours.exists():
+    if job.run.has_masks:
         return _from_file(job, ours)
     if isinstance(given, Masks):
         given.validate_for(job.scope.model)
-        given.save(ours, GIVEN)
+        given.save(ours, GIVEN, job.run.manifest.writing)
         return given
     if given is not None:
         return _from_file(job, given)
@@ -66,12 +66,13 @@ def _from_file(job: Job, file: Path) -> Masks:
     """The masks in `file`, copied to the run's directory with the place of the moved weights that came with them."""
     if not file.exists():
         raise ValueError(f"--masks needs a file that `recon prune` wrote, got {file}, which does not exist")
+    require_unchanged(file, "copy it again, or make it again with `recon prune`")
     masks, made_by = Masks.load(file), Masks.read_metadata(file)
     masks.validate_for(job.scope.model)
     if CAME_WITH_MOVED in made_by:
         made_by[CAME_WITH_MOVED] = str((file.parent / made_by[CAME_WITH_MOVED]).resolve())
     if file != job.run.masks:
-        masks.save(job.run.masks, made_by)
+        masks.save(job.run.masks, made_by, job.run.manifest.writing)
     return masks
 
 
@@ -95,11 +96,10 @@ def _pruned(job: Job) -> Masks:
 
 def _interleaved(job: Job) -> Interleaved:
     """How the scope is to choose the masks; an allocation is settled now, on the dense model."""
-    require_interleavable(job)
     scope, options = job.scope, job.options
     assert options.criterion is not None
     assert options.pattern is not None
     replay, tokens = scope.to(job.device).open_replay(), job.data.tokens("train")
-    patterns = block_patterns(replay, tokens, options.criterion, options.pattern, options.pruning, scope.storage)
     prunable = replay.anatomy.prunable(options.pruning.exclude)
+    patterns = block_patterns(replay, tokens, options.criterion, options.pattern, options.pruning, scope.storage)
     return Interleaved(options.criterion, patterns, prunable, job.run.block_masks)

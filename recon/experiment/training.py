@@ -6,12 +6,25 @@ from typing import Any
 
 from recon.distributed import ranks
 from recon.experiment import checkpoints
+from recon.experiment.consolidation import load_file, require_weights
 from recon.experiment.job import Job
 from recon.experiment.peaks import peaks_of
 from recon.experiment.requirements import require_complete
 from recon.profiling.phases import PhaseName
 
 log = logging.getLogger("recon")
+
+OF_LIGHTNING = (
+    "state_dict",
+    "loops",
+    "callbacks",
+    "optimizer_states",
+    "lr_schedulers",
+    "epoch",
+    "global_step",
+    "pytorch-lightning_version",
+)
+"""What Lightning needs of a checkpoint to go on."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +62,10 @@ def train(job: Job, resumed: bool) -> Training:
     num_own, num_missing = len(scope.own_windows), len(scope.missing(scope.own_windows))
     checkpoint = checkpoints.last(run.checkpoints)
     if checkpoint is not None:
+        checkpoints.require_intact(checkpoint)
         checkpoints.require_same(checkpoint, checkpoints.identity(job.trainer, scope.masks))
+        if checkpoint.is_file():
+            require_weights(checkpoint, load_file(checkpoint, OF_LIGHTNING)["state_dict"], scope.state_dict())
         log.info(f"go on from {checkpoint}")
         scope.tally.at_least = False  # what was before, it knows
     scope.recall(scope.windows if job.options.part is None else scope.own_windows)

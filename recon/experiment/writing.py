@@ -1,14 +1,15 @@
 """Writing a recovered model: whole or not at all."""
 
-import shutil
 from pathlib import Path
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from recon.basics.files import partial, put_in_place
+from recon.basics.files import Writer, placing
 from recon.experiment.job import Job
+from recon.models.anatomy import Anatomy
 from recon.profiling.phases import PhaseName
+from recon.pruning.prune import made_by
 
 
 def write(job: Job) -> None:
@@ -21,11 +22,13 @@ def write(job: Job) -> None:
     scope.phases.enter(PhaseName.SAVE)
     if options.interleaves:
         assert options.pattern is not None
-        made_by = {"criterion": str(options.criterion), "pattern": options.pruning.describe(options.pattern)}
-        scope.masks.save(job.run.masks, made_by)
+        assert options.criterion is not None
+        prunable = Anatomy.of(scope.model).prunable(options.pruning.exclude)
+        known = made_by(options.criterion, options.pattern, options.pruning, scope.masks, prunable)
+        scope.masks.save(job.run.masks, known, job.run.manifest.writing)
     assert job.data.tokenizer is not None
     model, state = scope.result()
-    save_model(model, job.data.tokenizer, job.run.model, state)
+    save_model(model, job.data.tokenizer, job.run.model, state, job.run.manifest.placing)
     del model, state, scope.model
 
 
@@ -34,6 +37,7 @@ def save_model(
     tokenizer: PreTrainedTokenizerBase,
     path: Path,
     state: dict[str, Tensor] | None = None,
+    placing: Writer = placing,
 ) -> None:
     """Write model and tokenizer as a plain Hugging Face directory that is whole or absent.
 
@@ -44,18 +48,16 @@ def save_model(
         tokenizer: Written beside it.
         path: The directory.
         state: The weights, if `model` is without.
+        placing: Makes the directory; `Manifest.placing` records its files, too.
 
     Raises:
         OSError: If it cannot be written, naming `path`; nothing of it is kept then.
     """
-    temporary = partial(path)
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        model.save_pretrained(temporary, state_dict=state)
-        tokenizer.save_pretrained(temporary)
-        put_in_place(path)
+        with placing(path) as temporary:
+            model.save_pretrained(temporary, state_dict=state)
+            tokenizer.save_pretrained(temporary)
     except Exception as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(
             f"could not write the model to {path}, nothing of it was kept ({error}); free space there"
         ) from error

@@ -100,9 +100,9 @@ class Anatomy:
         for pattern in exclude:
             if not any(fnmatchcase(name, pattern) for name in matrices):
                 raise ValueError(
-                    f"Each exclude pattern must match the module name of a prunable matrix, {pattern!r} "
-                    f"matches none of {_listed(list(matrices))}. Embeddings and the head are never pruned "
-                    f"and need no pattern."
+                    f"Each pattern of pruning.exclude must match the module name of a prunable matrix, "
+                    f"{pattern!r} matches none of {_listed(list(matrices))}. Embeddings and the head are never pruned "
+                    f"and need no pattern; correct it."
                 )
         kept = {
             f"{name}.weight": matrix
@@ -111,8 +111,8 @@ class Anatomy:
         }
         if not kept:
             raise ValueError(
-                f"At least one matrix must be left to prune, but {list(exclude)} exclude all "
-                f"{len(matrices)}. Exclude less."
+                f"At least one matrix must be left to prune, got pruning.exclude {list(exclude)}, which matches all "
+                f"{len(matrices)}; exclude less."
             )
         return kept
 

@@ -16,9 +16,14 @@ def is_matrix(module: nn.Module) -> bool:
     return isinstance(module, LINEAR_MAPS)
 
 
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the weight of `module` is in x out."""
+    return isinstance(module, Conv1D)
+
+
 def as_out_in(module: nn.Module, tensor: Tensor) -> Tensor:
     """View `tensor`, laid out as the weight of `module`, as out x in; its own inverse."""
-    return tensor.T if isinstance(module, Conv1D) else tensor
+    return tensor.T if is_transposed(module) else tensor
 
 
 def weight_out_in(module: nn.Module) -> Tensor:

@@ -1,6 +1,5 @@
 """Loading models and tokenizers: bundled, from a directory, from the hub, or random of a given shape."""
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,9 +22,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from recon.basics.manifest import require_unchanged
 from recon.basics.seeds import isolated_seed
 from recon.models.stored import dtype_of
-from recon.models.weight_files import refuse_gguf, require_format, require_prunable, weight_places
+from recon.models.weight_files import directory_digest, refuse_gguf, require_format, require_prunable, weight_places
 
 BUNDLED = Path(__file__).parent / "bundled"
 
@@ -37,6 +37,10 @@ UNREADABLE = (
     TypeError,
     ImportError,
     EOFError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    AssertionError,
     SafetensorError,
     StrictDataclassError,
     UnpicklingError,
@@ -103,13 +107,23 @@ class ModelSource:
             model = self._random(self.shape)
         else:
             dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
-            options = {"dtype": dtype, "weights_only": True, "output_loading_info": True}
+            # Other shapes are refused here: the message of transformers leaves their names to its log.
+            options = {"dtype": dtype, "weights_only": True, "ignore_mismatched_sizes": True}
             self._config_and_dtype()  # refuses a model by its configuration before its weights are read
-            model, loaded = self._load(AutoModelForCausalLM, "model.name", self.name, self.revision, **options)
+            model, loaded = self._load(
+                AutoModelForCausalLM, "model.name", self.name, self.revision, output_loading_info=True, **options
+            )
+            if mismatched := sorted(loaded["mismatched_keys"]):
+                name, stored, needed = mismatched[0]
+                raise ValueError(
+                    f"model.name needs weights in the shapes of its config.json, got {len(mismatched)} others in "
+                    f"{self.name}, {list(stored)} for {name} {list(needed)} the first; correct config.json, or copy "
+                    f"the model again"
+                )
             if missing := sorted(loaded["missing_keys"]):  # transformers fills them with random numbers
                 raise ValueError(
-                    f"model.name needs a complete causal language model, {self.name} lacks {len(missing)} of "
-                    f"{type(model).__name__}'s weights, the first is {missing[0]}"
+                    f"model.name needs a complete causal language model, got {self.name}, which lacks {len(missing)} "
+                    f"of {type(model).__name__}'s weights, {missing[0]} the first; copy it again"
                 )
         model.config.use_cache = False
         if device is not None:
@@ -123,7 +137,10 @@ class ModelSource:
             ValueError: If there is no such model, with what was tried.
         """
         config, dtype = self._config_and_dtype()
-        return empty(AutoModelForCausalLM, config, dtype, self.trust_remote_code)
+        try:
+            return empty(AutoModelForCausalLM, config, dtype, self.trust_remote_code)
+        except UNREADABLE as error:
+            raise _no_config(f"model.name: {self.name}" if self.shape is None else "model.shape", error) from error
 
     def hollow(self) -> PreTrainedModel:
         """The model with its buffers, in evaluation mode, without a cache; each parameter is a single NaN, expanded.
@@ -229,6 +246,7 @@ class ModelSource:
         path = _directory("model.name", self.name)
         if path is None:
             return {"name": self.name, "revision": self.revision or "main", "dtype": self.dtype}
+        require_unchanged(path, "copy it again, or repeat the run that made it")
         return {"files": directory_digest(path), "dtype": self.dtype}
 
     def _random(self, shape: dict[str, Any]) -> PreTrainedModel:
@@ -238,13 +256,13 @@ class ModelSource:
             with isolated_seed(self.seed):
                 return AutoModelForCausalLM.from_config(config, dtype=dtype)
         except UNREADABLE as error:
-            raise _no_shape(error) from error
+            raise _no_config("model.shape", error) from error
 
     def _config(self, shape: dict[str, Any]) -> PreTrainedConfig:
         try:
             return AutoConfig.for_model(**shape)
         except UNREADABLE as error:
-            raise _no_shape(error) from error
+            raise _no_config("model.shape", error) from error
 
     def _load(self, auto: Any, option: str, name: str, revision: str | None, **options: Any) -> Any:
         path = _directory(option, name)
@@ -255,7 +273,10 @@ class ModelSource:
         elif auto is not AutoTokenizer:
             require_format(path, option)
         if path is not None and auto is AutoModelForCausalLM and not weight_places(path, option):
-            raise ValueError(f"{option} needs a directory with model.safetensors or its parts, got {path} without them")
+            raise ValueError(
+                f"{option} needs a directory with model.safetensors or its parts, got {path} without them; copy the "
+                f"model again"
+            )
         try:
             loaded: Any = auto.from_pretrained(
                 path or name,
@@ -265,18 +286,23 @@ class ModelSource:
             )
         except UNREADABLE as error:
             where = f"the directory {path}" if path else f"there is no directory {name}, and the hub name"
-            cure = "; if it holds no tokenizer, give model.tokenizer" if auto is AutoTokenizer else ""
+            cure = "copy the model again, or name another one"
+            if auto is AutoTokenizer:
+                cure = "copy its files again; if it holds no tokenizer, give model.tokenizer"
             raise ValueError(
                 f"{option} needs `bundled`, a directory in Hugging Face format or a hub name; "
-                f"{where} could not be read as {auto.__name__}: {_said(error)}{cure}"
+                f"{where} could not be read as {auto.__name__}: {_said(error)}; {cure}"
             ) from error
         if auto is AutoConfig:
             require_prunable(loaded, path or name, option)
         return loaded
 
 
-def _no_shape(error: Exception) -> ValueError:
-    return ValueError(f"model.shape needs the configuration of a causal language model: {_said(error)}")
+def _no_config(option: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"{option} needs the configuration of a causal language model, got one that makes none: {_said(error)}; "
+        f"correct it"
+    )
 
 
 def empty(kind: Any, config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -348,7 +374,8 @@ def _directory(option: str, name: str) -> Path | None:
         refuse_gguf(path, option)
         what = "is a file" if name and path.exists() else "does not exist"
         raise ValueError(
-            f"{option} needs `bundled`, a directory in Hugging Face format or a hub name, got {name!r}, which {what}"
+            f"{option} needs `bundled`, a directory in Hugging Face format or a hub name, got {name!r}, which {what}; "
+            f"correct the path"
         )
     return None
 
@@ -370,14 +397,3 @@ def _ask_hub_once(option: str, name: str, revision: str | None) -> None:
             f"{name}, and the Hugging Face hub cannot be reached ({_said(error)}); correct the path, or download "
             f"the model where there is a network: hf download {name}"
         ) from error
-
-
-def directory_digest(path: Path) -> str:
-    """Sha256 over names and contents of the files that make up a model directory."""
-    digest = hashlib.sha256()
-    for file in sorted(path.glob("*")):
-        if file.suffix in (".safetensors", ".json", ".bin", ".model") and file.name != "card.json":
-            digest.update(file.name.encode())
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()

@@ -102,6 +102,11 @@ def verify(replay: Moves) -> None:
                 f"This model is not supported."
             )
         reference = first_of(outputs[0]).to(hidden.device)
+        if not reference.isfinite().all():
+            raise ValueError(
+                f"A model must have finite hidden states, got NaN or infinity after {block.name}. Copy the model "
+                f"again, or load it in a wider model.dtype."
+            )
         attention = replay.tap(block.index, hidden)
         try:
             stubbed = replay.stub(block.index, hidden, attention)

@@ -4,12 +4,15 @@ A model that recon cannot prune is told by its files or configuration, and refus
 quantised weights, encoder-decoders. An index may come from anywhere, so the files in it have to lie in the directory.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from textwrap import shorten
 
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
+
+from recon.basics.digests import sha256_of
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 """The file of a model in one file, and the index of one in several; with both, the first is read."""
@@ -155,3 +158,13 @@ def _tensors(file: Path, option: str) -> set[str]:
                 f"weights; take the model they were made from, or write them dequantised"
             )
     return set(dtypes)
+
+
+def directory_digest(path: Path) -> str:
+    """Sha256 over names and contents of the files that make up a model directory."""
+    digest = hashlib.sha256()
+    for file in sorted(path.glob("*")):
+        if file.suffix in (".safetensors", ".json", ".bin", ".model") and file.name != "card.json":
+            digest.update(file.name.encode())
+            digest.update(bytes.fromhex(sha256_of(file)))
+    return digest.hexdigest()

@@ -217,7 +217,35 @@ def group_windows(replay: Replay, groups: Sequence[Sequence[str]]) -> list[Group
         ValueError: If a pattern matches no linear map, two groups match the same one, or one is not called once
             for all tokens.
     """
-    matrices = [name for block in replay.anatomy.blocks for name in block.matrices]
+    require_groups(replay.anatomy, groups)
+    digits = len(str(len(groups) - 1))  # so that names sort as groups do
+    windows = []
+    for block in replay.anatomy.blocks:
+        for number, group in enumerate(groups):
+            found = [name for name in block.matrices if _matches(name, group)]
+            if not found:
+                continue
+            kinds = dict.fromkeys(name.rpartition(".")[2] for name in found)  # one for all experts
+            owned = [name for name in block.parameters() if name.rpartition(".")[0] in found]
+            name = f"{block.index:03d}.{number:0{digits}d}-{'-'.join(kinds)}"
+            windows.append(GroupWindow(name, [block], owned, [], found, replay.ends(block.index, found)))
+    return windows
+
+
+def require_groups(anatomy: Anatomy, groups: Sequence[Sequence[str]]) -> list[str]:
+    """Refuse groups that do not fit a model.
+
+    Args:
+        anatomy: The blocks of the model.
+        groups: Shell patterns of full module names: see `Windows`.
+
+    Returns:
+        The module names of the linear maps in a group.
+
+    Raises:
+        ValueError: If a pattern matches no linear map, or two groups match the same one.
+    """
+    matrices = [name for block in anatomy.blocks for name in block.matrices]
     for pattern in (pattern for group in groups for pattern in group):
         if not any(fnmatchcase(name, pattern) for name in matrices):
             raise ValueError(
@@ -231,18 +259,7 @@ def group_windows(replay: Replay, groups: Sequence[Sequence[str]]) -> list[Group
                 f"Each linear map may belong to only one group of windows.groups, {name} matches {len(matching)}: "
                 f"{' and '.join(map(str, matching))}. Make their patterns narrower, such as `*.mlp.c_proj`."
             )
-    digits = len(str(len(groups) - 1))  # so that names sort as groups do
-    windows = []
-    for block in replay.anatomy.blocks:
-        for number, group in enumerate(groups):
-            found = [name for name in block.matrices if _matches(name, group)]
-            if not found:
-                continue
-            kinds = dict.fromkeys(name.rpartition(".")[2] for name in found)  # one for all experts
-            owned = [name for name in block.parameters() if name.rpartition(".")[0] in found]
-            name = f"{block.index:03d}.{number:0{digits}d}-{'-'.join(kinds)}"
-            windows.append(GroupWindow(name, [block], owned, [], found, replay.ends(block.index, found)))
-    return windows
+    return [name for name in matrices if any(_matches(name, group) for group in groups)]
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -113,12 +113,14 @@ def _matrix_flops(fake: FakeModel, index: int, names: list[str], options: PlanOp
     products = sum(2 * fake.products(name) for name in names)
     widths = fake.inputs(block, names, options)
     flops: Counter[Kind] = Counter()
-    if options.starts_exact:
+    if options.collects_for_starts:
         flops["gram"] = 2 * tokens * sum(gram.products(width) for width in widths)
-        flops["solve"], flops["start"] = START_RESIDUALS * products, START_ITERATIONS * products
     else:
         sums = 3 if options.crosses else 1
         flops["gram"] = sums * 2 * tokens * sum(width**2 for width in widths)
+    if options.starts_exact:
+        flops["solve"], flops["start"] = START_RESIDUALS * products, START_ITERATIONS * products
+    else:
         flops["solve"] = options.solves * SOLVER_ITERATIONS * products
     flops["training"] = 3 * options.descent_steps * products
     return flops

@@ -41,6 +41,8 @@ def learning(fake: FakeModel, options: PlanOptions) -> list[Tensor]:
 def optimizer_bytes(fake: FakeModel, options: PlanOptions) -> int:
     """AdamW's state over all processes, with DeepSpeed's fp32 master copy."""
     trained = learning(fake, options)
+    if options.gathers_half:
+        return 2 * FP32 * numel(trained) + FP32 * len(trained)
     return 3 * FP32 * numel(trained) if options.is_zero else adamw_bytes(trained)
 
 
@@ -50,10 +52,16 @@ def held_on_host(fake: FakeModel, options: PlanOptions) -> Counter[str]:
     item, trained = fake.dtype.itemsize, numel(learning(fake, options))
     if options.offload_optimizer:
         found["optimizer"] = optimizer_bytes(fake, options) // options.world_size
-        found["gradients"] = (item + FP32) * trained // options.world_size  # summed up as trained, then in fp32
+        # Summed up, by ZeRO-1 as trained, then copied to fp32; where ZeRO-2 casts, it sums up on the device.
+        sums = 0 if _sums_on_device(options, item) else item if options.sharding == "zero1" else FP32
+        found["gradients"] = (sums + FP32) * trained // options.world_size
     if options.offload_parameters:
         found["weights"] = item * fake.num_parameters // options.world_size
     return found
+
+
+def _sums_on_device(options: PlanOptions, item: int) -> bool:
+    return options.sharding == "zero2" and item < FP32
 
 
 def full_snapshots(fake: FakeModel, options: PlanOptions) -> Iterator[Snapshot]:
@@ -75,11 +83,13 @@ def full_snapshots(fake: FakeModel, options: PlanOptions) -> Iterator[Snapshot]:
     yield Snapshot("backward", held(base, backward))
     trained = learning(fake, options)
     if options.is_zero or options.sharding == "fsdp2":
-        temporary = 0 if options.offload_optimizer else FP32 * numel(trained) // options.world_size
+        in_place = options.offload_optimizer or (options.sharding == "fsdp2" and options.device == "cuda")
+        temporary = 0 if in_place else FP32 * numel(trained) // options.world_size
         yield Snapshot("step", held(base, other=temporary))
     else:
         whole = sum(one.numel() * one.element_size() for one in trained)
-        yield Snapshot("step", held(base, gradients=whole, other=adamw_temporary(trained, options.device)))
+        temporary = 0 if options.device == "cuda" else adamw_temporary(trained, options.device)  # fused there
+        yield Snapshot("step", held(base, gradients=whole, other=temporary))
 
 
 def _held_all_along(fake: FakeModel, options: PlanOptions) -> tuple[Counter[str], bool]:
@@ -96,9 +106,11 @@ def _held_all_along(fake: FakeModel, options: PlanOptions) -> tuple[Counter[str]
         base["other"] = item * trained  # buckets in which gradients are reduced
     if options.is_zero:
         base["optimizer"] = 0 if options.offload_optimizer else shares(optimizer)
-        base["gradients"] = item * (trained if options.sharding == "zero1" else shares(trained))
+        # Reduced in fp32, and summed up in fp32 except by ZeRO-1.
+        base["gradients"] = item * trained if options.sharding == "zero1" else FP32 * shares(trained)
         base["other"] = (2 if options.sharding != "zero3" else 1) * item * BUCKET
-        if options.offload_optimizer and options.sharding != "zero1":
+        base["other"] += FP32 * BUCKET if item < FP32 else 0
+        if options.offload_optimizer and options.sharding != "zero1" and not _sums_on_device(options, item):
             base["gradients"] = 0
     if options.sharding == "zero3":
         base["weights"] = 0 if options.offload_parameters else copies * item * shares(num)
@@ -106,9 +118,11 @@ def _held_all_along(fake: FakeModel, options: PlanOptions) -> tuple[Counter[str]
         base["other"] += copies * item * min(num, MAX_LIVE)
     if options.sharding == "fsdp2":
         blocks = [item * numel(block.parameters().values()) for block in fake.anatomy.blocks]
-        base["weights"] = copies * item * shares(num)
+        stored = FP32 if options.gathers_half else item
+        base["weights"] = copies * stored * shares(num)
         base["masks"], base["optimizer"] = shares(masks), shares(optimizer)
-        base["gradients"] = item * shares(trained)
+        summed_whole = options.accumulate > 1 and not options.reduce_each_batch
+        base["gradients"] = stored * (trained if summed_whole else shares(trained))
         # Embeddings and head stay gathered, and beside the block under way the next one.
         base["other"] = item * num - sum(blocks) + sum(sorted(blocks)[-2:])
     base["weights"] += copies * fake.buffer_bytes  # whole in every process

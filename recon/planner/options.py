@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from recon.basics.units import in_bytes
 from recon.calibration.activations import Propagation
 from recon.calibration.storage import Place, Storage
 from recon.data import TokenData
@@ -21,6 +22,7 @@ from recon.scopes import (
 )
 from recon.scopes.base import StartName
 from recon.scopes.distillation import Distillation
+from recon.scopes.full import LOGITS_MEMORY
 from recon.scopes.local.module import LocalScope
 from recon.scopes.trainable import Parameters
 from recon.solvers import GradientDescent
@@ -61,9 +63,11 @@ class PlanOptions:
         lora_rank: Rank of the adapters, with `parameters: lora`.
         train: `blocks` or `all`, in full retraining.
         gradient_checkpointing: Keep only the inputs of each block, in full retraining.
+        logits_memory: Full retraining: bytes of a batch's fp32 logits above which its loss is computed in chunks.
         accumulate: Batches an optimizer step.
         precision: Lightning's name of the precision.
         sharding: Division of the model among processes.
+        reduce_each_batch: FSDP2: gradients are reduced with every accumulated batch, not once a step.
         offload_optimizer: ZeRO: gradients and optimizer state on the host.
         offload_parameters: ZeRO-3: the weights too.
         world_size: Processes; in the local scopes each recovers its share of the windows.
@@ -76,6 +80,7 @@ class PlanOptions:
         activations_dtype: Precision of the kept hidden states; that of the model if None.
         exclude: Patterns of modules that stay dense.
         masked: Whether anything is pruned.
+        prunes_by_gram: Local scopes: whether masks are chosen along with recovery, from Gram matrices.
         device: Kind of the device that computes: AdamW steps differently on them.
         partitioned: Full retraining: ZeRO-3 loads the weights in parts, so that no process has them all.
         evaluates: Whether the plan includes evaluations before and after the fit; a fit's own peak is without them.
@@ -102,9 +107,11 @@ class PlanOptions:
     lora_rank: int = 16
     train: Literal["blocks", "all"] = "blocks"
     gradient_checkpointing: bool = False
+    logits_memory: int = in_bytes(LOGITS_MEMORY)
     accumulate: int = 1
     precision: str = "32-true"
     sharding: Sharding = "none"
+    reduce_each_batch: bool = False
     offload_optimizer: bool = False
     offload_parameters: bool = False
     world_size: int = 1
@@ -117,6 +124,7 @@ class PlanOptions:
     activations_dtype: torch.dtype | None = None
     exclude: tuple[str, ...] = ()
     masked: bool = True
+    prunes_by_gram: bool = False
     device: Literal["cuda", "cpu"] = "cuda"
     partitioned: bool = False
     evaluates: bool = False
@@ -147,6 +155,11 @@ class PlanOptions:
         return self.sharding.startswith("zero")
 
     @property
+    def gathers_half(self) -> bool:
+        """Whether FSDP2 gathers in 16 bits the weights that it has in fp32."""
+        return self.sharding == "fsdp2" and self.precision == "bf16-mixed"
+
+    @property
     def half(self) -> torch.dtype | None:
         """The 16-bit type of products; None in fp32."""
         return PRECISIONS[self.precision]
@@ -167,6 +180,11 @@ class PlanOptions:
         return self.masked and self.start == "exact" and self.scope != "matrix"
 
     @property
+    def collects_for_starts(self) -> bool:
+        """Whether Gram matrices are as exact as a start needs them; a criterion needs them in full fp32."""
+        return self.starts_exact and not (self.is_local and self.prunes_by_gram)
+
+    @property
     def solves(self) -> bool:
         """Whether matrices are solved on the way."""
         return self.starts_exact or (self.masked and self.scope == "matrix" and not self.descent_steps)
@@ -174,7 +192,7 @@ class PlanOptions:
     @property
     def collects(self) -> bool:
         """Whether Gram matrices are collected."""
-        return self.masked and (self.solves or self.scope == "matrix")
+        return self.masked and (self.solves or self.scope == "matrix" or (self.is_local and self.prunes_by_gram))
 
     @property
     def crosses(self) -> bool:
@@ -186,7 +204,7 @@ class PlanOptions:
         stored = self.dtype or stored
         if self.offload != "none":
             return stored  # Lightning, which casts, does not have the model
-        cast = self.precision.endswith("-true") or self.is_zero
+        cast = self.precision.endswith("-true") or self.is_zero or self.gathers_half
         return self.half if self.half is not None and cast else stored
 
     def as_dict(self) -> dict[str, Any]:
@@ -201,6 +219,7 @@ class PlanOptions:
         trainer: Mapping[str, Any] | None = None,
         exclude: tuple[str, ...] = (),
         masked: bool = True,
+        prunes_by_gram: bool = False,
     ) -> "PlanOptions":
         """Collect the options of a run, before or after its model is loaded.
 
@@ -210,6 +229,7 @@ class PlanOptions:
             trainer: As `trainer_options` translates them; one process in fp32 if None.
             exclude: See `PlanOptions`.
             masked: See `PlanOptions`.
+            prunes_by_gram: See `PlanOptions`.
 
         Raises:
             ValueError: If the scope cannot be planned, or the number of sequences is open.
@@ -237,6 +257,7 @@ class PlanOptions:
             masked=masked,
             num_test=data.num[data.evaluate_on],
             evaluation_batch_size=data.batch_size,
+            prunes_by_gram=prunes_by_gram,
             **_of_scope(scope, data),
             **trainer or {},
         )
@@ -259,6 +280,7 @@ def _of_scope(scope: Scope, data: TokenData) -> dict[str, Any]:
     if isinstance(scope, FullRetraining):
         found |= {"train": scope.train_what, "gradient_checkpointing": scope.gradient_checkpointing}
         found["partitioned"] = scope.partitioned
+        found["logits_memory"] = scope.logits_memory
     return found
 
 

@@ -19,7 +19,7 @@ from recon.planner.full import full_snapshots, held_on_host, optimizer_bytes
 from recon.planner.local import FakeModels, calibration_bytes, local_snapshots, start_bytes, windows_to_recover
 from recon.planner.options import PlanOptions
 from recon.planner.rates import Precision, Rates, precisions, speeds_at
-from recon.planner.snapshot import Snapshot, numel
+from recon.planner.snapshot import FP32, Snapshot, numel
 from recon.planner.trainer_options import trainer_options
 from recon.profiling.entries import CATEGORIES
 from recon.scopes import Scope
@@ -231,7 +231,7 @@ def _disk(shape: Shape, options: PlanOptions) -> dict[str, int]:
         disk["activations"] = processes * calibration_bytes(fake, options)["disk"]
         disk["windows"] = item * numel(fake.parameters[name] for window in windows for name in window.owned)
     else:
-        weights = fake.num_parameters * fake.item
+        weights = fake.num_parameters * (FP32 if options.gathers_half else fake.item)
         # The last one is deleted when the next is complete.
         disk["checkpoints"] = 2 * (weights + optimizer_bytes(fake, options))
         if options.solves:
@@ -240,7 +240,12 @@ def _disk(shape: Shape, options: PlanOptions) -> dict[str, int]:
 
 
 def forecast(
-    scope: Scope, data: TokenData, trainer: L.Trainer, exclude: tuple[str, ...], masked: bool
+    scope: Scope,
+    data: TokenData,
+    trainer: L.Trainer,
+    exclude: tuple[str, ...],
+    masked: bool,
+    prunes_by_gram: bool = False,
 ) -> dict[str, Any]:
     """Predict the needs of a run that is about to begin, as plain data. It never stops the run.
 
@@ -253,12 +258,13 @@ def forecast(
         trainer: The trainer, before or after its processes are connected.
         exclude: Patterns of modules that stay dense.
         masked: Whether the model is pruned.
+        prunes_by_gram: Whether masks are chosen along with recovery, from Gram matrices.
 
     Returns:
         `Prediction.as_dict`, or the `reason` alone why there is none; a warning in the log then says it too.
     """
     try:
-        options = PlanOptions.of(scope, data, trainer_options(trainer), exclude, masked)
+        options = PlanOptions.of(scope, data, trainer_options(trainer), exclude, masked, prunes_by_gram)
         return predict(Shape(scope.source), options).as_dict()
     except Exception as error:  # whatever fails here, the run itself may succeed
         reason = " ".join(str(error).split()) or type(error).__name__

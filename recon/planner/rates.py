@@ -42,7 +42,7 @@ def precisions(options: PlanOptions, stored: torch.dtype) -> dict[Kind, Precisio
     trained: Precision = "bf16" if options.half is not None and options.scope != "matrix" else "fp32"
     found: dict[Kind, Precision] = dict.fromkeys(KINDS, trained)
     found |= {"walk": passed, "solve": "fp32", "start": "tf32", "gram": "fp32"}
-    if options.scope != "matrix":
+    if options.collects_for_starts:
         found["gram"] = "bf16" if passed == "bf16" else "tf32"
     if options.is_local:
         found["held out"] = "fp32"  # of windows in fp32, outside autocast

@@ -18,12 +18,12 @@ from recon.models.offload.blocks import OffloadedBlocks
 from recon.models.windows import BlockWindow, Window
 from recon.planner.fake.model import FakeModel, only_first
 from recon.planner.fake.replay import Unverified
-from recon.planner.fake.step import model_loss
 from recon.planner.flops import Kind
 from recon.planner.local import one_of_each
 from recon.planner.options import PlanOptions
 from recon.planner.prediction import Shape
 from recon.scopes.losses import window_loss
+from recon.scopes.model_loss import model_loss
 from recon.solvers import ConjugateGradients, LeastSquares
 
 REPEATS = 5
@@ -105,7 +105,7 @@ class _FirstBlock:
         widths = self.fake.inputs(self.fake_block, self.names, self.small)
         inputs = [torch.randn(self.tokens, width, device=self.device, dtype=self.stored) for width in widths]
         sums = [torch.zeros(width, width, device=self.device) for width in widths]
-        if self.asked.starts_exact:
+        if self.asked.collects_for_starts:
             starts = [StartGram(total) for total in sums]
             seconds = self._seconds(lambda: [start.add(x) for start, x in zip(starts, inputs, strict=True)])
             return 2 * self.tokens * sum(products(width) for width in widths) / seconds
@@ -161,8 +161,10 @@ class _FirstBlock:
         _fill([self.model.get_parameter(name) for name in outside], self.stored)
         tokens = torch.zeros(self.small.batch_size, self.small.seq_len, dtype=torch.long, device=self.device)
 
+        rows = self.fake.chunk_rows(self.small)
+
         def loss() -> Tensor:
-            return model_loss(lambda ids: self.model(input_ids=ids, use_cache=False).logits, tokens, self.asked.loss)
+            return model_loss(self.model, tokens, self.asked.loss, self.model, rows=rows)  # pyright: ignore[reportArgumentType]
 
         owned = window.owned + (outside if self.asked.train == "all" else [])
         steps = [self.fake.head(options) for options in (self.asked, self.small)]

@@ -29,6 +29,7 @@ def trainer_options(trainer: L.Trainer) -> dict[str, Any]:
         world_size=trainer.num_devices * trainer.num_nodes,
         num_nodes=trainer.num_nodes,
         device="cuda" if trainer.strategy.root_device.type == "cuda" else "cpu",
+        reduce_each_batch=getattr(trainer.strategy, "reduce_each_batch", False),
         offload_optimizer="offload_optimizer" in zero,
         offload_parameters="offload_param" in zero,
     )
@@ -47,10 +48,10 @@ def configured_trainer_options(config: Any, is_local: bool) -> dict[str, Any]:
     Raises:
         ValueError: If planning does not know the strategy, or the number of devices is open.
     """
-    strategy, offloads = _configured_strategy(config.strategy)
+    strategy, memory_options = _configured_strategy(config.strategy)
     world_size, num_nodes = _num_devices(config.devices) * config.num_nodes, config.num_nodes
     if (strategy == WINDOW_PARALLEL) != is_local:
-        strategy, offloads, world_size, num_nodes = "none", {}, 1, 1
+        strategy, memory_options, world_size, num_nodes = "none", {}, 1, 1
     return _translated(
         strategy,
         precision=str(config.precision),
@@ -58,8 +59,9 @@ def configured_trainer_options(config: Any, is_local: bool) -> dict[str, Any]:
         world_size=world_size,
         num_nodes=num_nodes,
         device="cpu" if config.accelerator == "cpu" else "cuda",
-        offload_optimizer=offloads.get("offload_optimizer", False),
-        offload_parameters=offloads.get("offload_parameters", False),
+        reduce_each_batch=memory_options.get("reduce_each_batch", False),
+        offload_optimizer=memory_options.get("offload_optimizer", False),
+        offload_parameters=memory_options.get("offload_parameters", False),
     )
 
 
@@ -72,14 +74,14 @@ def _translated(strategy: str, precision: str, **options: Any) -> dict[str, Any]
 
 
 def _configured_strategy(strategy: Any) -> tuple[str, dict[str, bool]]:
-    """Name the strategy of a configuration as a trainer names it, and list what it offloads."""
+    """Name the strategy of a configuration as a trainer names it, and list its options that cost or save memory."""
     if strategy is None or isinstance(strategy, str):
         return strategy or "none", {}
     kind, options = strategy.class_path.rpartition(".")[2], strategy.init_args
     if kind == "WindowParallelStrategy":
         return WINDOW_PARALLEL, {}
     if kind == "FullyShardedStrategy":
-        return "fsdp2", {}
+        return "fsdp2", {"reduce_each_batch": bool(options["reduce_each_batch"])}
     if kind != "ZeroStrategy":
         raise ValueError(
             f"planning knows ddp, window_parallel, recon.strategies.ZeroStrategy and FullyShardedStrategy, got "

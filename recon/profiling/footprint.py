@@ -68,7 +68,7 @@ def footprint(model: nn.Module, optimizers: Iterable[Any]) -> Footprint:
     gradients = _storages(
         [
             [parameter.grad for parameter in [*parameters, *trained]],
-            [getattr(outer, name, None) for chain in chains for outer in chain for name in holders],
+            [_reduced(getattr(outer, name, None)) for chain in chains for outer in chain for name in holders],
         ]
     )
     state = _storages([trained, [one.state for one in stepping]])
@@ -94,6 +94,13 @@ def _chain(optimizer: Any) -> Iterator[Any]:
         yield optimizer
         optimizer = optimizer.optimizer
     yield optimizer
+
+
+def _reduced(gradients: Any) -> Any:
+    """The tensors of reduced gradients; DeepSpeed's sums in fp32 are in an object of a class of its own."""
+    if not isinstance(gradients, dict):
+        return gradients
+    return [getattr(one, "flat_partition", one) for one in gradients.values()]
 
 
 def _storages(value: Any) -> dict[tuple[torch.device, int], int]:

@@ -9,13 +9,16 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from recon.basics.manifest import Manifest
 from recon.calibration.statistics import InputStatistics
 from recon.models.anatomy import Block
+from recon.models.linear import is_transposed
 from recon.profiling.ledger import followed
 from recon.pruning.criteria import Criterion
 from recon.pruning.masks import Masks
 from recon.pruning.patterns import Pattern
 from recon.pruning.prune import prune_block
+from recon.pruning.recorded_pattern import recorded
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,15 @@ class Interleaved:
     prunable: Mapping[str, nn.Module]
     directory: Path | None = None
 
+    @property
+    def transposed(self) -> list[str]:
+        """Names of the matrices that are stored in x out."""
+        return [name for name, module in self.prunable.items() if is_transposed(module)]
+
     def held(self, block: Block) -> Masks | None:
         """Load the masks of a block that were chosen before; None if there are none."""
         path = self._path(block)
-        return Masks.load(path) if path is not None and path.exists() else None
+        return Masks.load(path) if path is not None and self._manifest.is_intact(path) else None
 
     def prune(self, block: Block, statistics: Mapping[str, InputStatistics]) -> tuple[Masks, dict[str, Tensor]]:
         """Choose the survivors of a dense block, with their moved weights if the criterion moves them."""
@@ -49,8 +57,15 @@ class Interleaved:
         path = self._path(block)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            masks.save(path, {"criterion": str(self.criterion), "pattern": str(self.patterns[block.index])})
+            pattern = self.patterns[block.index]
+            made_by = {"criterion": str(self.criterion), "pattern": str(pattern), **recorded(pattern, self.transposed)}
+            masks.save(path, made_by, self._manifest.writing)
         return masks, moved
+
+    @property
+    def _manifest(self) -> Manifest:
+        assert self.directory is not None
+        return Manifest(self.directory.parent)
 
     def _path(self, block: Block) -> Path | None:
         return self.directory and self.directory / f"{block.index:03d}.safetensors"

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from recon.basics.files import atomic_write
+from recon.basics.digests import sha256_of
+from recon.basics.files import Writer, atomic_write
 from recon.distributed.parameters import copies, whole, whole_shape
+from recon.pruning.recorded_pattern import broken
 
 FORMAT = "recon-masks-1"
 NUM_NAMES_SHOWN = 3
@@ -202,12 +205,13 @@ class Masks(Mapping[str, Tensor]):
             digest.update(bytes(self._packed[name].numpy().data))
         return digest.hexdigest()
 
-    def save(self, path: str | Path, metadata: dict[str, str] | None = None) -> None:
+    def save(self, path: str | Path, metadata: dict[str, str] | None = None, writing: Writer = atomic_write) -> None:
         """Write all masks to one bit-packed safetensors file, atomically.
 
         Args:
             path: The file; its directory is made if missing.
             metadata: What the masks were made from, for `read_metadata`.
+            writing: Opens the file; `Manifest.writing` records it, too.
 
         Raises:
             OSError: If the file cannot be written; an older file at `path` is then untouched.
@@ -217,7 +221,7 @@ class Masks(Mapping[str, Tensor]):
             "shapes": json.dumps(self._shapes),
             "metadata": json.dumps(metadata or {}),
         }
-        with atomic_write(path) as temporary:
+        with writing(Path(path)) as temporary:
             save_file(self._packed, temporary, header)
 
     @staticmethod
@@ -225,18 +229,46 @@ class Masks(Mapping[str, Tensor]):
         """Read the masks that `save` wrote, to the CPU.
 
         Raises:
-            ValueError: If `path` is not such a file.
+            ValueError: If `path` is not such a file, or the masks do not keep to the pattern that it records.
         """
-        shapes = json.loads(_read_header(path)["shapes"])
+        shapes = _shapes(_json_of(path, "shapes"), path)
         with safe_open(path, framework="pt") as file:
-            return Masks.of_packed(
-                {name: file.get_tensor(name) for name in shapes}, {name: tuple(shape) for name, shape in shapes.items()}
-            )
+            if differing := sorted(shapes.keys() ^ set(file.keys())):
+                raise ValueError(_damaged(path, f"`{differing[0]}` only as a shape or only as a mask"))
+            packed = {name: file.get_tensor(name) for name in shapes}
+        for name, mask in packed.items():
+            num_bytes = -(-math.prod(shapes[name]) // 8)
+            if mask.dtype != torch.uint8 or tuple(mask.shape) != (num_bytes,):
+                got = (
+                    f"{list(mask.shape)} of {mask.dtype} for `{name}` {list(shapes[name])}, not [{num_bytes}] of uint8"
+                )
+                raise ValueError(_damaged(path, got))
+        masks = Masks.of_packed(packed, shapes)
+        masks._require_recorded(path, Masks.read_metadata(path))
+        return masks
 
     @staticmethod
     def read_metadata(path: str | Path) -> dict[str, str]:
-        """Read what `save` received as metadata, without reading the masks."""
-        return json.loads(_read_header(path)["metadata"])
+        """Read what `save` received as metadata, without reading the masks.
+
+        Raises:
+            ValueError: If `path` is not such a file.
+        """
+        metadata = _json_of(path, "metadata")
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError(_damaged(path, "metadata that are no texts"))
+        return metadata
+
+    def _require_recorded(self, path: str | Path, made_by: Mapping[str, str]) -> None:
+        try:
+            found = broken(made_by, self._packed, self._shapes)
+        except ValueError as error:
+            found = str(error)
+        if found is not None:
+            raise ValueError(
+                f"masks need to keep to the pattern that their file records, {made_by.get('pattern')}, got `{path}`, "
+                f"which keeps {found}; copy it again from where it was made, or prune again"
+            )
 
     def _num_pruned(self, name: str) -> int:
         return math.prod(self._shapes[name]) - count_bits(self._packed[name])
@@ -247,6 +279,17 @@ class Masks(Mapping[str, Tensor]):
         parameters = _parameters(model)
         for name in self:
             yield name, parameters[name]
+
+
+def identity_of(path: Path) -> str:
+    """The `Masks.fingerprint` of the masks in a file: the order of a header's entries differs whenever it is written.
+
+    That of its bytes if it is no mask file, which is refused when the masks are needed.
+    """
+    try:
+        return Masks.load(path).fingerprint()
+    except (ValueError, SafetensorError):
+        return sha256_of(path)
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -291,11 +334,42 @@ def _read_header(path: str | Path) -> dict[str, str]:
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"`{path}` needs to be a mask file of recon, got no safetensors file: {error}") from error
+    except (SafetensorError, OSError) as error:
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(
+            f"`{path}` needs to be a mask file of recon, got no safetensors file, or a truncated one ({error}); name "
+            f"the masks.safetensors that `recon prune` wrote, or prune again"
+        ) from error
     if header.get("format") != FORMAT:
         raise ValueError(
             f"`{path}` needs to be a mask file of recon (format {FORMAT}), got a safetensors file of another "
             f"kind (format {header.get('format')}); a pruned model's weights are no mask file"
         )
     return header
+
+
+def _json_of(path: str | Path, name: str) -> dict[str, Any]:
+    """A part of the header that is a JSON object."""
+    header = _read_header(path)
+    try:
+        content = json.loads(header[name])
+    except (KeyError, ValueError) as error:
+        reason = f"no {name}" if isinstance(error, KeyError) else f"{name} that cannot be read ({error})"
+        raise ValueError(_damaged(path, reason)) from error
+    if not isinstance(content, dict):
+        raise ValueError(_damaged(path, f"{name} that map no names"))
+    return content
+
+
+def _shapes(content: dict[str, Any], path: str | Path) -> dict[str, tuple[int, ...]]:
+    for name, shape in content.items():
+        if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+            raise ValueError(_damaged(path, f"the shape {shape!r} for `{name}`"))
+    return {name: tuple(shape) for name, shape in content.items()}
+
+
+def _damaged(path: str | Path, got: str) -> str:
+    return (
+        f"`{path}` needs to be a whole mask file of recon, got {got}: it is damaged, or made by another version of "
+        f"recon; use that version, or prune again"
+    )

@@ -47,6 +47,18 @@ class Pattern(ABC):
             ValueError: If a score is NaN or infinite, or the pattern does not fit the matrix.
         """
 
+    def require(self, name: str, num_rows: int, num_columns: int) -> None:  # noqa: B027 -- all matrices fit
+        """Refuse a matrix that the pattern does not fit, before any is scored; by default all fit.
+
+        Args:
+            name: Parameter name of the matrix.
+            num_rows: Number of outputs.
+            num_columns: Number of inputs.
+
+        Raises:
+            ValueError: If the pattern cannot be kept, or leaves no weight.
+        """
+
     def parts(self, name: str, num_rows: int, num_columns: int) -> list[tuple[slice, "Pattern"]]:
         """List the patterns of one matrix with their rows; by default this pattern for all rows.
 
@@ -59,6 +71,19 @@ class Pattern(ABC):
             Slices of rows, in order and together all rows, each with its pattern.
         """
         return [(slice(None), self)]
+
+    def kept_in(self, num_rows: int, num_columns: int) -> tuple[int, int] | None:
+        """Count the survivors among weights that compete within a matrix.
+
+        Args:
+            num_rows: Number of outputs.
+            num_columns: Number of inputs.
+
+        Returns:
+            A number of consecutive weights, row-major, and how many of each such run survive; None if the pattern
+            does not say so.
+        """
+        return None
 
     def select_all(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
         """Choose the survivors of several matrices, by default of each on its own.
@@ -116,6 +141,22 @@ class Unstructured(Pattern):
     def num_competing(self, num_rows: int, num_columns: int) -> int:
         """Count the weights of a matrix that compete with each other: those of a row, or all."""
         return num_columns if self.per == "row" else num_rows * num_columns
+
+    def require(self, name: str, num_rows: int, num_columns: int) -> None:
+        """Refuse a matrix with so few weights that all of a row or of the matrix would be pruned."""
+        num_weights = self.num_competing(num_rows, num_columns)
+        if not self.across_model and self.num_kept(num_weights) == 0:
+            raise ValueError(
+                f"{self} needs to keep a weight of each {self.per}, got none of {num_weights} for `{name}`; lower "
+                f"pattern.sparsity, or choose pattern.per: model"
+            )
+
+    def kept_in(self, num_rows: int, num_columns: int) -> tuple[int, int] | None:
+        """As `Pattern.kept_in`: of a row or of the matrix."""
+        if self.across_model:
+            return None
+        num = self.num_competing(num_rows, num_columns)
+        return num, self.num_kept(num)
 
     def select_count(self, scores: Float[Tensor, "out in_"], num_kept: int) -> Bool[Tensor, "out in_"]:
         """Keep the `num_kept` highest scores of each row or of the matrix."""
@@ -182,6 +223,14 @@ class NM(Pattern):
         self.require_whole_groups(scores.shape[1], name)
         require_finite(scores, name)
         return keep_highest(scores.reshape(-1, self.of), self.keep).view_as(scores)
+
+    def require(self, name: str, num_rows: int, num_columns: int) -> None:
+        """Refuse a matrix whose rows are no whole number of groups."""
+        self.require_whole_groups(num_columns, name)
+
+    def kept_in(self, num_rows: int, num_columns: int) -> tuple[int, int] | None:
+        """As `Pattern.kept_in`: of a group."""
+        return self.of, self.keep
 
     def require_whole_groups(self, in_features: int, name: str) -> None:
         """Refuse a matrix whose rows are no whole number of groups.

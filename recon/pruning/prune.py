@@ -1,6 +1,7 @@
 """Pruning of a model: the survivors of its blocks, chosen one block after another."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,18 +11,21 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from recon.basics.manifest import Manifest, require_unchanged
 from recon.calibration.activations import Activations
 from recon.calibration.collection import collect
 from recon.calibration.statistics import InputStatistics
 from recon.calibration.storage import ON_DEVICE, Storage
 from recon.models.anatomy import Anatomy
-from recon.models.linear import as_out_in, weight_out_in
+from recon.models.linear import as_out_in, is_transposed, weight_out_in
 from recon.models.replay import Replay
 from recon.profiling.ledger import followed
 from recon.pruning.allocation import Allocation
 from recon.pruning.criteria import Criterion
 from recon.pruning.masks import Masks
-from recon.pruning.patterns import Pattern
+from recon.pruning.patterns import Counted, Pattern
+from recon.pruning.recorded_pattern import recorded
+from recon.pruning.refinement import Refined
 from recon.pruning.start_weights import Sink, Start, apply, written
 
 log = logging.getLogger("recon")
@@ -49,6 +53,10 @@ class Pruning:
     inputs: Literal["dense", "pruned", "recovered"] = "dense"
     batch_size: int = 8
     allocation: Allocation | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"pruning.batch_size must be at least 1, got {self.batch_size}; 8 is the default")
 
     def describe(self, pattern: Pattern) -> str:
         """Name `pattern` for reports, with the allocation if there is one: `60% per row, owl`."""
@@ -89,16 +97,19 @@ def prune(
     _require_compatible(criterion, pattern, options)
     replay = replay or Replay(model, Anatomy.of(model))
     blocks = matrices_by_block(replay.anatomy, options.exclude)
+    require_fit(replay.anatomy.prunable(options.exclude), pattern, options)
     patterns = block_patterns(replay, tokens, criterion, pattern, options, storage)
     walk = Activations(replay, tokens, options.batch_size, replay.device, storage=storage)
+    # Scores need no Gram matrix of a criterion whose masks are refined when all are chosen.
+    scoring = criterion.criterion if pattern.across_model and isinstance(criterion, Refined) else criterion
     scores: dict[str, Tensor] = {}
     masks = Masks({})
     for index, (matrices, of_block) in enumerate(zip(blocks, patterns, strict=True)):
-        with collect(matrices, need=criterion.needs) as statistics:
+        with collect(matrices, need=scoring.needs) as statistics:
             walk.enter([index])
         if pattern.across_model:
             for name, module in matrices.items():
-                scores[name] = criterion.scores(weight_out_in(module), statistics[name], name)
+                scores[name] = scoring.scores(weight_out_in(module), statistics[name], name)
         else:
             with followed("choose masks"):
                 chosen, start = prune_block(matrices, statistics, criterion, of_block)
@@ -114,7 +125,34 @@ def prune(
         modules = {name: module for matrices in blocks for name, module in matrices.items()}
         keep = {name: as_out_in(modules[name], chosen) for name, chosen in pattern.select_all(scores).items()}
         masks = Masks({name: chosen.cpu().contiguous() for name, chosen in keep.items()})
+        if isinstance(criterion, Refined):
+            walk = Activations(replay, tokens, options.batch_size, replay.device, storage=storage)
+            masks = _refined(walk, blocks, criterion, pattern, masks, moved)
     return masks
+
+
+def _refined(
+    walk: Activations,
+    blocks: Sequence[dict[str, nn.Module]],
+    criterion: Refined,
+    pattern: Pattern,
+    masks: Masks,
+    moved: Sink | None,
+) -> Masks:
+    """Improve masks that were chosen across the model, block by block: one more walk, now with Gram matrices."""
+    better = Masks({})
+    for index, matrices in enumerate(blocks):
+        with collect(matrices, need=criterion.needs) as statistics:
+            walk.enter([index])
+        for name, module in matrices.items():
+            weight = weight_out_in(module)
+            keep = as_out_in(module, masks[name]).to(weight.device)
+            after, chosen = criterion.refine(weight, statistics[name], weight, keep, pattern, name)
+            better.add(Masks({name: as_out_in(module, chosen).cpu().contiguous()}))
+            if moved is not None:
+                moved(name, as_out_in(module, after.to(weight.dtype).masked_fill(~chosen, 0)))
+        log.info(f"refine  block {index + 1}/{len(blocks)}  {len(matrices)} matrices  {criterion}  {pattern}")
+    return better
 
 
 def prune_block(
@@ -210,7 +248,7 @@ def prune_to(
     replay: Replay | None = None,
     storage: Storage = ON_DEVICE,
 ) -> Masks:
-    """As `prune`, and write the masks.
+    """As `prune`, and write the masks, recorded in the manifest of their directory.
 
     Args:
         masks_file: File of the masks.
@@ -224,35 +262,72 @@ def prune_to(
         storage: As in `prune`.
     """
     options = options or Pruning()
-    made_by = {"criterion": str(criterion), "pattern": options.describe(pattern)}
+    writing, moved_with_them = Manifest(masks_file.parent).writing, {}
+    prunable = Anatomy.of(model).prunable(options.exclude)
     if criterion.moves_weights and moved_file is not None:
-        prunable = Anatomy.of(model).prunable(options.exclude)
         weights = {name: module.get_parameter("weight") for name, module in prunable.items()}
-        with written(moved_file, like=weights) as moved:
+        with written(moved_file, weights, writing) as moved:
             masks = prune(model, tokens, criterion, pattern, options, moved, replay, storage)
-        made_by[CAME_WITH_MOVED] = moved_file.name
+        moved_with_them = {CAME_WITH_MOVED: moved_file.name}
     else:
         masks = prune(model, tokens, criterion, pattern, options, None, replay, storage)
-    masks.save(masks_file, made_by)
+    masks.save(masks_file, made_by(criterion, pattern, options, masks, prunable) | moved_with_them, writing)
     return masks
+
+
+def made_by(
+    criterion: Criterion, pattern: Pattern, options: Pruning, masks: Masks, prunable: Mapping[str, nn.Module]
+) -> dict[str, str]:
+    """The metadata of masks: their criterion, and their pattern for people and for the check when they are loaded.
+
+    Args:
+        criterion: It chose them.
+        pattern: As it was asked for.
+        options: With an allocation, the zeros of each matrix are recorded.
+        masks: All of them.
+        prunable: Parameter name -> linear map.
+    """
+    held = pattern
+    if options.allocation is not None:
+        zeros = {name: masks.subset([name]).num_pruned for name in masks}
+        held = Counted(zeros, sum(map(math.prod, masks.shapes.values())), options.allocation.require(pattern).per)  # pyright: ignore[reportArgumentType]
+    transposed = [name for name in masks if is_transposed(prunable[name])]
+    return {"criterion": str(criterion), "pattern": options.describe(pattern), **recorded(held, transposed)}
 
 
 def moved_with(masks_file: Path, masks: Masks) -> Start | None:
     """Open the moved weights that were written with the masks in `masks_file`; None if their criterion moves none.
 
     Raises:
-        ValueError: If the file is missing, or belongs to other masks.
+        ValueError: If the file is missing, damaged, or belongs to other masks.
     """
-    made_by = Masks.read_metadata(masks_file)
-    if CAME_WITH_MOVED not in made_by:
+    known = Masks.read_metadata(masks_file)
+    if CAME_WITH_MOVED not in known:
         return None
-    path = masks_file.parent / made_by[CAME_WITH_MOVED]
+    path = masks_file.parent / known[CAME_WITH_MOVED]
     if not path.exists():
         raise ValueError(
-            f"the masks in {masks_file} are those of {made_by['criterion']}, which moves weights, and need {path}, "
-            f"which does not exist; copy it there, or prune again"
+            f"the masks in {masks_file} are those of {known.get('criterion', 'a criterion')}, which moves weights, "
+            f"and need {path}, which does not exist; copy it there, or prune again"
         )
+    require_unchanged(path, "copy it again, or prune again")
     return Start(path, masks)
+
+
+def require_fit(matrices: Mapping[str, nn.Module], pattern: Pattern, options: Pruning) -> None:
+    """Refuse matrices that the pattern does not fit, before the first is scored.
+
+    Args:
+        matrices: Parameter name -> linear map to prune.
+        pattern: The pattern of the whole model.
+        options: With an allocation the pattern differs from block to block, and is not checked here.
+
+    Raises:
+        ValueError: Naming the first matrix.
+    """
+    if options.allocation is None:
+        for name, module in matrices.items():
+            pattern.require(name, *weight_out_in(module).shape)
 
 
 def _require_compatible(criterion: Criterion, pattern: Pattern, options: Pruning) -> None:
@@ -267,7 +342,8 @@ def _require_compatible(criterion: Criterion, pattern: Pattern, options: Pruning
             f"pruning.inputs: pruned needs masks block by block, got a pattern that chooses across the model "
             f"({pattern}); choose pruning.inputs: dense or a pattern per row or per matrix"
         )
-    if pattern.across_model and type(criterion).prune is not Criterion.prune:
+    scoring = criterion.criterion if isinstance(criterion, Refined) else criterion
+    if pattern.across_model and type(scoring).prune is not Criterion.prune:
         raise ValueError(
             f"{criterion} chooses within one matrix, where it also sees what the other weights can make up for, and "
             f"{pattern} across the model; choose a pattern per row or per matrix, or a criterion that only scores"

@@ -8,12 +8,13 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from recon.basics.files import atomic_write
+from recon.basics.files import Writer, atomic_write
 from recon.distributed.parameters import whole
 from recon.models.anatomy import Block
 from recon.models.offload.blocks import OffloadedBlocks
@@ -39,8 +40,21 @@ class Start(Mapping[str, Tensor]):
 
     def __init__(self, path: Path, masks: Masks) -> None:
         self.path = path
-        with safe_open(path, framework="pt") as file:
-            self._shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        try:
+            with safe_open(path, framework="pt") as file:
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 -- no mapping
+                self._shapes = {name: tuple(one.get_shape()) for name, one in slices.items()}
+                dtypes = {name: one.get_dtype() for name, one in slices.items()}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"start weights need a whole safetensors file, got {path} ({error}); copy it again, or delete it and "
+                f"prune again"
+            ) from error
+        if others := [name for name, dtype in dtypes.items() if dtype not in DTYPES.values()]:
+            raise ValueError(
+                f"start weights need one of {', '.join(DTYPES.values())}, got {dtypes[others[0]]} for `{others[0]}` in "
+                f"{path}; prune again"
+            )
         expected = dict(masks.shapes)
         if self._shapes != expected:
             differing = sorted(name for name in expected | self._shapes if self._shape(name) != expected.get(name))
@@ -67,7 +81,12 @@ class Start(Mapping[str, Tensor]):
 
 
 @contextmanager
-def written(path: Path, like: Mapping[str, Tensor]) -> Iterator[Sink]:
+def written(
+    path: Path,
+    like: Mapping[str, Tensor],
+    writing: Writer = atomic_write,
+    metadata: Mapping[str, str] | None = None,
+) -> Iterator[Sink]:
     """Write start weights one by one, in any order; the file is whole when the context ends, or absent.
 
     `safetensors.torch.save_file` would need all weights at once.
@@ -75,11 +94,14 @@ def written(path: Path, like: Mapping[str, Tensor]) -> Iterator[Sink]:
     Args:
         path: The file.
         like: Parameter name -> a tensor of the shape and the dtype in which its weight is written.
+        writing: Opens the file; `Manifest.writing` records it, too.
+        metadata: Words that go into the file's header.
 
     Yields:
         A function that takes each weight; it raises ValueError if a weight is not finite in its dtype.
     """
-    places, header, offset = {}, {}, 0
+    places, offset = {}, 0
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     for name, tensor in like.items():
         end = offset + tensor.numel() * tensor.element_size()
         places[name] = offset
@@ -89,7 +111,7 @@ def written(path: Path, like: Mapping[str, Tensor]) -> Iterator[Sink]:
     text += b" " * (-len(text) % 8)  # the format wants the data aligned
     for stale in path.parent.glob(f".{path.name}.*.tmp"):  # of a killed run; as large as the model
         stale.unlink()
-    with atomic_write(path) as temporary, temporary.open("wb") as file:
+    with writing(path) as temporary, temporary.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
 
         def write(name: str, weight: Tensor) -> None:

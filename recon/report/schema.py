@@ -23,7 +23,9 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
-from recon.basics.files import write_json
+from recon.basics.files import Writer, atomic_write, write_json
+from recon.basics.manifest import require_unchanged
+from recon.report.parts import PARTS, first_fault
 
 SCOPES = ("dense", "sparse", "pruned", "matrix", "submodule", "block", "full")
 """Subjects of reports, in the order of tables: three models without recovery, then the recovery scopes."""
@@ -131,6 +133,15 @@ class Report(BaseModel):
         return value if value is not None and math.isfinite(value) else None
 
     @model_validator(mode="after")
+    def _as_tables_read_it(self) -> "Report":
+        for name, form in PARTS.items():
+            try:
+                form.validate_python(getattr(self, name))
+            except ValidationError as error:
+                raise ValueError(f"`{name}` is not as recon writes it: {first_fault(error)}") from None
+        return self
+
+    @model_validator(mode="after")
     def _says_why_it_failed(self) -> "Report":
         if self.status == "failed" and not self.error:
             raise ValueError(f"a failed report must say why; got no `error` for scope {self.scope!r}")
@@ -181,9 +192,14 @@ class Report(BaseModel):
         """
         return _validated(cls, _without_recovered(payload), source)
 
-    def save(self, path: Path | str) -> None:
-        """Write the report to `path`, atomically."""
-        write_json(Path(path), self.to_dict())
+    def save(self, path: Path | str, writing: Writer = atomic_write) -> None:
+        """Write the report to `path`, atomically.
+
+        Args:
+            path: The file.
+            writing: Opens the file; `Manifest.writing` records it, too.
+        """
+        write_json(path, self.to_dict(), writing)
 
     @classmethod
     def load(cls, path: Path | str) -> "Report":
@@ -218,9 +234,9 @@ class Results:
         """Name, date and `cells`, ready for strict JSON."""
         return {"name": self.name, "created": self.created, "cells": [cell.to_dict() for cell in self.cells]}
 
-    def save(self, path: Path | str) -> None:
-        """Write the results to `path`, atomically."""
-        write_json(Path(path), self.to_dict())
+    def save(self, path: Path | str, writing: Writer = atomic_write) -> None:
+        """As `Report.save`."""
+        write_json(path, self.to_dict(), writing)
 
     @classmethod
     def load(cls, path: Path | str) -> "Results":
@@ -242,6 +258,9 @@ class Results:
         return _validated(cls, {"created": ""} | payload, str(file))
 
 
+_CURE = "name another file, or delete this one and run again: a run then only measures"
+
+
 def _find(path: Path) -> Path:
     candidates = [path / "results.json", path / "report.json"] if path.is_dir() else [path]
     for candidate in candidates:
@@ -257,15 +276,19 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no report at {path}; run `recon compare` first, or name its output")
 
+    require_unchanged(path, "copy it again, or delete it and repeat the command that made it")
+
     def refuse(token: str) -> NoReturn:
         raise ValueError(f"{token} is not strict JSON")
 
     try:
         payload = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
     except ValueError as error:
-        raise ValueError(f"{path} must hold strict JSON as recon writes it; reading it failed: {error}") from error
+        raise ValueError(
+            f"{path} must hold strict JSON as recon writes it; reading it failed: {error}; {_CURE}"
+        ) from error
     if not isinstance(payload, dict):
-        raise ValueError(f"{path} must hold a JSON object as recon writes it; got {_brief(payload)}")
+        raise ValueError(f"{path} must hold a JSON object as recon writes it; got {_brief(payload)}; {_CURE}")
     return payload
 
 
@@ -285,7 +308,7 @@ def _validated(kind: Any, payload: Any, source: str) -> Any:
         return TypeAdapter(kind).validate_python(payload)
     except ValidationError as error:
         faults = "; ".join(_fault(one) for one in error.errors(include_url=False))
-        raise ValueError(f"{source} is no valid {kind.__name__.lower()}: {faults}") from error
+        raise ValueError(f"{source} is no valid {kind.__name__.lower()}: {faults}; {_CURE}") from error
 
 
 def _fault(error: Any) -> str:

@@ -2,7 +2,7 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -92,7 +92,7 @@ class Scope(L.LightningModule, ABC):
     ) -> None:
         super().__init__()
         if epochs < 1:
-            raise ValueError(f"model.epochs must be at least 1, got {epochs}")
+            raise ValueError(f"model.epochs must be at least 1, got {epochs}; give --model.epochs 1")
         self.source = ModelSource(name, shape, dtype, revision, tokenizer, trust_remote_code)
         self.save_dtype = save_dtype
         self.epochs, self.start = epochs, start
@@ -214,6 +214,14 @@ class Scope(L.LightningModule, ABC):
         """The places of the run's products; None without a directory."""
         return None if self.directory is None else RunPaths(self.directory)
 
+    def require_model(self, anatomy: Anatomy, pruned: Collection[str]) -> None:
+        """Refuse a loaded model that the options of this scope do not fit, before it is pruned; any model fits here.
+
+        Args:
+            anatomy: The blocks of the model.
+            pruned: Names of the parameters to be pruned.
+        """
+
     def refused_options(self) -> tuple[TrainerOption, ...]:
         """Options of a trainer that this scope does not honour."""
         return EVERYWHERE + IN_WINDOWS
@@ -330,9 +338,8 @@ class Scope(L.LightningModule, ABC):
 
     def solve_start(self) -> Mapping[str, torch.Tensor] | None:
         """The exact solution of every matrix: from the run's directory, or solved for now and left there."""
-        path = None if self.paths is None else self.paths.start
-        found: dict[str, torch.Tensor] = {}
-        if path is not None and path.exists():
+        paths, found = self.paths, dict[str, torch.Tensor]()
+        if paths is not None and paths.manifest.is_intact(paths.start):
             self.tally.at_least = True  # unless a checkpoint has the seconds of the start that solved it
         else:
             tokens = self.data.tokens("train")  # to tokenise is no part of it
@@ -340,10 +347,11 @@ class Scope(L.LightningModule, ABC):
             started = time.monotonic()
             with ExitStack() as stack:
                 like = {name: self.model.get_parameter(name) for name in self.masks}
-                sink = found.__setitem__ if path is None else stack.enter_context(written(path, like))
+                to_file = paths and written(paths.start, like, paths.manifest.writing)
+                sink = stack.enter_context(to_file) if to_file else found.__setitem__
                 solve_all(self.model, tokens, self.masks, sink, self.forward_batch_size)
             self.start_seconds = time.monotonic() - started
-        return found if path is None else Start(path, self.masks)
+        return found if paths is None else Start(paths.start, self.masks)
 
     def begin_from_start(self, masks: Masks) -> None:
         """Prune the weights of `masks` and give the survivors what recovery starts from."""

@@ -1,6 +1,6 @@
 """Distillation of windows by gradient descent, and the two scopes that do it: submodules and blocks."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -8,17 +8,26 @@ import torch
 from torch import Tensor
 
 from recon.calibration.statistics import InputStatistics
+from recon.models.anatomy import Anatomy
 from recon.models.linear import as_out_in, weight_out_in
-from recon.models.windows import Window, Windows, block_windows, group_windows, submodule_windows
+from recon.models.windows import (
+    Window,
+    Windows,
+    block_windows,
+    group_windows,
+    require_groups,
+    submodule_windows,
+)
 from recon.scopes.base import StartName
 from recon.scopes.exact import solve
 from recon.scopes.local.batches import Batch
 from recon.scopes.local.module import LocalScope
+from recon.scopes.local.schedule import require_dense_inputs, require_owners, require_propagation
 from recon.scopes.local.window_error import outputs
 from recon.scopes.local.window_state import compiled
 from recon.scopes.lora import DEFAULT_LORA, Lora, attach, merge
 from recon.scopes.losses import WindowLoss, window_loss
-from recon.scopes.optimization import warmup_and_linear_decay
+from recon.scopes.optimization import require_rates, warmup_and_linear_decay
 from recon.scopes.trainable import Parameters, chosen
 
 
@@ -60,6 +69,7 @@ class Distillation(LocalScope):
         **options: Any,
     ) -> None:
         super().__init__(epochs=epochs, start=start, **options)
+        require_rates(lr, weight_decay, betas, warmup)
         self.loss: WindowLoss = loss
         self.which_parameters: Parameters = parameters
         self.lora = lora
@@ -158,11 +168,19 @@ class SubmoduleDistillation(Distillation):
                 "one of the two"
             )
         self.groups = windows and windows.groups
+        if self.groups is not None:
+            require_dense_inputs(self.propagation)
         self.taps = self.groups is None
 
     def label_notes(self) -> list[str]:
         """As `Distillation.label_notes`, with the number of groups."""
         return super().label_notes() + ([] if self.groups is None else [f"{len(self.groups)} groups"])
+
+    def require_model(self, anatomy: Anatomy, pruned: Collection[str]) -> None:
+        """As `Scope.require_model`; groups have to fit the model and to hold all that is pruned."""
+        if self.groups is not None:
+            grouped = require_groups(anatomy, self.groups)
+            require_owners({f"{name}.weight" for name in grouped}, pruned)
 
     def build_windows(self) -> Sequence[Window]:
         """Lay out attention and MLP of every block, or the groups."""
@@ -213,6 +231,15 @@ class BlockDistillation(Distillation):
     def label_notes(self) -> list[str]:
         """As `Distillation.label_notes`, with the stride."""
         return ([] if self.stride in (None, self.num_blocks) else [f"stride {self.stride}"]) + super().label_notes()
+
+    def require_model(self, anatomy: Anatomy, pruned: Collection[str]) -> None:
+        """As `Scope.require_model`; a window must not be larger than the model."""
+        if self.num_blocks > len(anatomy.blocks):
+            raise ValueError(
+                f"model.num_blocks must be at most {len(anatomy.blocks)}, the blocks of the model, got "
+                f"{self.num_blocks}; give --model.num_blocks {len(anatomy.blocks)} for one window over all"
+            )
+        require_propagation(block_windows(anatomy, self.num_blocks, self.stride), self.propagation)
 
     def build_windows(self) -> Sequence[Window]:
         """Lay out windows of consecutive blocks."""

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -9,25 +10,36 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from recon.basics.run_paths import RunPaths
+from recon.basics.units import in_bytes
 from recon.data import TokenData
-from recon.distributed.parameters import gather, whole
-from recon.distributed.ranks import layout, rank
-from recon.distributed.strategies import FullyShardedStrategy, WindowParallelStrategy, ZeroStrategy
+from recon.distributed.parameters import frozen_copies, gather, round_working_copies
+from recon.distributed.ranks import rank
+from recon.distributed.strategies import FullyShardedStrategy, ZeroStrategy
 from recon.evaluation.perplexity import evaluate
 from recon.models.anatomy import Anatomy
 from recon.models.loading import empty
 from recon.pruning.interleaved import Interleaved
 from recon.pruning.masks import Masks
 from recon.scopes.base import Scope
+from recon.scopes.best import VALIDATES_NEXT, BestWeights, validate_now, validates_next
 from recon.scopes.enforcement import require_zero_keeping
+from recon.scopes.full_requirements import require_clipping_by_norm, require_one_model, require_together
 from recon.scopes.lora import DEFAULT_LORA, Lora, attach, merge, merge_state, round_merged
-from recon.scopes.losses import ModelLoss, check_finite, cross_entropy, distillation, next_token_logits
-from recon.scopes.optimization import LRSchedulerRecipe, OptimizerRecipe, warmup_and_linear_decay
+from recon.scopes.losses import ModelLoss, check_finite
+from recon.scopes.model_loss import chunk_rows, logits_bytes, model_loss
+from recon.scopes.optimization import (
+    LRSchedulerRecipe,
+    OptimizerRecipe,
+    adamw,
+    require_buildable,
+    require_rates,
+    warmup_and_linear_decay,
+)
 from recon.scopes.trainable import Parameters, chosen
 from recon.scopes.trainer_options import EVERYWHERE, TrainerOption
 
@@ -38,6 +50,10 @@ FROZEN = "frozen"
 
 TALLY = "tally"
 """Key in a checkpoint: the cost so far, as `recon.scopes.tally.Tally` has it."""
+
+
+LOGITS_MEMORY = "256MiB"
+"""Most memory of a batch's fp32 logits by default."""
 
 
 class FullRetraining(Scope):
@@ -60,6 +76,11 @@ class FullRetraining(Scope):
         warmup: Share of the steps with a rising learning rate; it falls linearly to zero afterwards. Another
             `--lr_scheduler` takes the place of both.
         gradient_checkpointing: Keep only what enters each block for the backward pass and compute the rest again.
+        logits_memory: Most memory of a batch's fp32 logits. The loss of a batch with more is computed in chunks of
+            tokens whose logits take as much, if the model's logits are the output of a linear head as it is. A chunk
+            of cross-entropy needs twice this memory, one of distillation up to four times.
+        keep_best: Return the weights of the lowest held-out loss, which is measured after each epoch or each
+            `trainer.val_check_interval`, not those of the last step. A run directory then holds them in a file.
         partitioned: For models larger than a process's memory: load them partitioned, by ZeRO-3. Needs masks made
             before (`--masks`) and `--baselines false`, since both take a whole model; so does `start: exact`.
         **options: Which model: see `Scope`.
@@ -80,30 +101,27 @@ class FullRetraining(Scope):
         betas: tuple[float, float] = (0.9, 0.999),
         warmup: float = 0.1,
         gradient_checkpointing: bool = False,
+        logits_memory: str = LOGITS_MEMORY,
+        keep_best: bool = True,
         partitioned: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(epochs=epochs, **options)
-        if train == "all" and parameters in ("weights", "lora"):
-            raise ValueError(
-                f"model.parameters: {parameters} learns matrices in the blocks, got model.train: all, which would add "
-                f"embeddings and head; set model.train: blocks, or model.parameters: all"
-            )
-        if partitioned and self.start == "exact":
-            raise ValueError(
-                "model.start: exact solves on the whole model, which model.partitioned never loads; choose "
-                "model.start: pruned, or moved with the masks of a criterion that moves weights"
-            )
-        if self.offload != "none":
-            raise ValueError(
-                f"model.offload is for local scopes, which need one window at a time on the device, got {self.offload} "
-                f"with full retraining, which needs all of the model; choose -c strategies/zero3_offload instead"
-            )
-        self.loss, self.temperature, self.train_what = loss, temperature, train
+        require_together(train, parameters, partitioned, self.start, self.offload)
+        require_rates(lr, weight_decay, betas, warmup)
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"model.temperature must be above 0 and finite, got {temperature}; 1 is the default")
+        self.loss: ModelLoss = loss
+        self.temperature, self.train_what = temperature, train
         self.which_parameters: Parameters = parameters
         self.lora = lora
         self.lr, self.weight_decay, self.betas, self.warmup = lr, weight_decay, betas, warmup
         self.gradient_checkpointing, self.partitioned = gradient_checkpointing, partitioned
+        self.logits_memory = in_bytes(logits_memory)
+        self._chunk_rows: int | None = None  # predictions whose logits exist at a time; all if None
+        self.keep_best = keep_best
+        self._best: BestWeights | None = None
+        self._resumed = self._validates_next = False  # a checkpoint was loaded; a validation was due when it was saved
         self._optimizer: OptimizerRecipe | None = None
         self._lr_scheduler: LRSchedulerRecipe | None = None
         self._teacher: list[Any] = []  # a list, so that Lightning does not see its parameters
@@ -145,17 +163,7 @@ class FullRetraining(Scope):
         Raises:
             ValueError: If the strategy does not.
         """
-        strategy = trainer.strategy
-        if isinstance(strategy, WindowParallelStrategy):
-            raise ValueError(
-                f"window_parallel gives each process windows of its own, got the {self.scope} scope, which has none; "
-                f"choose strategies/ddp, or a local scope"
-            )
-        if self.partitioned and not (isinstance(strategy, ZeroStrategy) and strategy.stage == 3):
-            raise ValueError(
-                f"model.partitioned needs a strategy that loads weights in parts, strategies/zero3 or "
-                f"strategies/zero3_offload, got {layout(trainer)['strategy']}"
-            )
+        require_one_model(trainer, self.scope, self.partitioned)
 
     def refused_options(self) -> tuple[TrainerOption, ...]:
         """Those that no scope honours."""
@@ -164,12 +172,7 @@ class FullRetraining(Scope):
     def require_trainer(self, trainer: L.Trainer) -> None:
         """As `Scope.require_trainer`; DeepSpeed clips no gradient by its value."""
         super().require_trainer(trainer)
-        by_value = trainer.gradient_clip_algorithm == GradClipAlgorithmType.VALUE
-        if by_value and isinstance(trainer.strategy, ZeroStrategy):
-            raise ValueError(
-                f"DeepSpeed clips gradients by their norm, got trainer.gradient_clip_algorithm: value with strategy "
-                f"{layout(trainer)['strategy']}; choose norm, or strategies/fsdp2"
-            )
+        require_clipping_by_norm(trainer)
 
     def choose_optimizer(self, optimizer: OptimizerRecipe | None, lr_scheduler: LRSchedulerRecipe | None) -> None:
         """As `Scope.choose_optimizer`; any optimizer that keeps zeros, and any schedule.
@@ -179,6 +182,8 @@ class FullRetraining(Scope):
         """
         if optimizer is not None:
             require_zero_keeping(optimizer.kind)
+        require_buildable(optimizer, lr_scheduler)
+        if optimizer is not None:
             self.lr = optimizer.options.get("lr", self.lr)
             log.info(f"{optimizer} has its own options, in place of model.lr, model.weight_decay and model.betas")
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
@@ -225,8 +230,8 @@ class FullRetraining(Scope):
                 self._teacher = [strategy.load(self.source.model).requires_grad_(False)]
             self._make_ready()
         self._kind = type(self.model)
-        if isinstance(strategy, ZeroStrategy):
-            self._keep_frozen()
+        if isinstance(strategy, ZeroStrategy) and strategy.rounds(self.dtype_to_save):
+            self._frozen = frozen_copies(self.model, self.dtype_to_save, keep=rank() == 0)
         if isinstance(strategy, FullyShardedStrategy):
             for model in (self.model, *self._teacher):
                 strategy.shard(model, [block.module for block in Anatomy.of(model).blocks])
@@ -248,48 +253,78 @@ class FullRetraining(Scope):
             for block in blocks:  # not the model's own way, which needs the training mode and with it dropout
                 block.module.forward = partial(checkpoint, block.module.forward, use_reentrant=False)
 
-    def _keep_frozen(self) -> None:
-        """In 16-bit training DeepSpeed rounds what it does not train, and has no master copy of it."""
-        precision = str(self.trainer.precision)
-        half = torch.bfloat16 if precision.startswith("bf16") else torch.float16
-        if not precision.startswith("32") and self.dtype_to_save != half:
-            for name, parameter in self.model.named_parameters():
-                if not parameter.requires_grad:
-                    with whole(parameter) as weight:
-                        self._frozen[name] = weight.to("cpu", self.dtype_to_save, copy=True)
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save what DeepSpeed has only rounded, and the cost so far."""
         checkpoint[FROZEN] = self._frozen
         spent = self.tally.state()
         checkpoint[TALLY] = spent | {"seconds": spent["seconds"] + self.start_seconds}
+        checkpoint[VALIDATES_NEXT] = validates_next(self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on from the cost so far."""
+        """Go on from the cost so far.
+
+        Raises:
+            ValueError: If the checkpoint has no cost.
+        """
+        if TALLY not in checkpoint:
+            raise ValueError(
+                f"a checkpoint needs the cost so far, got one without `{TALLY}`, made by another version of recon; use "
+                f"that version, or delete the checkpoints to begin anew"
+            )
         self.tally.go_on(**checkpoint[TALLY])
+        self._resumed, self._validates_next = True, checkpoint[VALIDATES_NEXT]
+
+    def on_train_start(self) -> None:
+        """Find the best weights of earlier starts, and measure the held-out loss that the last one was about to."""
+        if self.keep_best:
+            directory = Path(self.trainer.default_root_dir) if self.directory is None else self.directory
+            self._best = BestWeights(RunPaths(directory).best)
+            self._best.begin(self.trainer, self._resumed)
+            if self._validates_next:
+                validate_now(self.trainer)
+
+    def on_validation_end(self) -> None:
+        """Keep the weights if they are the best so far."""
+        if self._best is not None and not self.trainer.sanity_checking:
+            loss = self.trainer.callback_metrics["held_out_loss"].item()
+            self._best.offer(loss, self.trainer.global_step, self.model)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Note that the batches so far make a step."""
         self.tally.step()
 
     def on_fit_start(self) -> None:
-        """Put the teacher where the model is."""
+        """Put the teacher where the model is, and find out if the loss can be computed in chunks."""
         strategy = self.trainer.strategy
         frozen = strategy.frozen if isinstance(strategy, ZeroStrategy) else lambda teacher: teacher.to(self.device)
         self._teacher = [frozen(teacher) for teacher in self._teacher]
+        if logits_bytes(self.model, self.data.batch_size, self.data.seq_len) > self.logits_memory:
+            with self.trainer.precision_plugin.forward_context():
+                self._chunk_rows = chunk_rows([self.model, *self._teacher], self.logits_memory, self.device)
 
     def on_fit_end(self) -> None:
-        """Merge adapters, check the masks, let go of the teacher, and gather what the strategy has sharded."""
+        """Merge adapters, check the masks, let go of the teacher, and gather what the strategy has sharded.
+
+        Where the last weights are not the best, those of rank 0 become the best; of a partitioned model, of all ranks.
+        """
         self._train_tokens = self.tally.tokens()
         sharded = isinstance(self.trainer.strategy, ZeroStrategy | FullyShardedStrategy)
+        best = None if self._best is None else self._best.other_than(self.trainer.global_step)
+        if best is not None and (self.partitioned or (not sharded and rank() == 0)):
+            best.restore(self.model)
         if not sharded:
             merge(self.model, self._adapters)
         super().on_fit_end()
         self._teacher.clear()
-        if not sharded:
-            return
-        if self.partitioned:
-            self._round()
+        if sharded:
+            self._gather(best)
+        if self._best is not None and self.directory is None:
+            self._best.forget()
+
+    def _gather(self, best: BestWeights | None) -> None:
+        if self.partitioned:  # not loaded whole to be measured, so it is rounded here as it will be written
+            round_working_copies(self.model, self.dtype_to_save, exact=self._adapters)
+            round_merged(self.model, self._adapters, self.dtype_to_save)
             self.evaluation = evaluate(
                 self.model, self.data.evaluation_dataloader(), self.data.evaluate_on, device=self.device
             )
@@ -298,15 +333,9 @@ class FullRetraining(Scope):
         for name in self._gathered.keys() & self._frozen.keys():
             self._gathered[name].copy_(self._frozen[name])  # in place: tied ones stay tied
         if self._gathered:
+            if best is not None:
+                best.restore_state(self._gathered)
             merge_state(self.model, self._adapters, self._gathered)
-
-    def _round(self) -> None:
-        """Round the working copies to the precision of the written model, which is not loaded whole to be measured."""
-        for name, parameter in self.model.named_parameters():
-            if name not in self._adapters and parameter.dtype != self.dtype_to_save:
-                with whole(parameter, write=True) as weight:
-                    weight.copy_(weight.to(self.dtype_to_save))
-        round_merged(self.model, self._adapters, self.dtype_to_save)
 
     def result(self) -> tuple[PreTrainedModel, dict[str, Tensor] | None]:
         """The recovered model; gathered, if a strategy had sharded it."""
@@ -336,11 +365,18 @@ class FullRetraining(Scope):
         check_finite(loss, f"full retraining, step {self.global_step}, held-out batch {batch_idx}")
         self.log("held_out_loss", loss, prog_bar=True, sync_dist=True)
 
+    @property
+    def _steps_fused(self) -> bool:
+        """On CUDA, and where ZeRO steps on the host. Elsewhere rounding would differ from that of the local scopes."""
+        strategy = self.trainer.strategy
+        offloads = isinstance(strategy, ZeroStrategy) and strategy.offloads_optimizer
+        return offloads or strategy.root_device.type == "cuda"
+
     def configure_optimizers(self):
         """AdamW with warm-up and linear decay, or what was chosen."""
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if self._optimizer is None:
-            optimizer = torch.optim.AdamW(trained, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
+            optimizer = adamw(trained, self._steps_fused, self.lr, betas=self.betas, weight_decay=self.weight_decay)
         else:
             optimizer = self._optimizer(trained)
         if self._lr_scheduler is not None:
@@ -352,9 +388,6 @@ class FullRetraining(Scope):
         }
 
     def _loss(self, input_ids: Tensor) -> Tensor:
-        logits = next_token_logits(self.model(input_ids=input_ids, use_cache=False).logits)
-        if self.loss == "cross_entropy":
-            return cross_entropy(logits, input_ids)
-        with torch.no_grad():
-            target = next_token_logits(self._teacher[0](input_ids=input_ids, use_cache=False).logits)
-        return distillation(logits, target, self.temperature)
+        teacher = self._teacher[0] if self._teacher else None
+        rows = self._chunk_rows if logits_bytes(self.model, *input_ids.shape) > self.logits_memory else None
+        return model_loss(self.model, input_ids, self.loss, teacher, self.temperature, rows)

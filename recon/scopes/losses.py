@@ -5,6 +5,7 @@ Pure functions of tensors. The scopes train with them, and the planner runs them
 
 from typing import Literal
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
@@ -72,6 +73,50 @@ def distillation(
     t = temperature
     log_p, log_q = F.log_softmax(student / t, dim=-1), F.log_softmax(teacher / t, dim=-1)
     return F.kl_div(log_p, log_q, log_target=True, reduction="batchmean") * t * t
+
+
+def cross_entropy_of_chunk(
+    logits: Float[Tensor, "rows vocabulary"], targets: Int[Tensor, " rows"]
+) -> tuple[Float[Tensor, ""], Float[Tensor, "rows vocabulary"]]:
+    """Add up the cross-entropy of some predictions.
+
+    Args:
+        logits: Of these predictions, in any precision.
+        targets: The next tokens.
+
+    Returns:
+        The sum, and its gradient with respect to the logits, both fp32.
+    """
+    log_p = F.log_softmax(logits, dim=-1, dtype=torch.float32)
+    del logits
+    at = targets[:, None]
+    loss = -log_p.gather(1, at).sum()
+    gradient = log_p.exp_()
+    return loss, gradient.scatter_(1, at, gradient.gather(1, at) - 1)
+
+
+def distillation_of_chunk(
+    student: Float[Tensor, "rows vocabulary"], teacher: Float[Tensor, "rows vocabulary"], temperature: float = 1.0
+) -> tuple[Float[Tensor, ""], Float[Tensor, "rows vocabulary"]]:
+    """Add up the loss of `distillation` of some predictions, and overwrite the logits.
+
+    Args:
+        student: Logits of the model that learns, in any precision.
+        teacher: Logits of the dense model.
+        temperature: See `distillation`.
+
+    Returns:
+        The sum, and its gradient with respect to the student's logits, both fp32.
+    """
+    t = temperature
+    log_p = F.log_softmax(student.float().div_(t), dim=-1)
+    del student
+    log_q = F.log_softmax(teacher.float().div_(t), dim=-1)
+    del teacher
+    difference = log_q - log_p
+    q = log_q.exp_()
+    loss = difference.mul_(q).sum() * t * t
+    return loss, log_p.exp_().sub_(q).mul_(t)
 
 
 def check_finite(loss: Tensor, where: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 
+NOTHING = "nothing would be trained, and the pruned model reported as recovered; leave it out"
 EPOCHS = "the scope knows how long a fit is; set model.epochs"
 FEWER = "data.num_sequences decides what pruning, recovery and evaluation see; make it smaller"
 HELD_OUT = "this scope measures the held-out error of each window itself, after every epoch; leave it out"
@@ -50,11 +51,22 @@ def _unless(*usual: Any, of: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return given
 
 
+def _if_zero(of: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda trainer: 0 if of(trainer) == 0 else None
+
+
 def _callback(kind: type) -> Callable[[Any], Any]:
     return lambda trainer: next((type(one).__name__ for one in trainer.callbacks if isinstance(one, kind)), None)
 
 
 EVERYWHERE = (
+    TrainerOption("max_steps", _if_zero(lambda trainer: trainer.max_steps), NOTHING),
+    TrainerOption("limit_train_batches", _if_zero(lambda trainer: trainer.limit_train_batches), NOTHING),
+    TrainerOption(
+        "val_check_interval",
+        _if_zero(lambda trainer: getattr(trainer, "val_check_interval", None)),
+        "it is a number of batches, or a share of an epoch; leave it out to measure after each epoch",
+    ),
     TrainerOption(
         "fast_dev_run",
         _unless(False, of=lambda trainer: trainer.fast_dev_run),

@@ -25,13 +25,21 @@ from recon.calibration.statistics import InputStatistics, full_fp32
 from recon.experiment.environment import environment
 from recon.pruning.criteria import ADMM, ALPS, RIA, Criterion, Magnitude, Random, SparseFW, SparseGPT, Wanda
 from recon.pruning.patterns import NM, Pattern, Unstructured
+from recon.pruning.refinement import Refined, Swaps
 from recon.solvers import ADMMSolver, ConjugateGradients, LeastSquares, Solver
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
-PATTERNS: dict[str, Pattern] = {"50 % per row": Unstructured(0.5), "2:4": NM(2, 4)}
+PATTERNS: dict[str, Pattern] = {
+    "50 % per row": Unstructured(0.5),
+    "60 % per row": Unstructured(0.6),
+    "70 % per row": Unstructured(0.7),
+    "2:4": NM(2, 4),
+}
 
-CRITERIA = (Magnitude(), Wanda(), RIA(), SparseGPT(), SparseFW(), ADMM(), ALPS(), Random())
+REFINED = (Refined(Wanda(), Swaps("fixed")), Refined(Wanda(), Swaps()), Refined(ALPS(), Swaps()))
+
+CRITERIA = (Magnitude(), Wanda(), RIA(), SparseGPT(), SparseFW(), ADMM(), ALPS(), Random(), *REFINED)
 
 SHORT = 2.0
 """Seconds below which a run is repeated."""
@@ -122,6 +130,11 @@ def measure(size: int, seed: int, device: torch.device, quick: bool) -> list[Row
         solution = solver.solve(LeastSquares(gram, dense), keep, name=name)
         return solution.weight, keep, solution.iterations
 
+    def swap(swaps: Swaps) -> tuple[Tensor, Tensor, int | None]:
+        refined, products = swaps.improve(dense, gram, dense, keep, None)
+        say(f"  {products:.1f} products of matrices, {int((refined & ~keep).sum()) / size:.1f} exchanges a row")
+        return dense, refined, None
+
     sparsefw, alps = (SparseFW(iterations=20), ALPS(max_iterations=20)) if quick else (SparseFW(), ALPS())
     runs: dict[str, Callable[[], tuple[Tensor, Tensor, int | None]]] = {
         "magnitude": prune(Magnitude()),
@@ -132,6 +145,9 @@ def measure(size: int, seed: int, device: torch.device, quick: bool) -> list[Row
         f"sparsefw, {sparsefw.iterations} iterations": prune(sparsefw),
         "admm": prune(ADMM()),
         f"alps, at most {alps.max_iterations} iterations": prune(alps),
+        "masks of swaps from wanda's, fixed": lambda: swap(Swaps("fixed")),
+        "masks of swaps from wanda's, exact": lambda: swap(Swaps()),
+        "wanda + swaps, with their exact solve": prune(Refined(Wanda(), Swaps())),
         "wanda + 20 iterations of admm, fixed mask": lambda: solve(ADMMSolver(iterations=20)),
         "wanda + exact solve to 1e-04": lambda: solve(ConjugateGradients(tolerance=1e-4)),
         "wanda + exact solve to 1e-06": lambda: solve(ConjugateGradients(tolerance=1e-6)),

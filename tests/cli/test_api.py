@@ -17,6 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTraine
 
 import recon
 from recon.cli import main
+from recon.cli.api import PrunedMasks
 from recon.data import TextFiles
 from recon.models.loading import ModelSource
 from recon.pruning.masks import Masks
@@ -98,6 +99,21 @@ def test_the_ten_lines_give_what_the_commands_give(kind: str, scope: str, on_dis
         assert getattr(report, name) == written[name], name
     assert report.peaks["host"] > 0
     assert report.run_dir == ""
+
+
+def test_a_configuration_refines_masks_as_the_command_does(on_disk: Any, tmp_path: Path) -> None:
+    model, tokenizer = gpt2()
+    common, run = on_disk(model, tokenizer), tmp_path / "pruned"
+    quick = ["--baselines=false", "--drift=false", "--summary=false"]
+    assert main(["prune", "-c", "refine/swaps", "--run_dir", str(run), *common, *quick, "--pattern=50%"]) == 0
+    masks = recon.prune(model, tokenizer, "wanda", 0.5, text=TEXT, options=SMALL, config="refine/swaps")
+    assert isinstance(masks, PrunedMasks)
+    assert masks == Masks.load(run / "masks.safetensors")
+    assert masks.moved is not None
+    assert json.loads((run / "report.json").read_text())["criterion"] == "wanda + swaps"
+    plain = recon.prune(model, tokenizer, "wanda", 0.5, text=TEXT, options=SMALL)
+    assert plain != masks
+    assert all(torch.equal(plain[name].sum(0), keep.sum(0)) for name, keep in masks.items())  # Conv1D: in x out
 
 
 def test_a_model_keeps_its_parameters_modes_and_precision_and_the_process_its_state() -> None:

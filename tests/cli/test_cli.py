@@ -15,6 +15,8 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from recon.basics.manifest import Entry
+from recon.basics.run_paths import RunPaths
 from recon.cli import main
 from recon.models.loading import ModelSource
 from recon.pruning.masks import Masks
@@ -116,12 +118,15 @@ def test_prune_then_fit_with_its_masks_then_test(tmp_path, capsys):
     with torch.no_grad():
         model.get_parameter(next(iter(masks)))[~masks[next(iter(masks))]] = 1.0
     model.save_pretrained(run / "model")
+    assert main(["test", str(run), "--run_dir", str(tmp_path / "broken")]) == 1
+    assert f"{run / 'model/model.safetensors'} has not the sha256 that was written" in capsys.readouterr().err
+    RunPaths(run).manifest.record({path: Entry.of(path) for path in (run / "model").iterdir()})
     assert main(["test", str(run), "--run_dir", str(tmp_path / "broken")]) == 0
     broken = json.loads((tmp_path / "broken" / "report.json").read_text())
     assert broken["mask_violations"] == int((~masks[next(iter(masks))]).sum())
 
 
-USAGE = {"sparsity", "epochs", "unknown option", "unknown scope"}
+USAGE = {"sparsity", "epochs", "unknown option", "unknown scope", "pattern", "exclusion"}
 """Mistakes of the command line itself."""
 
 WRONG = {

@@ -36,7 +36,7 @@ def test_patterns(text, name, arguments):
 
 @pytest.mark.parametrize("text", ["60", "100%", "1.0"])
 def test_a_sparsity_of_one_or_more_is_refused(text):
-    with pytest.raises(UsageError, match=f"sparsity below 100%.*got {text}"):
+    with pytest.raises(UsageError, match=f"sparsity from 0 to below 100%.*got {text}"):
         resolve_pattern(text)
 
 

@@ -18,9 +18,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from recon.basics.manifest import Manifest
 from recon.cli import main
+from recon.distributed.unpickling import unpickling_weights_only
 from recon.models.loading import ModelSource
 from recon.pruning.masks import Masks
+from recon.scopes.full import FROZEN
 from tests.support import distributed_runs as runs
 from tests.support.processes import Failed, in_processes
 from tests.support.slow import quick, slow
@@ -86,6 +89,54 @@ def test_the_last_checkpoint_is_consolidated_to_the_model_that_the_run_wrote(
     assert AutoModelForCausalLM.from_pretrained(written).dtype == torch.float32
     for file in ("config.json", "tokenizer.json"):
         assert (written / file).read_text() == (run / "model" / file).read_text()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "more"),
+    [
+        slow("ddp", ()),
+        slow("zero2", ()),
+        ("zero3", ("--model.partitioned", "true")),
+        slow("fsdp2", ("--model.train", "all")),
+    ],
+)
+def test_the_best_weights_are_kept_wherever_they_are_sharded(
+    strategy: str, more: tuple[str, ...], directory: Path
+) -> None:
+    train = more if "--model.train" in more else ()
+    one, two = directory / "best" / f"one{len(train)}", directory / "best" / strategy
+    if not one.exists():
+        in_processes(runs.fit_best_first, "auto", "32-true", 1, one, *train, world=1)
+    in_processes(runs.fit_best_first, strategy, "32-true", 2, two, *more)
+    assert "weights after step 4 of 8 are kept" in (two / "log.txt").read_text()
+    assert not (two / "best.safetensors").exists()
+    assert runs.difference(runs.weights(one), runs.weights(two)) < 1e-6
+    if not train:
+        assert runs.difference(runs.weights(one), runs.weights(finished(directory, "auto", "32-true"))) > 1e-4
+    measured, expected = (json.loads((run / "report.json").read_text()) for run in (two, one))
+    assert measured["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-5)
+    assert measured["mask_violations"] == 0
+
+
+def test_fsdp2_gathers_in_bf16_and_reduces_once_a_step(directory: Path) -> None:
+    groups = 2  # blocks; the rest of the model does not learn
+    for precision, dtype in (("bf16-mixed", torch.bfloat16), ("32-true", torch.float32)):
+        run = directory / "shards" / precision
+        for dtypes, reduced in in_processes(runs.fit_watching_shards, precision, run):
+            assert (dtypes, reduced) == ({dtype}, groups * runs.STEPS)
+    often = directory / "shards" / "often"
+    more = ("--trainer.strategy.init_args.reduce_each_batch", "true")
+    for _, reduced in in_processes(runs.fit_watching_shards, "32-true", often, *more):
+        assert reduced == groups * runs.STEPS * 2
+    assert runs.difference(runs.weights(directory / "shards" / "32-true"), runs.weights(often)) < 1e-6
+
+
+def test_weights_that_do_not_learn_are_in_the_checkpoint_of_rank_0_alone(directory: Path) -> None:
+    run = finished(directory, "zero3", "bf16-mixed")
+    files = sorted((run / "checkpoints" / "step-000008.ckpt" / "checkpoint").glob("*_model_states.pt"))
+    with unpickling_weights_only():
+        held = [set(torch.load(file, "cpu", weights_only=False)[FROZEN]) for file in files]
+    assert held == [{"model.embed_tokens.weight", "model.norm.weight"}, set()]
 
 
 @pytest.mark.parametrize("strategy", ["zero2", slow("fsdp2")])
@@ -211,10 +262,11 @@ def test_one_process_that_fails_saves_its_last_step_and_ends_bit_identically(dir
     with pytest.raises(Failed, match=r"needs a new directory or one of this very run, .* differs in .*processes"):
         in_processes(runs.fit, "ddp", "bf16-mixed", 2, run, *more)
     masks = Masks.load(run / "masks.safetensors")
-    Masks({name: ~keep for name, keep in masks.items()}).save(run / "masks.safetensors")
+    writing = Manifest(run).writing
+    Masks({name: ~keep for name, keep in masks.items()}).save(run / "masks.safetensors", writing=writing)
     with pytest.raises(Failed, match="written with other masks"):
         in_processes(runs.fit, "auto", "bf16-mixed", 1, run, world=1)
-    masks.save(run / "masks.safetensors", Masks.read_metadata(directory / "masks" / "masks.safetensors"))
+    masks.save(run / "masks.safetensors", Masks.read_metadata(directory / "masks" / "masks.safetensors"), writing)
     in_processes(runs.fit, "auto", "bf16-mixed", 1, run, world=1)
     assert runs.same(runs.weights(run), runs.weights(finished(directory, "auto", "bf16-mixed")))
 
@@ -238,6 +290,26 @@ def test_distillation_by_a_sharded_teacher(strategy: str, more: tuple[str, ...],
     measured, expected = (json.loads((run / "report.json").read_text()) for run in (two, one))
     assert measured["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-5)
     assert measured["mask_violations"] == 0
+
+
+@pytest.mark.parametrize(
+    ("strategy", "loss"),
+    [
+        slow("zero2", "distillation"),
+        slow("zero3", "cross_entropy"),
+        ("zero3", "distillation"),
+        ("fsdp2", "distillation"),
+    ],
+)
+def test_a_loss_in_chunks_by_a_sharded_head(strategy: str, loss: str, directory: Path) -> None:
+    one, two = directory / "chunked" / f"one-{loss}", directory / "chunked" / f"{strategy}-{loss}"
+    options = ("--model.loss", loss, "--model.train", "all")
+    if not one.exists():
+        in_processes(runs.fit, "auto", "32-true", 1, one, *options, world=1)
+    in_processes(runs.fit, strategy, "32-true", 2, two, *options, "--model.logits_memory", "100KiB")
+    assert runs.difference(runs.weights(one), runs.weights(two)) < 2e-6
+    assert runs.largest_pruned(two) == 0
+    assert "logits" not in (two / "log.txt").read_text()  # where chunks are refused, the log says why
 
 
 @pytest.mark.parametrize("more", [(), slow(("--model.parameters", "lora"))], ids=["all", "lora"])

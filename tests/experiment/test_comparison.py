@@ -147,6 +147,17 @@ def test_allocations_have_masks_and_tables_of_their_own():
     assert not any("allocation" in part for part in uniform.pruned.command)
 
 
+def test_refined_masks_have_a_criterion_of_their_own():
+    fixed = {"class_path": "recon.refinement.Swaps", "init_args": {"objective": "fixed"}}
+    (plain, _), (refined, cells) = planned(Comparison("x", [Entry("matrix")], refinements=[None, fixed]))
+    assert (plain.criterion, refined.criterion) == ("wanda", "wanda + fixed swaps")
+    assert plain.pruned.directory != refined.pruned.directory
+    option = f"--refinement={json.dumps(fixed)}"
+    assert option in refined.pruned.command
+    assert option in cells[0].command
+    assert not any("refinement" in part for part in plain.pruned.command)
+
+
 def test_a_recovery_that_chooses_its_own_masks_is_given_none():
     options = {"model.propagation": "recovered", "pruning.inputs": "recovered"}
     ((_, (shared, own)),) = planned(Comparison("x", [Entry("block"), Entry("block", options=options)]))

@@ -101,7 +101,10 @@ def test_arguments_that_make_no_sense(options, message):
     [{"model_type": "nonsense"}, {"model_type": "t5"}, {**SHAPE, "hidden_size": 15}, {**SHAPE, "hidden_size": "x"}],
 )
 def test_shape_that_is_no_causal_language_model(shape):
-    with pytest.raises(ValueError, match=r"model.shape needs the configuration of a causal language model: .+"):
+    with pytest.raises(
+        ValueError,
+        match=r"model.shape needs the configuration of a causal language model, got one that makes none: .+; correct",
+    ):
         random(shape=shape).model()
 
 
@@ -216,7 +219,7 @@ def change_config(path: Path, **changes: object) -> None:
 )
 def test_damaged_directory_is_one_clear_message(directory, damage):
     damage(directory)
-    with pytest.raises(ValueError, match=f"model.name needs .* the directory {directory} could not be read") as caught:
+    with pytest.raises(ValueError, match=f"model.name needs .* {directory}( could not be read|, )") as caught:
         ModelSource(str(directory)).model()
     assert len(str(caught.value)) < 900
     assert "\n" not in str(caught.value)
@@ -225,7 +228,7 @@ def test_damaged_directory_is_one_clear_message(directory, damage):
 
 def test_weights_that_are_missing_are_not_made_up(directory):
     change_config(directory, num_hidden_layers=3)
-    with pytest.raises(ValueError, match=r"lacks 9 of LlamaForCausalLM's weights, the first is model.layers.2."):
+    with pytest.raises(ValueError, match=r"lacks 9 of LlamaForCausalLM's weights, model.layers.2."):
         ModelSource(str(directory)).model()
 
 

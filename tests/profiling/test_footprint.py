@@ -139,13 +139,14 @@ def train(strategy: str, precision: str, accumulate: int, model: str) -> tuple[d
         # backward pass of a step, which leaves half of the gradients, as ZeRO-2 does; before, it has all of them.
         ("zero1", "32-true", 1, 4 * N, 4 * T / 2, 12 * T / 2),
         ("zero1", "bf16-mixed", 2, 2 * N, 2 * T, 12 * T / 2),
-        ("zero2", "bf16-mixed", 2, 2 * N, 2 * T / 2, 12 * T / 2),
-        # Gradients are summed up in the precision of training and then copied to fp32.
+        ("zero2", "bf16-mixed", 2, 2 * N, 4 * T / 2, 12 * T / 2),
+        # Gradients are summed up in fp32 and then copied to those of the weights that step.
         ("zero2_offload", "32-true", 2, 4 * N, (4 + 4) * T / 2, 12 * T / 2),
+        ("zero2_offload", "bf16-mixed", 2, 2 * N, (4 + 4) * T / 2, 12 * T / 2),
         ("zero3", "32-true", 2, 4 * N / 2, 4 * T / 2, 12 * T / 2),
-        ("zero3", "bf16-mixed", 2, 2 * N / 2, 2 * T / 2, 12 * T / 2),
-        ("zero3_offload", "bf16-mixed", 2, 2 * N / 2, (2 + 4) * T / 2, 12 * T / 2),
-        ("fsdp2", "32-true", 1, 4 * N / 2, 4 * T / 2, 8 * T / 2),
+        ("zero3", "bf16-mixed", 2, 2 * N / 2, 4 * T / 2, 12 * T / 2),
+        ("zero3_offload", "bf16-mixed", 2, 2 * N / 2, (4 + 4) * T / 2, 12 * T / 2),
+        ("fsdp2", "bf16-mixed", 1, 4 * N / 2, 4 * T / 2, 8 * T / 2),
     ],
 )
 def test_what_a_strategy_partitions_is_halved(

@@ -455,6 +455,7 @@ def fit_and_watch(run_dir: Path, options: list[str]) -> tuple[int, dict[str, Ten
 
 
 SHARED = [*COMMON, "--model.epochs=1", "--data.batch_size=2", "--trainer.accelerator=cpu"]
+SHARED += ["--trainer.precision=32-true"]
 
 
 def test_one_process_solves_for_the_start_and_all_have_it(tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def test_impossible_reports_are_refused(changes: dict[str, Any], message: str) -
 def test_from_dict_needs_only_what_has_no_default() -> None:
     payload = {"scope": "block", "model": "m", "criterion": "c", "pattern": "p", "seed": 0}
     assert Report.from_dict(payload) == Report(**payload)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match=r"report: it lacks `seed`$"):
+    with pytest.raises(ValueError, match=r"report: it lacks `seed`; "):
         Report.from_dict({key: payload[key] for key in payload if key != "seed"})
 
 
@@ -221,7 +221,7 @@ def test_missing_results_name_the_path_and_the_cure(tmp_path: Path) -> None:
         ('{"cells": [1]}', r"results.json .*`cells\[0\]` must be a valid dictionary .*, got 1"),
         ('{"cells": {}}', "results.json .*`cells` must be a valid list"),
         ('{"cells": [], "extra": 1}', "`extra` is an unknown field"),
-        ('{"cells": [{"scope": "full"}]}', r"results.json .*lacks `cells\[0\].model`; .*`cells\[0\].seed`$"),
+        ('{"cells": [{"scope": "full"}]}', r"results.json .*lacks `cells\[0\].model`; .*`cells\[0\].seed`; "),
     ],
 )
 def test_broken_results_are_refused(tmp_path: Path, text: str, message: str) -> None:

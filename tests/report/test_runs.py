@@ -87,9 +87,8 @@ def test_directories_of_one_name_are_told_apart_by_their_parents(tmp_path: Path)
 
 
 def test_different_models_and_patterns_have_columns_of_their_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "100")  # workers of pytest have 80
     one = saved(tmp_path / "one", recovered())
     other = saved(tmp_path / "other", recovered(pattern="60% per row", dense_perplexity=10.0))
     assert main(["report", str(one), str(other)]) == 0

@@ -18,6 +18,7 @@ from recon.pruning.interleaved import Interleaved
 from recon.pruning.masks import Masks
 from recon.pruning.patterns import Unstructured
 from recon.pruning.prune import prune_block
+from recon.pruning.refinement import Refined, Swaps
 from recon.scopes import BlockDistillation, MatrixReconstruction, SubmoduleDistillation
 from recon.scopes.local.module import LocalScope
 from tests.support.families import tiny
@@ -269,6 +270,14 @@ def test_masks_are_chosen_from_recovered_inputs(kind: str, propagation: str, cri
         hidden = run_blocks(scope.model, hidden, block.index)
     assert scope.label.endswith("interleaved)")
     scope.masks.check(scope.model)
+
+
+def test_refined_masks_are_chosen_along_with_recovery(tmp_path: Path) -> None:
+    options = {"name": save_tiny("llama", tmp_path), "propagation": "recovered", "start": "moved"}
+    scope = interleaved(KINDS["matrix"](**options), Refined(Wanda(), Swaps()))
+    trainer_of(MaskEnforcer()).fit(scope)
+    scope.masks.check(scope.model)
+    assert all((2 * keep.sum(1) == keep.shape[1]).all() for keep in scope.masks.values())
 
 
 @pytest.mark.parametrize("start", ["moved", "exact", "pruned"])

@@ -12,13 +12,16 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
 from recon.cli.fit import main
 from recon.cli.prune import main as prune
 from recon.distributed.parameters import copies
 from recon.experiment import recovery
+from recon.models.anatomy import Anatomy
 from recon.models.loading import ModelSource
 from recon.pruning.masks import Masks
+from recon.scopes.best import BestWeights
 
 STEPS = 8
 """Optimizer steps: 64 sequences in global batches of 8, accumulated over 2, 2 epochs."""
@@ -98,6 +101,42 @@ def fit_keeping_checkpoint(strategy: str, precision: str, world: int, run_dir: P
     """As `fit`, with a checkpoint after the last step that the end of the run leaves there."""
     with mock.patch("recon.experiment.directory.RunDirectory.clean"):
         return fit(strategy, precision, world, run_dir, "--checkpoint_every_n_steps", str(STEPS), *more)
+
+
+def fit_best_first(strategy: str, precision: str, world: int, run_dir: Path, *more: str) -> None:
+    """Run `recon fit` with held-out losses that rise: the steps before them."""
+    offer = BestWeights.offer
+
+    def rising(best: BestWeights, loss: float, step: int, model: Any) -> None:
+        offer(best, float(step), step, model)
+
+    with mock.patch.object(BestWeights, "offer", rising):
+        fit(strategy, precision, world, run_dir, *more)
+
+
+class WatchShards(Callback):
+    """The precision in which FSDP2 gathers a block, and how often it reduces gradients."""
+
+    def __init__(self) -> None:
+        self.dtypes: set[torch.dtype] = set()
+        self.num_reduced = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        inner = next(iter(Anatomy.of(pl_module.model).blocks[0].matrices.values()))
+        inner.register_forward_hook(lambda module, *_: self.dtypes.add(module.get_parameter("weight").dtype))
+
+
+def fit_watching_shards(precision: str, run_dir: Path, *more: str) -> tuple[set[torch.dtype], int]:
+    """Run `recon fit` under FSDP2; returns the precisions of gathered weights, and the number of reductions."""
+    watch, reduce = WatchShards(), _fsdp_param_group.foreach_reduce
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        watch.num_reduced += 1
+        return reduce(*args, **kwargs)
+
+    with mock.patch.object(_fsdp_param_group, "foreach_reduce", counting):
+        main_with(watch, [*options("fsdp2", precision, 2, run_dir), *more])
+    return watch.dtypes, watch.num_reduced
 
 
 def fit_and_stop(stop: Callback, strategy: str, precision: str, world: int, run_dir: Path, *more: str) -> None:

@@ -1,6 +1,6 @@
 """ZeRO-1, -2 and -3 by DeepSpeed, as Lightning's strategy with what it lacks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning as L
@@ -12,6 +12,25 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from recon.distributed.unpickling import unpickling_weights_only
+
+OWNED = {
+    "train_batch_size": "data.batch_size and trainer.accumulate_grad_batches",
+    "train_micro_batch_size_per_gpu": "data.batch_size",
+    "gradient_accumulation_steps": "trainer.accumulate_grad_batches",
+    "gradient_clipping": "trainer.gradient_clip_val",
+    "bf16": "trainer.precision",
+    "fp16": "trainer.precision",
+    "amp": "trainer.precision",
+    "torch_autocast": "trainer.precision",
+    "optimizer": "--optimizer",
+    "scheduler": "--lr_scheduler",
+    "zero_force_ds_cpu_optimizer": "--optimizer",
+    "zero_optimization.stage": "stage",
+    "zero_optimization.offload_optimizer": "offload_optimizer",
+    "zero_optimization.offload_param": "offload_parameters",
+    "zero_optimization.stage3_param_persistence_threshold": "min_partitioned",
+}
+"""DeepSpeed's option -> the option of recon that decides it."""
 
 
 class ZeroStrategy(DeepSpeedStrategy):
@@ -27,7 +46,13 @@ class ZeroStrategy(DeepSpeedStrategy):
         offload_optimizer: Keep the optimizer's state on the host and step there.
         offload_parameters: Stage 3: keep the weights on the host until they are needed.
         min_partitioned: Stage 3: parameters with fewer elements stay whole on every process.
+        config: DeepSpeed's own options, merged into those made here, such as `{zero_optimization: {sub_group_size:
+            100000000}}`. Unless `communication_data_type` and `data_types.grad_accum_dtype` say otherwise, gradients
+            are reduced in fp32, and in stages 2 and 3 accumulated in fp32.
         **options: Of Lightning's DeepSpeedStrategy.
+
+    Raises:
+        ValueError: If the stage does not fit the other options, or `config` has a key that another option decides.
     """
 
     def __init__(
@@ -36,6 +61,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         offload_optimizer: bool = False,
         offload_parameters: bool = False,
         min_partitioned: int = 100_000,
+        config: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
         if stage not in (1, 2, 3):
@@ -45,8 +71,12 @@ class ZeroStrategy(DeepSpeedStrategy):
                 f"offload_parameters needs stage 3, which partitions the weights, got stage {stage}; "
                 f"use offload_optimizer alone, or stage 3"
             )
-        if options.get("config") is not None:
-            raise ValueError("ZeroStrategy makes DeepSpeed's config itself; give the options of DeepSpeedStrategy")
+        _refuse_owned(config or {})
+        if stage == 1 and config is not None and "data_types" in config:
+            raise ValueError(
+                f"stage 1 accumulates gradients in the precision of training, got data_types: {config['data_types']}, "
+                f"with which DeepSpeed writes checkpoints that it cannot consolidate; leave it out, or choose stage 2"
+            )
         super().__init__(
             stage=stage, offload_optimizer=offload_optimizer, offload_parameters=offload_parameters, **options
         )
@@ -55,7 +85,12 @@ class ZeroStrategy(DeepSpeedStrategy):
         self.config["zero_force_ds_cpu_optimizer"] = False
         if stage == 3:
             self.config["zero_optimization"]["stage3_param_persistence_threshold"] = min_partitioned
-        self.stage = stage
+        # DeepSpeed's default is the precision of training: sums of many gradients lose most of their bits in bf16.
+        self.config["communication_data_type"] = "fp32"
+        if stage > 1:
+            self.config["data_types"] = {"grad_accum_dtype": "fp32"}
+        self.config = _merged(self.config, config or {})
+        self.stage, self.offloads_optimizer = stage, offload_optimizer
         self.strategy_name = f"zero{stage}{'_offload' if offload_optimizer or offload_parameters else ''}"
 
     @override
@@ -104,6 +139,11 @@ class ZeroStrategy(DeepSpeedStrategy):
         del alive
         return model
 
+    def rounds(self, dtype: torch.dtype) -> bool:
+        """Whether training rounds weights of this precision that do not learn: they have no master copy."""
+        half = {"bf": torch.bfloat16, "16": torch.float16}.get(self.precision_plugin.precision[:2])
+        return half not in (None, dtype)
+
     def frozen(self, model: nn.Module) -> nn.Module:
         """`model` for forward passes only, in the precision of training; in stage 3 partitioned too."""
         import deepspeed
@@ -138,3 +178,23 @@ def _allow_cpu() -> None:
         )
     # Only `inference_all_reduce` uses it, but every start on CPUs would compile it: 50 s, or a failure without g++.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _refuse_owned(config: Mapping[str, Any], prefix: str = "") -> None:
+    for key, value in config.items():
+        if (name := f"{prefix}{key}") in OWNED:
+            raise ValueError(
+                f"DeepSpeed's `{name}` is decided by {OWNED[name]}, got {value!r} in the config of ZeroStrategy; "
+                f"leave it out there and set {OWNED[name]}"
+            )
+        if isinstance(value, Mapping):
+            _refuse_owned(value, f"{name}.")
+
+
+def _merged(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dicts merged key by key; where both have a value, the second one's counts."""
+    both = {
+        key: _merged(ours[key], value) if isinstance(value, Mapping) and isinstance(ours.get(key), Mapping) else value
+        for key, value in theirs.items()
+    }
+    return {**ours, **both}

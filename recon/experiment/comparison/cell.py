@@ -9,7 +9,7 @@ from pathlib import Path
 
 from recon.basics.children import parent_of_children
 from recon.basics.locks import locked
-from recon.basics.run_paths import RunPaths
+from recon.experiment.directory import RunDirectory
 from recon.report import Report
 
 log = logging.getLogger("recon")
@@ -37,23 +37,31 @@ def outcome(cell: Cell, prefix: str) -> Report | str | None:
         cell: What to run if its directory holds no report.
         prefix: Stands before each of its lines.
     """
-    file = RunPaths(cell.directory).report
-    if not file.exists():
+    run = RunDirectory(cell.directory, None)
+    if not _is_finished(run):
         with locked(_lock(cell), wait=False) as is_free:
             if not is_free:
                 return None
             # Looked up again: another process may have ended the cell before this one had the lock.
-            error = None if file.exists() else _run(cell, prefix)
+            error = None if _is_finished(run) else _run(cell, prefix)
         if error is not None:
             log.error(f"{prefix} failed: {error}")
             return error
-    return Report.load(file)
+    return Report.load(run.report)
 
 
 def wait_for(cell: Cell) -> None:
     """Wait until no process runs the cell."""
     with locked(_lock(cell)):
         pass
+
+
+def _is_finished(run: RunDirectory) -> bool:
+    """Whether the cell has ended, undamaged; else its own command makes it again, or refuses."""
+    try:
+        return run.is_finished
+    except ValueError:  # its manifest is damaged
+        return False
 
 
 def _lock(cell: Cell) -> Path:

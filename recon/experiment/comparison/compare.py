@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from recon.basics.manifest import Manifest
 from recon.basics.run_paths import RunPaths
 from recon.experiment.comparison.cell import Cell, outcome, wait_for
 from recon.experiment.comparison.spec import Comparison, Entry, Group, Resolver, plan
@@ -117,7 +118,7 @@ def _pass(comparison: Comparison, planned: Sequence[Sequence[Group]], cells: Cel
 def _save(results: Results, comparison: Comparison, cells: Cells) -> None:
     """Write the rows; a process that waits for others' cells leaves a longer file as it is."""
     if not cells.busy:
-        results.save(comparison.path / "results.json")
+        results.save(comparison.path / "results.json", Manifest(comparison.path).writing)
 
 
 def _require_readable(recoveries: Sequence[Entry], planned: Sequence[Sequence[Group]]) -> None:
@@ -139,7 +140,9 @@ def _tune(group: Group, entry: Entry, cells: Cells) -> Choice | None:
         return None
     for _, cell, measured in known:
         if isinstance(measured, Report):  # the weights are of no use any more, and as large as the model
-            for product in (RunPaths(cell.directory).model, RunPaths(cell.directory).windows):
+            paths = RunPaths(cell.directory)
+            for product in (paths.model, paths.windows):
+                paths.manifest.forget(product)
                 shutil.rmtree(product, ignore_errors=True)
     choice = choose([point for point, _, _ in known], [measured for _, _, measured in known])
     if choice.options:

@@ -1,4 +1,4 @@
-"""What a comparison runs: models x criteria x patterns x allocations x seeds x recoveries, as commands.
+"""What a comparison runs: models x criteria x refinements x patterns x allocations x seeds x recoveries, as commands.
 
 A cell's directory is named by its command, by what the configurations in it say, and by the contents of model and
 data: the same cell is found again, whatever it is called, and another one under the same names is not taken for it.
@@ -9,7 +9,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -23,7 +23,12 @@ from recon.models.loading import ModelSource
 from recon.pruning.allocation import Allocation
 from recon.pruning.criteria import Criterion
 from recon.pruning.patterns import Pattern
+from recon.pruning.refinement import Refinement
+from recon.report import SCOPES
 from recon.report.tuning import brief
+
+RECOVERIES = SCOPES[3:]
+"""The scopes of recovery."""
 
 ClassSpec = dict[str, Any]
 """A class by `class_path` and `init_args`, as in every configuration file."""
@@ -42,7 +47,7 @@ class Entry:
             their product. The point with the lowest perplexity on the validation split is used, the first of several.
 
     Raises:
-        ValueError: If an option to tune has no values, or has one in `options` as well.
+        ValueError: If the scope is unknown, or an option to tune has no values, or has one in `options` as well.
     """
 
     scope: str
@@ -52,6 +57,10 @@ class Entry:
     tune: dict[str, list[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.scope not in RECOVERIES:
+            raise ValueError(
+                f"recoveries: scope needs one of {', '.join(RECOVERIES)}, got {self.scope!r}; name it by its label"
+            )
         self.config = self.config or [f"scopes/{self.scope}"]
         for name, values in self.tune.items():
             if not values:
@@ -67,12 +76,13 @@ class Entry:
 
 @dataclass
 class Comparison:
-    """What to compare: the product of models, criteria, patterns, allocations, seeds and recoveries.
+    """What to compare: the product of models, criteria, refinements, patterns, allocations, seeds and recoveries.
 
     Args:
         name: What it is called; its directory is runs/<name>.
         recoveries: The scopes to compare.
         criteria: How weights are chosen.
+        refinements: How masks are improved, null for not at all.
         patterns: Which zeros are allowed.
         allocations: How densities differ from block to block, null for not at all.
         models: Options of the model: `name`, and others as in `recon fit --model.<option>`.
@@ -85,6 +95,7 @@ class Comparison:
     name: str
     recoveries: list[Entry]
     criteria: list[ClassSpec] = field(default_factory=lambda: [{"class_path": "recon.criteria.Wanda"}])
+    refinements: list[ClassSpec | None] = field(default_factory=lambda: [None])
     patterns: list[ClassSpec] = field(default_factory=lambda: [{"class_path": "recon.patterns.Unstructured"}])
     allocations: list[ClassSpec | None] = field(default_factory=lambda: [None])
     models: list[dict[str, Any]] = field(default_factory=lambda: [{"name": "bundled"}])
@@ -94,9 +105,15 @@ class Comparison:
     directory: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("recoveries", "criteria", "patterns", "allocations", "models", "seeds"):
+        for name in ("recoveries", "criteria", "refinements", "patterns", "allocations", "models", "seeds"):
             if not getattr(self, name):
-                raise ValueError(f"a comparison needs at least one of its {name}, got none")
+                raise ValueError(f"a comparison needs at least one of its {name}, got none; name one, or leave it out")
+        known = [field.name for field in fields(ModelSource)]
+        for model in self.models:
+            if unknown := [name for name in model if name not in known]:
+                raise ValueError(f"models: a model has {', '.join(known)}, got {unknown[0]}; correct it")
+            if not isinstance(model.get("name", ""), str):
+                raise ValueError(f"models: name needs a text, got {model['name']!r}; correct it")
 
     @property
     def path(self) -> Path:
@@ -106,7 +123,8 @@ class Comparison:
     @property
     def num_cells(self) -> int:
         """Child processes in all: per model the dense one and those of the grids, per group pruning and recoveries."""
-        num_groups = len(self.criteria) * len(self.patterns) * len(self.allocations) * len(self.seeds)
+        num_masks = len(self.criteria) * len(self.refinements) * len(self.patterns) * len(self.allocations)
+        num_groups = num_masks * len(self.seeds)
         num_points = sum(len(grid(entry.tune)) for entry in self.recoveries)
         return len(self.models) * (1 + num_points + num_groups * (1 + len(self.recoveries)))
 
@@ -149,7 +167,7 @@ class Resolver(ABC):
 
     @abstractmethod
     def describe(self, kind: type, spec: ClassSpec) -> str:
-        """The name of a criterion, pattern or allocation that a class specification makes."""
+        """The name of a criterion, refinement, pattern or allocation that a class specification makes."""
 
     @abstractmethod
     def resolved(self, command: list[str]) -> Any:
@@ -194,18 +212,20 @@ def plan(comparison: Comparison, model: dict[str, Any], resolver: Resolver) -> I
 
     named = [option for option in of_model if not option.startswith("--model.name=")]
     dense = cell("dense", ["test", model.get("name", "bundled"), *named, *text, *silent])
-    for criterion, pattern, allocation, seed in product(
-        comparison.criteria, comparison.patterns, comparison.allocations, comparison.seeds
+    for criterion, refinement, pattern, allocation, seed in product(
+        comparison.criteria, comparison.refinements, comparison.patterns, comparison.allocations, comparison.seeds
     ):
         chosen = [f"--criterion={json.dumps(criterion)}", f"--pattern={json.dumps(pattern)}"]
-        of_pattern = resolver.describe(Pattern, pattern)
+        of_criterion, of_pattern = resolver.describe(Criterion, criterion), resolver.describe(Pattern, pattern)
+        if refinement is not None:
+            chosen.append(f"--refinement={json.dumps(refinement)}")
+            of_criterion += f" + {resolver.describe(Refinement, refinement)}"
         if allocation is not None:
             chosen.append(f"--pruning.allocation={json.dumps(allocation)}")
             of_pattern += f", {resolver.describe(Allocation, allocation)}"
         common = [*of_model, *text, *chosen, "--seed_everything", str(seed)]
         pruned = cell("pruned", ["prune", *common, "--baselines", "false", *silent])
         masks = ["--masks", str(pruned.directory / "masks.safetensors")]
-        of_criterion = resolver.describe(Criterion, criterion)
         yield Group(model, of_criterion, of_pattern, seed, dense, pruned, partial(fit, common, masks))
 
 

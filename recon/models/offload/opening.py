@@ -1,14 +1,13 @@
 """Opening a model with its blocks on the host or on disk."""
 
-import shutil
 from pathlib import Path
 from typing import Literal
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from recon.basics.files import partial
 from recon.basics.locks import locked
+from recon.basics.manifest import Manifest
 from recon.models.anatomy import Anatomy
 from recon.models.loading import ModelSource
 from recon.models.offload.blocks import OffloadedBlocks
@@ -56,11 +55,10 @@ def open_offloaded(
 
 def _written(source: ModelSource, directory: Path) -> ModelSource:
     with locked(directory.with_name(f".{directory.name}.lock")):  # several jobs may begin one run at a time
-        if not directory.exists():
-            temporary = partial(directory)
-            shutil.rmtree(temporary, ignore_errors=True)
-            source.model().save_pretrained(temporary)
-            temporary.rename(directory)
+        manifest = Manifest(directory.parent)
+        if not manifest.is_intact(directory):
+            with manifest.placing(directory) as temporary:
+                source.model().save_pretrained(temporary)
     return source.at(directory)
 
 

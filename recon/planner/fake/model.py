@@ -31,13 +31,14 @@ from recon.models.windows import (
     submodule_windows,
 )
 from recon.planner.fake.replay import Unverified
-from recon.planner.fake.step import Step, checkpointed, model_loss, take_step
+from recon.planner.fake.step import Step, checkpointed, take_step
 from recon.planner.fake.tracker import Tracker
 from recon.planner.options import PlanOptions
 from recon.planner.snapshot import numel
 from recon.pruning.masks import Masks
 from recon.scopes.lora import A, B, Lora, attach, merge
 from recon.scopes.losses import window_loss
+from recon.scopes.model_loss import chunk_rows, logits_bytes, model_loss
 from recon.scopes.trainable import chosen
 
 UNPACKED = "transformers.masking_utils.find_packed_sequence_indices"
@@ -281,10 +282,10 @@ class FakeModel:
     def head(self, options: PlanOptions) -> Step:
         """Take a training step of the model with its first block only."""
 
-        def loss(batch: list[Tensor]) -> Tensor:
+        def loss(_: list[Tensor], rows: int | None) -> Tensor:
             tokens = torch.zeros((options.batch_size, options.seq_len), dtype=torch.long)
-            with self._casting(options):
-                return model_loss(lambda ids: self.model(input_ids=ids, use_cache=False).logits, tokens, options.loss)
+            with self._casting(options):  # the model is its own teacher
+                return model_loss(self.model, tokens, options.loss, self.model, rows=rows)  # pyright: ignore[reportArgumentType]
 
         def run() -> Step:
             first = self.anatomy.blocks[0]
@@ -296,13 +297,33 @@ class FakeModel:
                 if options.gradient_checkpointing:
                     first.module.forward = checkpointed(forward)
                 with only_first(self.model, first):
-                    return self._step(names, loss, options)
+                    rows = self.chunk_rows(options)
+                    step = self._step(names, partial(loss, rows=rows), options)
+                    # Chunks compute gradients beside the loss, which held-out batches do not.
+                    return step if rows is None else replace(step, forward_flops=self._forward_flops(loss, rows))
             finally:
                 vars(first.module).pop("forward", None)
 
         with self.faked():
-            key = "head", options.loss, options.train, options.gradient_checkpointing, *_sizes(options)
-            return self._once(key, run)
+            key = "head", options.loss, options.train, options.gradient_checkpointing, options.logits_memory
+            return self._once((*key, *_sizes(options)), run)
+
+    def chunk_rows(self, options: PlanOptions) -> int | None:
+        """Count the predictions whose logits exist at a time, as full retraining does; None for all."""
+        if logits_bytes(self.model, options.batch_size, options.seq_len) <= options.logits_memory:
+            return None
+
+        def find() -> int | None:
+            with only_first(self.model, self.anatomy.blocks[0]):
+                return chunk_rows([self.model], options.logits_memory, torch.device("cpu"), _same_storage)
+
+        with self.faked():
+            return self._once(("rows", options.logits_memory), find)
+
+    def _forward_flops(self, loss: Callable[[list[Tensor], int], Tensor], rows: int) -> int:
+        with Tracker(self.parameters.values()) as tracker, torch.no_grad():
+            loss([], rows)
+        return tracker.flops
 
     @property
     def dim(self) -> int:
@@ -367,3 +388,7 @@ def only_first(model: PreTrainedModel, first: Block) -> Iterator[None]:
 def _sizes(options: PlanOptions) -> tuple[Any, ...]:
     learns = options.parameters, options.lora_rank, options.masked, options.exclude, options.accumulate > 1
     return options.batch_size, options.seq_len, options.precision, options.autocasts, *learns
+
+
+def _same_storage(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage()._cdata == other.untyped_storage()._cdata

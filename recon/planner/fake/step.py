@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from recon.planner.fake.tracker import Tracker
-from recon.scopes.losses import cross_entropy, distillation, next_token_logits
 
 KEPT, GRADIENTS = "activations", "gradients"
 
@@ -93,13 +92,3 @@ def checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
         return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
     return run
-
-
-def model_loss(logits_of: Callable[[Tensor], Tensor], tokens: Tensor, loss: str) -> Tensor:
-    """Compute the loss of full retraining; the model is its own teacher."""
-    own = next_token_logits(logits_of(tokens))
-    if loss == "cross_entropy":
-        return cross_entropy(own, tokens)
-    with torch.no_grad():
-        target = next_token_logits(logits_of(tokens))
-    return distillation(own, target)

@@ -173,7 +173,7 @@ class LocalScope(WindowedScope):
         super().on_fit_end()
         self.replay.hold(())
         if self.paths is not None:
-            write_json(self.paths.window_results, self.results)
+            write_json(self.paths.window_results, self.results, self.paths.manifest.writing)
 
     def begin(self, window: Window) -> None:
         """Compute inputs and targets of the window, then prune its weights.

@@ -4,7 +4,7 @@ A schedule knows names, blocks and windows. It holds no tensor and knows no trai
 windows can be tested without one.
 """
 
-from collections.abc import Collection, Container, Sequence
+from collections.abc import Collection, Container, Iterable, Sequence
 from typing import Any
 
 from recon.calibration.activations import Propagation
@@ -45,7 +45,7 @@ class Schedule:
         written: Container[Window] = (),
     ) -> None:
         require_propagation(windows, propagation)
-        _require_owners(windows, maskable)
+        require_owners({name for window in windows for name in window.owned}, maskable)
         self.windows = [window for window in windows if any(name in pruned for name in window.owned)]
         self.own = (share or Share()).select(self.windows)
         self.propagation: Propagation = propagation
@@ -193,10 +193,7 @@ def require_propagation(windows: Sequence[Window], propagation: Propagation) -> 
     if propagation == "dense":
         return
     if any(window.needs_dense_block for window in windows):
-        raise ValueError(
-            f"groups of matrices are recovered on dense inputs, got model.propagation: {propagation}; choose "
-            f"model.propagation: dense"
-        )
+        require_dense_inputs(propagation)
     blocks = [index for window in windows if not window.takes_attention for index in window.indices]
     if len(blocks) != len(set(blocks)) and propagation == "recovered_local":
         raise ValueError(
@@ -205,8 +202,29 @@ def require_propagation(windows: Sequence[Window], propagation: Propagation) -> 
         )
 
 
-def _require_owners(windows: Sequence[Window], maskable: Sequence[str]) -> None:
-    owned = {name for window in windows for name in window.owned}
+def require_dense_inputs(propagation: Propagation) -> None:
+    """Refuse recovered inputs of groups of matrices.
+
+    Raises:
+        ValueError: If recovered weights enter a group.
+    """
+    if propagation != "dense":
+        raise ValueError(
+            f"groups of matrices are recovered on dense inputs, got model.propagation: {propagation}; choose "
+            f"model.propagation: dense"
+        )
+
+
+def require_owners(owned: Collection[str], maskable: Iterable[str]) -> None:
+    """Refuse pruned weights that no window recovers.
+
+    Args:
+        owned: Names of the parameters of all windows.
+        maskable: Names of the parameters that have a mask, or get one during the fit.
+
+    Raises:
+        ValueError: Naming the first weight without a window.
+    """
     if orphans := [name for name in maskable if name not in owned]:
         raise ValueError(
             f"every pruned weight must belong to one window, got {len(orphans)} that belong to none, "

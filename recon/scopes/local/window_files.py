@@ -6,18 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from recon.basics.files import atomic_write
+from recon.basics.manifest import Manifest
 from recon.models.offload.disk_weights import DiskWeights
 from recon.models.windows import Window
+
+RESULT = ("before", "after", "tokens", "seconds")
+"""Results that the file of a window needs to have."""
 
 
 @dataclass(frozen=True)
 class WindowFiles:
-    """One file for each finished window; it appears whole or not at all.
+    """One file for each finished window; it appears whole or not at all, and is recorded in the run's manifest.
+
+    A file that is not recorded, or not as it was written, counts as none: its window is recovered again.
 
     Args:
         directory: Directory of the files; nothing is written or found if None.
@@ -33,7 +38,7 @@ class WindowFiles:
         return self.directory / f"{window.name}.safetensors"
 
     def __contains__(self, window: Window) -> bool:
-        return self.directory is not None and self.path(window).exists()
+        return self.directory is not None and self._manifest.is_intact(self.path(window))
 
     def keep(self, window: Window, model: nn.Module, result: dict[str, Any]) -> dict[str, Any]:
         """Write a window as `write` does, or load it as `load` does if another process has written it meanwhile.
@@ -51,23 +56,55 @@ class WindowFiles:
         if self.directory is None:
             return
         weights = {name: model.get_parameter(name).detach().cpu().contiguous() for name in window.owned}
-        with atomic_write(self.path(window)) as temporary:
+        with self._manifest.writing(self.path(window)) as temporary:
             save_file(weights, temporary, {"result": json.dumps(result)})
         self._redirect(window)
 
     def result(self, window: Window) -> dict[str, Any]:
-        """Return the results that were written with the weights of `window`."""
-        with safe_open(self.path(window), framework="pt") as file:
-            return json.loads(file.metadata()["result"])
+        """Return the results that were written with the weights of `window`.
+
+        Raises:
+            ValueError: If the file is damaged, or of a version with other results.
+        """
+        path = self.path(window)
+        try:
+            with safe_open(path, framework="pt") as file:
+                result = json.loads((file.metadata() or {})["result"])
+            if missing := [name for name in RESULT if name not in result]:
+                raise KeyError(missing[0])
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else error
+            raise ValueError(
+                f"a recovered window needs a file with {', '.join(RESULT)}, got {path} ({reason}), damaged or made by "
+                f"another version of recon; delete it to recover the window again, or use that version"
+            ) from error
+        return result
 
     @torch.no_grad()
     def load(self, window: Window, model: nn.Module) -> dict[str, Any]:
-        """Load the recovered weights of `window` into `model`, one at a time, and return the other results."""
-        with safe_open(self.path(window), framework="pt") as file:
+        """Load the recovered weights of `window` into `model`, one at a time, and return the other results.
+
+        Raises:
+            ValueError: If the file is damaged, or of another model.
+        """
+        result, path = self.result(window), self.path(window)
+        with safe_open(path, framework="pt") as file:
+            stored = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 -- no mapping
             for name in window.owned:
-                model.get_parameter(name).copy_(file.get_tensor(name))
+                parameter = model.get_parameter(name)
+                if stored.get(name) != list(parameter.shape):
+                    raise ValueError(
+                        f"a recovered window needs the weights of the model, got {stored.get(name)} for {name} "
+                        f"{list(parameter.shape)} in {path}; delete it to recover the window again"
+                    )
+                parameter.copy_(file.get_tensor(name))
         self._redirect(window)
-        return self.result(window)
+        return result
+
+    @property
+    def _manifest(self) -> Manifest:
+        assert self.directory is not None
+        return Manifest(self.directory.parent)
 
     def _redirect(self, window: Window) -> None:
         if self.disk_weights is not None:
