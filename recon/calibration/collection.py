@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recon.calibration.gram import StartGram
 from recon.calibration.statistics import InputStatistics, Need, full_fp32
 from recon.models.linear import weight_out_in
 from recon.profiling.ledger import claim
@@ -27,7 +28,8 @@ def collect(matrices: dict[str, nn.Module], need: Need) -> Iterator[dict[str, In
 
     Args:
         matrices: Name -> Linear or Conv1D module. Inputs may have any shape (..., in).
-        need: "gram" collects G (the norms are its diagonal), "norms" the sums of squares, "none" nothing.
+        need: "gram" collects G (the norms are its diagonal), "start gram" G as exact as a start needs it, "norms" the
+            sums of squares, "none" nothing.
 
     Yields:
         A dict that is filled when the context ends without an exception: name -> statistics.
@@ -48,9 +50,10 @@ class SharedInput:
     """One sum over a stream of inputs, and a reference to the latest of them."""
 
     def __init__(self, need: Need, in_features: int, device: torch.device) -> None:
-        shape = (in_features, in_features) if need == "gram" else (in_features,)
+        shape = (in_features,) if need == "norms" else (in_features, in_features)
         self.total = torch.zeros(shape, dtype=torch.float32, device=device)
         claim("gram", self.total)
+        self._start_gram = StartGram(self.total) if need == "start gram" else None
         self.num_tokens = 0
         self.num_calls = 0
         self._latest: weakref.ref[Tensor] | None = None
@@ -62,14 +65,24 @@ class SharedInput:
         # of a whole model alive (3 GB for 2048 tokens of a 7B model). In-place edits change the version.
         self._latest, self._version = weakref.ref(x), _version(x)
         self.num_calls += 1
+        tokens = x.detach().reshape(-1, x.shape[-1])
+        self.num_tokens += tokens.shape[0]
+        if self._start_gram is not None:
+            self._start_gram.add(tokens)
+            return bool(self.total.diagonal().sum().isfinite())
         with full_fp32(x.device):
-            tokens = x.detach().reshape(-1, x.shape[-1]).float()
-            self.num_tokens += tokens.shape[0]
+            tokens = tokens.float()
             if self.total.ndim == 2:
                 self.total.addmm_(tokens.T, tokens)
                 return bool(self.total.diagonal().sum().isfinite())
             self.total += tokens.square().sum(0)
             return bool(self.total.sum().isfinite())
+
+    def finish(self) -> Tensor:
+        """Complete the sum after the last call, and return it."""
+        if self._start_gram is not None:
+            self._start_gram.finish()
+        return self.total
 
     def is_latest(self, x: Tensor) -> bool:
         """Whether `x` is the tensor that was added last, and still holds the same."""
@@ -134,9 +147,10 @@ class Collector:
         shared = self.input_of[name]
         if self._num_calls[name] != shared.num_calls:
             raise self._diverged(name, self._num_calls[name])
-        if self._need == "gram":
-            return InputStatistics(shared.num_tokens, gram=shared.total)
-        return InputStatistics(shared.num_tokens, sum_squares=shared.total)
+        total = shared.finish()
+        if self._need == "norms":
+            return InputStatistics(shared.num_tokens, sum_squares=total)
+        return InputStatistics(shared.num_tokens, gram=total)
 
     def _find_or_start(self, name: str, x: Tensor, in_features: int) -> SharedInput:
         for shared in self.input_of.values():

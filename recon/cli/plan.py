@@ -17,6 +17,7 @@ from recon.data import TokenData
 from recon.models.loading import ModelSource
 from recon.planner import SCOPES, Kind, PlanOptions, Prediction, Proposal, Shape, predict, print_plan, propose
 from recon.planner.fake.model import FakeModel
+from recon.planner.rates import as_rates
 from recon.planner.speed import measured_speeds
 from recon.planner.trainer_options import configured_trainer_options
 from recon.pruning.patterns import Pattern
@@ -47,7 +48,7 @@ SHARED_LOCALLY = (
 SHARED_BY_DISTILLATION = ("epochs", "parameters", "start")
 """Further options that submodule and block scope take from each other."""
 
-OWN = ("device_memory", "flop_rate", "scopes", "json")
+OWN = ("device_memory", "flop_rate", "rates", "scopes", "json")
 """Options that only `recon plan` has."""
 
 
@@ -78,6 +79,13 @@ class PlanCLI(ParsingCLI):
             help="FLOP/s of one device: say how long it takes. `measure`: train a block of this model here, in "
             "seconds. Or the directory of a run or comparison: as fast as its scopes were.",
         )
+        parser.add_argument(
+            "--rates",
+            type=dict[str, float] | None,
+            default=None,
+            help="FLOP/s of one device by precision, in place of --flop_rate; those of configs/devices/h100.yaml by "
+            "default, unless trainer.accelerator is cpu.",
+        )
         parser.add_argument("--scopes", type=list[str], default=list(SCOPES), help="The rows.")
         parser.add_argument("--json", type=bool, default=False, help="Print JSON, all amounts in bytes.")
 
@@ -86,7 +94,8 @@ def main(args: list[str]) -> int:
     """Parse, predict, print."""
     quiet()
     named = any(arg.startswith("scopes/") for arg in args)  # else any will do, for there is a row for each
-    cli = _cli(args if named else ["-c", "scopes/submodule", *args], PlanCLI)
+    defaults = ["-c", "devices/h100", *([] if named else ["-c", "scopes/submodule"])]
+    cli = _cli([*defaults, *args], PlanCLI)
     config = cli.config
     memory = None if config.device_memory is None else in_bytes(config.device_memory)
     if unknown := [name for name in config.scopes if name not in SCOPES]:
@@ -100,7 +109,10 @@ def main(args: list[str]) -> int:
         if row.scope == scope.scope:
             _require_fit(scope, shape.fake(row), built.pattern, built.pruning)
     speeds = [_speed(config.flop_rate, scope.source, options) for options in rows]
-    predictions = [predict(shape, *both) for both in zip(rows, speeds, strict=True)]
+    rates = None
+    if config.flop_rate is None and config.rates is not None and config.trainer.accelerator != "cpu":
+        rates = as_rates(config.rates)
+    predictions = [predict(shape, *both, rates) for both in zip(rows, speeds, strict=True)]
     proposals = {} if memory is None else _proposals(shape, predictions, memory)
     if config.json:
         print(json.dumps(_as_dict(shape, predictions, proposals, memory, speeds), indent=2))
@@ -174,7 +186,8 @@ def _options(scope: Scope, data: TokenData, config: Namespace) -> PlanOptions:
     if is_local and trainer["world_size"] > 1:
         scope.require_independent("strategy window_parallel")
     exclude, masked = tuple(config.pruning.exclude), config.pattern is not None
-    return PlanOptions.of(scope, data, trainer, exclude, masked, _prunes_by_gram(config))
+    measured = {"evaluates": True, "baselines": config.baselines, "drift": config.drift}
+    return PlanOptions.of(scope, data, trainer | measured, exclude, masked, _prunes_by_gram(config))
 
 
 def _prunes_by_gram(config: Namespace) -> bool:
@@ -198,7 +211,7 @@ def _as_dict(
 ) -> dict[str, Any]:
     rows = []
     for one, speed in zip(predictions, speeds, strict=True):
-        row = one.as_dict() | {"flop_rate": speed}
+        row = one.as_dict() | {"flop_rate": one.speeds if speed is None and one.speeds else speed}
         if memory is not None:
             row["fits"] = one.peak.total <= memory
             row["proposals"] = [

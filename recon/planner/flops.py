@@ -7,22 +7,27 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Literal, get_args
 
+from recon.calibration import gram
 from recon.planner.fake.model import FakeModel
 from recon.planner.full import steps_of
 from recon.planner.local import FakeModels, one_of_each
 from recon.planner.options import PlanOptions
-from recon.planner.snapshot import SOLVER_ITERATIONS
+from recon.planner.snapshot import SOLVER_ITERATIONS, START_ITERATIONS, START_RESIDUALS
 
-Kind = Literal["walk", "gram", "solve", "training", "held out", "rest"]
+Kind = Literal["walk", "gram", "solve", "start", "training", "held out", "rest"]
 """- `walk`: passes through dense or recovered blocks;
 - `gram`: sums of products of inputs;
-- `solve`: exact solutions;
+- `solve`: solutions in full fp32, and the first and last residual of a start;
+- `start`: iterations of starts;
 - `training`: training steps;
 - `held out`: held-out errors;
 - `rest`: in full retraining, the parts of a step outside the further blocks.
 """
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
+
+PREPARATION: tuple[Kind, ...] = ("walk", "gram", "solve", "start")
+"""All that a local scope computes before it trains a window."""
 
 
 def local_flops(fakes: FakeModels, options: PlanOptions) -> Counter[Kind]:
@@ -106,9 +111,16 @@ def _matrix_flops(fake: FakeModel, index: int, names: list[str], options: PlanOp
     tokens = options.num_sequences * options.seq_len
     block = fake.anatomy.blocks[index]
     products = sum(2 * fake.products(name) for name in names)
-    sums = 3 if options.crosses else 1
+    widths = fake.inputs(block, names, options)
     flops: Counter[Kind] = Counter()
-    flops["gram"] = sums * 2 * tokens * sum(width**2 for width in fake.inputs(block, names, options))
-    flops["solve"] = options.solves * SOLVER_ITERATIONS * products
+    if options.collects_for_starts:
+        flops["gram"] = 2 * tokens * sum(gram.products(width) for width in widths)
+    else:
+        sums = 3 if options.crosses else 1
+        flops["gram"] = sums * 2 * tokens * sum(width**2 for width in widths)
+    if options.starts_exact:
+        flops["solve"], flops["start"] = START_RESIDUALS * products, START_ITERATIONS * products
+    else:
+        flops["solve"] = options.solves * SOLVER_ITERATIONS * products
     flops["training"] = 3 * options.descent_steps * products
     return flops

@@ -82,6 +82,12 @@ class PlanOptions:
         masked: Whether anything is pruned.
         prunes_by_gram: Local scopes: whether masks are chosen along with recovery, from Gram matrices.
         device: Kind of the device that computes: AdamW steps differently on them.
+        partitioned: Full retraining: ZeRO-3 loads the weights in parts, so that no process has them all.
+        evaluates: Whether the plan includes evaluations before and after the fit; a fit's own peak is without them.
+        baselines: Whether these include the dense and the pruned model.
+        drift: Whether the recovered model is compared with the dense one.
+        num_test: Sequences of the split that is evaluated; None for all there are.
+        evaluation_batch_size: Sequences per forward pass of an evaluation: `data.batch_size`.
     """
 
     scope: ScopeName
@@ -120,6 +126,12 @@ class PlanOptions:
     masked: bool = True
     prunes_by_gram: bool = False
     device: Literal["cuda", "cpu"] = "cuda"
+    partitioned: bool = False
+    evaluates: bool = False
+    baselines: bool = False
+    drift: bool = False
+    num_test: int | None = None
+    evaluation_batch_size: int = 8
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -163,9 +175,19 @@ class PlanOptions:
         return self.scope == "submodule" and self.groups is None
 
     @property
+    def starts_exact(self) -> bool:
+        """Whether matrices are solved for a start."""
+        return self.masked and self.start == "exact" and self.scope != "matrix"
+
+    @property
+    def collects_for_starts(self) -> bool:
+        """Whether Gram matrices are as exact as a start needs them; a criterion needs them in full fp32."""
+        return self.starts_exact and not (self.is_local and self.prunes_by_gram)
+
+    @property
     def solves(self) -> bool:
-        """Whether matrices are solved exactly on the way."""
-        return self.masked and (self.start == "exact" or (self.scope == "matrix" and not self.descent_steps))
+        """Whether matrices are solved on the way."""
+        return self.starts_exact or (self.masked and self.scope == "matrix" and not self.descent_steps)
 
     @property
     def collects(self) -> bool:
@@ -233,6 +255,8 @@ class PlanOptions:
             start=scope.start,  # pyright: ignore[reportArgumentType]
             exclude=exclude,
             masked=masked,
+            num_test=data.num[data.evaluate_on],
+            evaluation_batch_size=data.batch_size,
             prunes_by_gram=prunes_by_gram,
             **_of_scope(scope, data),
             **trainer or {},
@@ -255,6 +279,7 @@ def _of_scope(scope: Scope, data: TokenData) -> dict[str, Any]:
         found |= {"loss": scope.loss, "parameters": scope.which_parameters, "lora_rank": scope.lora.rank}
     if isinstance(scope, FullRetraining):
         found |= {"train": scope.train_what, "gradient_checkpointing": scope.gradient_checkpointing}
+        found["partitioned"] = scope.partitioned
         found["logits_memory"] = scope.logits_memory
     return found
 

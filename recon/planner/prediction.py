@@ -3,7 +3,8 @@
 import logging
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import lightning as L
@@ -11,11 +12,13 @@ import torch
 
 from recon.data import TokenData
 from recon.models.loading import ModelSource
+from recon.planner.evaluation import evaluation_snapshots
 from recon.planner.fake.model import FakeModel
-from recon.planner.flops import Kind, full_flops, local_flops, seconds_of, uniform
+from recon.planner.flops import PREPARATION, Kind, full_flops, local_flops, seconds_of, uniform
 from recon.planner.full import full_snapshots, held_on_host, optimizer_bytes
 from recon.planner.local import FakeModels, calibration_bytes, local_snapshots, start_bytes, windows_to_recover
 from recon.planner.options import PlanOptions
+from recon.planner.rates import Precision, Rates, precisions, speeds_at
 from recon.planner.snapshot import FP32, Snapshot, numel
 from recon.planner.trainer_options import trainer_options
 from recon.profiling.entries import CATEGORIES
@@ -51,6 +54,10 @@ class Shape:
         """The fake model in the precision of the weights on the device."""
         return self._in(options.weights_dtype(self.stored))
 
+    def loaded(self, options: PlanOptions) -> FakeModel:
+        """The fake model in the precision in which it is loaded and evaluated."""
+        return self._in(options.dtype or self.stored)
+
     def fakes(self, options: PlanOptions) -> FakeModels:
         """The fake models of a local scope: in the stored precision, and in fp32 for the training of windows."""
         stored = self.fake(options)
@@ -64,7 +71,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The needs of each process of a run in recovery; libraries, pruning before it and evaluation are left out.
+    """The needs of each process of a run in recovery and evaluation; libraries and pruning are left out.
 
     Args:
         options: Options of the run.
@@ -73,7 +80,9 @@ class Prediction:
             Where the host is the device too, the two add up.
         disk: Content -> bytes in the run directory at its fullest.
         flops_by_kind: FLOPs of all processes together.
-        seconds: Time at the given speed; None without one.
+        seconds: Time at the given speeds; None without them.
+        speeds: FLOP/s of one process by kind; empty without them.
+        precisions: Precision of the products of each kind.
     """
 
     options: PlanOptions
@@ -82,11 +91,25 @@ class Prediction:
     disk: Mapping[str, int]
     flops_by_kind: Mapping[Kind, int]
     seconds: float | None = None
+    speeds: Mapping[Kind, float] = field(default_factory=dict)
+    precisions: Mapping[Kind, Precision] = field(default_factory=dict)
 
     @property
     def flops(self) -> int:
         """FLOPs of all processes together."""
         return sum(self.flops_by_kind.values())
+
+    def seconds_of(self, kind: Kind) -> float | None:
+        """Time that one kind of FLOPs takes; None without a speed."""
+        if not self.speeds:
+            return None
+        return seconds_of({kind: self.flops_by_kind[kind]}, self.speeds, self.options)
+
+    @property
+    def preparation(self) -> float | None:
+        """Time before training, relative to that of training; None without speeds or a training."""
+        training = self.seconds_of("training") if self.options.is_local else None
+        return sum(self.seconds_of(kind) or 0.0 for kind in PREPARATION) / training if training else None
 
     @property
     def peak(self) -> Snapshot:
@@ -109,36 +132,42 @@ class Prediction:
             "disk": dict(self.disk),
             "flops": self.flops,
             "work": dict(self.flops_by_kind),
+            "precisions": {kind: self.precisions[kind] for kind in self.flops_by_kind},
             "seconds": self.seconds,
         }
 
 
-def predict(shape: Shape, options: PlanOptions, speed: Speed | None = None) -> Prediction:
+def predict(shape: Shape, options: PlanOptions, speed: Speed | None = None, rates: Rates | None = None) -> Prediction:
     """Predict the needs of a run.
 
     Args:
         shape: The model.
         options: The options of the run; the number of processes is theirs too.
-        speed: FLOP/s of one process; no time is predicted without it.
+        speed: FLOP/s of one process.
+        rates: FLOP/s of a device by precision, where there is no speed; no time is predicted without either.
 
     Raises:
         ValueError: If the model cannot be read or recovered in this way.
     """
     try:
-        return _predict(shape, options, speed)
+        return _predict(shape, options, speed, rates)
     except (RuntimeError, AssertionError) as error:  # an operator, or a FLOP formula of torch, that refuses its inputs
         raise ValueError(
             f"planning runs a model's own code on tensors without numbers, {shape.name} cannot be run so: {error}"
         ) from error
 
 
-def _predict(shape: Shape, options: PlanOptions, speed: Speed | None) -> Prediction:
+def _predict(shape: Shape, options: PlanOptions, speed: Speed | None, rates: Rates | None) -> Prediction:
     snapshots = _largest_snapshots(shape, options)
     is_local = options.is_local
     flops = local_flops(shape.fakes(options), options) if is_local else full_flops(shape.fake(options), options)
+    stored = shape.fake(options).dtype
     speeds = uniform(speed) if isinstance(speed, float | int) else speed
+    if speeds is None and rates is not None:
+        speeds = speeds_at(rates, options, stored)
     seconds = None if speeds is None else seconds_of(flops, speeds, options)
-    return Prediction(options, snapshots, _host(shape, options), _disk(shape, options), flops, seconds)
+    needs = snapshots, _host(shape, options), _disk(shape, options), flops
+    return Prediction(options, *needs, seconds, speeds or {}, precisions(options, stored))
 
 
 def peak_of(shape: Shape, options: PlanOptions) -> Snapshot:
@@ -153,7 +182,7 @@ def _largest_snapshots(shape: Shape, options: PlanOptions) -> list[Snapshot]:
         snapshots = local_snapshots(shape.fakes(options), options)
     else:
         snapshots = full_snapshots(shape.fake(options), options)
-    for snapshot in snapshots:
+    for snapshot in chain(snapshots, evaluation_snapshots(shape.loaded(options), options)):
         if snapshot.name not in largest or snapshot.total > largest[snapshot.name].total:
             largest[snapshot.name] = snapshot
     return list(largest.values())
@@ -178,10 +207,12 @@ def _host(shape: Shape, options: PlanOptions) -> dict[str, int]:
         outside = shape.num_parameters - sum(blocks)
         # Blocks that are read from disk are on the device alone.
         held["weights"] = outside * item if options.offload == "disk" else whole
+        if options.evaluates and options.offload == "host":  # of each model that is measured, beside the scope's
+            held["weights"] *= 3 if options.drift and options.masked else 2
         held["calibration"] = calibration_bytes(fake, options)["host"]
     else:
         offloaded = held_on_host(fake, options)
-        held["weights"] = max(whole, offloaded["weights"])
+        held["weights"] = offloaded["weights"] if options.partitioned else max(whole, offloaded["weights"])
         held["gradients"], held["optimizer"] = offloaded["gradients"], offloaded["optimizer"]
     if options.device == "cpu" and options.offload == "none" and not options.offload_parameters:
         held["weights"] = 0  # the host's are the device's

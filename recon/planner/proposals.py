@@ -1,7 +1,7 @@
 """Options that fit in a given memory: the cheapest of each kind of change, least time first, then least change."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, get_args
@@ -44,6 +44,8 @@ ARGUMENTS = {
     "gradient_checkpointing": "model.gradient_checkpointing",
     "offload": "model.offload",
     "activations": "model.activations",
+    "baselines": "baselines",
+    "drift": "drift",
 }
 """Option of a plan -> that of `recon fit`; `part` is model in local scopes, else data."""
 
@@ -90,7 +92,7 @@ def propose(shape: Shape, asked: PlanOptions, device_memory: int) -> list[Propos
         return []
     flops = prediction.flops
     found: dict[str, Proposal] = {}
-    for kind, smaller in _of_local(asked, shape) if asked.is_local else _of_full(asked):
+    for kind, smaller in _measured_less(asked, _of_local(asked, shape) if asked.is_local else _of_full(asked)):
         for options in _with_batches(asked, smaller):
             if peak_of(shape, options).total > device_memory:
                 break  # smallest batch first: larger ones need more
@@ -99,6 +101,14 @@ def propose(shape: Shape, asked: PlanOptions, device_memory: int) -> list[Propos
             if kind not in found or cost < found[kind].cost:
                 found[kind] = Proposal(kind, _arguments(asked, options), prediction, cost)
     return sorted(found.values(), key=lambda proposal: proposal.cost)
+
+
+def _measured_less(asked: PlanOptions, changed: Iterable[tuple[str, PlanOptions]]) -> Iterator[tuple[str, PlanOptions]]:
+    """Follow each change by the same without the evaluations that a run can leave out, if it has any."""
+    for kind, options in changed:
+        yield kind, options
+        if asked.evaluates and (asked.baselines or asked.drift):
+            yield kind, replace(options, baselines=False, drift=False)
 
 
 def _of_local(asked: PlanOptions, shape: Shape) -> Iterator[tuple[str, PlanOptions]]:

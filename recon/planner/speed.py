@@ -11,7 +11,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from recon.calibration.statistics import full_fp32
+from recon.calibration.gram import StartGram, products
+from recon.calibration.statistics import Products, full_fp32
 from recon.models.loading import ModelSource
 from recon.models.offload.blocks import OffloadedBlocks
 from recon.models.windows import BlockWindow, Window
@@ -58,7 +59,9 @@ def measured_speeds(
     block = _FirstBlock(source, options, device, clock)
     speeds: dict[Kind, float] = {"walk": block.walk()}
     if options.collects and block.names:
-        speeds |= {"gram": block.gram(), "solve": block.solve()}
+        speeds |= {"gram": block.gram(), "solve": block.solve("fp32")}
+        if options.starts_exact:
+            speeds["start"] = block.solve("tf32")
     return speeds | (block.windows() if options.is_local else block.full())
 
 
@@ -102,6 +105,10 @@ class _FirstBlock:
         widths = self.fake.inputs(self.fake_block, self.names, self.small)
         inputs = [torch.randn(self.tokens, width, device=self.device, dtype=self.stored) for width in widths]
         sums = [torch.zeros(width, width, device=self.device) for width in widths]
+        if self.asked.collects_for_starts:
+            starts = [StartGram(total) for total in sums]
+            seconds = self._seconds(lambda: [start.add(x) for start, x in zip(starts, inputs, strict=True)])
+            return 2 * self.tokens * sum(products(width) for width in widths) / seconds
 
         def collect() -> None:
             with full_fp32(self.device):
@@ -110,15 +117,15 @@ class _FirstBlock:
 
         return 2 * self.tokens * sum(width**2 for width in widths) / self._seconds(collect)
 
-    def solve(self) -> float:
-        """Measure the exact solution of the largest matrix."""
+    def solve(self, products: Products) -> float:
+        """Measure the solution of the largest matrix."""
         name = max(self.names, key=lambda name: self.fake.parameters[name].numel())
         rows, width = self.fake.shape_of(name)
         inputs = torch.randn(2 * width, width, device=self.device)
         problem = LeastSquares(inputs.T @ inputs, torch.randn(rows, width, device=self.device))
         keep = torch.rand(rows, width, device=self.device) < 0.5
         iterations = max(1, min(ITERATIONS, width // 4))  # few enough that no row finishes and leaves
-        solver = ConjugateGradients(tolerance=0.0, max_iterations=iterations)
+        solver = ConjugateGradients(tolerance=0.0, max_iterations=iterations, products=products)
         return 2 * iterations * rows * width**2 / self._seconds(lambda: solver.solve(problem, keep))
 
     def windows(self) -> dict[Kind, float]:

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from recon.basics.units import UNITS, readable
+from recon.planner.flops import KINDS, PREPARATION
 from recon.planner.prediction import Prediction, Shape
 from recon.planner.proposals import Proposal, fits
 from recon.profiling.entries import CATEGORIES
@@ -26,6 +27,9 @@ SNAPSHOTS = {
     "collect": "collect: sequences pass a block, and Gram matrices are summed up",
     "solve": "solve: one matrix is solved exactly (not with --model.start pruned)",
     "step": "step: the optimizer's update",
+    "baselines": "baselines: the dense model is evaluated on a copy (not with --baselines false)",
+    "evaluate": "evaluate: the recovered model is evaluated as it was written",
+    "drift": "drift: the dense and the recovered model run side by side (not with --drift false)",
 }
 
 
@@ -68,9 +72,34 @@ def print_plan(
     notes = [LEGEND[name] for name in shown if name in LEGEND]
     notes += [SNAPSHOTS[name] for name in dict.fromkeys(one.peak.name for one in predictions) if name in SNAPSHOTS]
     console.print(Text("; ".join(notes)))
-    console.print(Text("What CUDA and its allocator take for themselves, pruning and evaluation are not in it."))
+    console.print(Text("What CUDA and its allocator take for themselves and pruning are not in it."))
+    _print_work(predictions, console)
     if device_memory is not None:
         _print_proposals(proposals or {}, console, device_memory)
+
+
+def _print_work(predictions: Sequence[Prediction], console: Console) -> None:
+    """Print the FLOPs of each part with their precision, speed and seconds; nothing without speeds."""
+    timed = [one for one in predictions if one.speeds]
+    if not timed:
+        return
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
+    for name in ("scope", "part", "products in"):
+        table.add_column(name)
+    for name in ("FLOPs", "TFLOP/s", "time"):
+        table.add_column(name, justify="right")
+    for one in timed:
+        for kind in KINDS:
+            if flops := one.flops_by_kind[kind]:
+                speed = format_number(one.speeds[kind] / 1e12, 3 if one.speeds[kind] < 1e12 else 0)
+                cells = kind, one.precisions[kind], f"{flops:.1e}", speed, _time(one.seconds_of(kind))
+                table.add_row(one.options.scope, *cells)
+    console.print()
+    console.print(table)
+    for one in timed:
+        if one.preparation is not None:
+            parts = f"{', '.join(PREPARATION[:-1])} and {PREPARATION[-1]}"
+            console.print(Text(f"{one.options.scope}: {parts} take {one.preparation:.2f} of the time of training"))
 
 
 def _title(shape: Shape, predictions: Sequence[Prediction]) -> str:

@@ -41,6 +41,7 @@ def sampled(items: Iterable[Item], stage: str) -> Iterator[Item]:
     with followed(stage):
         for first in remaining:
             yield first
+            del first  # a batch's logits, say, which would live as long as all others
             break
     yield from remaining
 

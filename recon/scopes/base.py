@@ -66,7 +66,7 @@ class Scope(L.LightningModule, ABC):
         epochs: Passes over the calibration sequences; of each window in the local scopes.
         start: The surviving weights that recovery starts from: `pruned`, as they were in the dense model; `moved`, as
             a criterion that moves them (SparseGPT, ADMM, ALPS) left them; `exact`, those that best reproduce each
-            matrix's outputs by itself, which is what the matrix scope finds.
+            matrix's outputs by itself, as the matrix scope finds them, but to about 1 % of the least error.
         offload: Where the model is: `none`, on the device; `host`, in the host's memory, its blocks on the device
             while they are needed; `disk`, in its safetensors files, from which blocks are read when they are needed.
             The last two are for local scopes, which then need room for one window on the device.

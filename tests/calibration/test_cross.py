@@ -6,7 +6,7 @@ from transformers.pytorch_utils import Conv1D
 
 from recon.calibration.statistics import InputStatistics
 from recon.pruning.patterns import Unstructured
-from recon.scopes.exact import solve
+from recon.scopes.exact import START_SOLVER, solve
 from recon.solvers import ADMMSolver, ConjugateGradients, GradientDescent, LeastSquares, Solver, relative_objective
 from tests.support import references
 from tests.support.reconstruction_fixtures import distance, golden_layer
@@ -229,7 +229,7 @@ def test_a_module_is_solved_in_its_own_layout_by_the_solver_asked_for() -> None:
         assert torch.equal(solution.weight, solver.solve(found, pair.keep, pair.start).weight)
     assert torch.equal(
         solve(module, pair.dense, statistics, pair.keep.T, "m").weight,
-        ConjugateGradients().solve(found, pair.keep, pair.start).weight,
+        START_SOLVER.solve(found, pair.keep, pair.start).weight,
     )
 
 

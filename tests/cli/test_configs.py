@@ -7,15 +7,17 @@ from recon.cli.arrange import arrange
 from recon.cli.compare import build_parser
 from recon.cli.configs import config_directory, find_config, load_config, shipped_configs
 from recon.cli.fit import parse_only
+from recon.planner.rates import PRECISIONS, as_rates
 
 NAMES = [path.relative_to(config_directory()).with_suffix("").as_posix() for path in shipped_configs()]
 COMPARISONS = [name for name in NAMES if name.startswith("comparisons/")]
-OVERLAYS = [name for name in NAMES if not name.startswith(("comparisons/", "scopes/", "pretrain/"))]
+OVERLAYS = [name for name in NAMES if not name.startswith(("comparisons/", "devices/", "scopes/", "pretrain/"))]
+DEVICES = [name for name in NAMES if name.startswith("devices/")]
 RUNS = [name for name in NAMES if name.startswith(("scopes/", "pretrain/"))]
 
 
 def test_none_is_forgotten():
-    assert len(NAMES) == len(COMPARISONS) + len(OVERLAYS) + len(RUNS) == 68
+    assert len(NAMES) == len(COMPARISONS) + len(OVERLAYS) + len(DEVICES) + len(RUNS) == 69
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -26,6 +28,11 @@ def test_run(name):
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_overlay_of_a_scope(name):
     parse_only(["-c", "scopes/submodule", "-c", name])
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_device(name):
+    assert as_rates(load_config(find_config(name))["rates"]).keys() == set(PRECISIONS)
 
 
 @pytest.mark.parametrize("name", COMPARISONS)

@@ -61,7 +61,7 @@ class BlockMasks:
         if self.interleaved is not None:
             prunable = self.interleaved.prunable
             matrices = {name: one for block in blocks for name, one in block.weights_among(prunable).items()}
-            return matrices, _larger(need, self.interleaved.criterion.needs)
+            return matrices, _for_both(need, self.interleaved.criterion.needs)
         if need == "none":
             return {}, need
         matrices = {name: one for block in blocks for name, one in block.weights_among(self.masks).items()}
@@ -92,5 +92,9 @@ class BlockMasks:
             self.starts.pop(name, None)
 
 
-def _larger(*needs: Observation) -> Observation:
-    return max(needs, key=("none", "norms", "gram", "cross").index)
+def _for_both(recovery: Observation, criterion: Observation) -> Observation:
+    """The statistics that suit both; the criterion's are those in full fp32, as where it prunes the whole model."""
+    if recovery == "start gram" and criterion != "none":
+        recovery = "gram"
+    needs: tuple[Observation, ...] = (recovery, criterion)
+    return max(needs, key=("none", "norms", "start gram", "gram", "cross").index)

@@ -55,7 +55,7 @@ class LocalScope(WindowedScope):
     @property
     def needs(self) -> Observation:
         """Statistics of the inputs of pruned matrices that this scope uses, beside the activations."""
-        return "gram" if self.start == "exact" else "none"
+        return "start gram" if self.start == "exact" else "none"
 
     def observe(self, statistics: dict[str, InputStatistics]) -> None:
         """Use the statistics of the inputs of some matrices, still dense, before their window begins."""
@@ -208,7 +208,7 @@ class LocalScope(WindowedScope):
         self._approach(window)
         later = [] if self.needs == "none" else self.schedule.known_later(window, self.masks)
         matrices = window.blocks[0].weights_among(later)
-        if statistics := self.calibration.prepare(window, matrices, "gram" if matrices else "none"):
+        if statistics := self.calibration.prepare(window, matrices, "start gram" if matrices else "none"):
             self.observe(statistics)
         self.held_out.prepare(window)
         self._withheld.keep_dense(window)
