@@ -88,6 +88,7 @@ def measure_drift(
         require_finite(error, blocks, f"the recovered model, {where}")
         for reference, other in zip(logits_dense, logits, strict=True):  # views: logits are the largest tensors
             total += divergence(reference[:-1], other[:-1])
+        del logits_dense, logits, reference, other  # before the next ones are computed
         if not math.isfinite(total):
             raise FloatingPointError(f"logits must be finite, got NaN or infinity in {where}; {NOT_FINITE}")
         num_sequences, seq_len, predicted = num_sequences + len(ids), ids.shape[1], predicted + ids[:, 1:].numel()

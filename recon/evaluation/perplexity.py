@@ -94,7 +94,8 @@ def score(batches: Iterable[tuple[Tensor, Tensor]], split: str, device: torch.de
     options: Any = {"sync_on_compute": False}  # one rank may evaluate while others wait
     metric = StablePerplexity(**options).to(device)
     num_sequences = seq_len = scored = 0
-    for index, (ids, logits) in enumerate(batches):
+    index = 0
+    for ids, logits in batches:
         for sequence, tokens in zip(logits, ids, strict=True):  # views: the logits are the largest tensor here
             metric.update(sequence[:-1], tokens[1:])
         if not torch.isfinite(metric.total_log_probs):
@@ -102,4 +103,6 @@ def score(batches: Iterable[tuple[Tensor, Tensor]], split: str, device: torch.de
                 f"logits must be finite, got NaN or infinity in {split} batch {index}; {NOT_FINITE}"
             )
         num_sequences, seq_len, scored = num_sequences + len(ids), ids.shape[1], scored + ids[:, 1:].numel()
+        index += 1  # noqa: SIM113 -- `enumerate` holds a batch's logits while the next ones are computed
+        del ids, logits, sequence, tokens
     return Evaluation(float(metric.compute()), split, num_sequences, seq_len, scored)

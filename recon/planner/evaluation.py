@@ -40,9 +40,7 @@ def _of_whole(fake: FakeModel, options: PlanOptions) -> Iterator[Snapshot]:
     if options.baselines and options.masked:
         yield Snapshot("baselines", held(weights=2 * one, other=scored))
     left = Counter[str]()
-    if options.device == "cpu" and options.is_local:
-        left = held(weights=one)
-    elif options.device == "cpu" and options.sharding == "none":  # what the optimizer refers to
+    if not options.is_local and options.device == "cpu" and options.sharding == "none":  # what the optimizer refers to
         trained = learning(fake, options)
         left = held(weights=numel(trained) * fake.item, optimizer=optimizer_bytes(fake, options))
     yield Snapshot("evaluate", held(left, weights=one, other=scored))
@@ -77,19 +75,16 @@ def _of_offloaded(fake: FakeModel, options: PlanOptions) -> Iterator[Snapshot]:
 
 
 def _scored(fake: FakeModel, options: PlanOptions, blockwise: bool = False) -> int:
-    """Bytes of a perplexity beside the weights: logits of two batches, for one is there while the next is computed."""
+    """Bytes of a perplexity beside the weights."""
     size, passed = _logits(fake, options), _passed(fake, options, blockwise)
-    several = options.num_test is None or options.num_test > options.evaluation_batch_size
-    return max(passed + several * size, size + _chunk(fake, options) * (1 + (fake.item < FP32)))
+    return max(passed, size + _chunk(fake, options) * (1 + (fake.item < FP32)))
 
 
 def _compared(fake: FakeModel, options: PlanOptions, blockwise: bool = False) -> int:
     """Bytes of a drift beside the weights: logits of both models, and all hidden states of a batch in the dense one."""
     size, passed = _logits(fake, options), _passed(fake, options, blockwise)
-    several = options.num_validation > options.evaluation_batch_size
     hidden = 0 if blockwise else len(fake.anatomy.blocks) * _batch(options) * options.seq_len * fake.dim * fake.item
-    under_way = max(hidden + passed + 2 * several * size, size + passed + several * size)
-    return max(under_way, 2 * size + KL_COPIES * _chunk(fake, options))
+    return max(hidden + passed, size + passed, 2 * size + KL_COPIES * _chunk(fake, options))
 
 
 def _batch(options: PlanOptions) -> int:

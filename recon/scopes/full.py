@@ -113,9 +113,8 @@ class FullRetraining(Scope):
         if not 0 < temperature < math.inf:
             raise ValueError(f"model.temperature must be above 0 and finite, got {temperature}; 1 is the default")
         self.loss: ModelLoss = loss
-        self.temperature, self.train_what = temperature, train
+        self.temperature, self.train_what, self.lora = temperature, train, lora
         self.which_parameters: Parameters = parameters
-        self.lora = lora
         self.lr, self.weight_decay, self.betas, self.warmup = lr, weight_decay, betas, warmup
         self.gradient_checkpointing, self.partitioned = gradient_checkpointing, partitioned
         self.logits_memory = in_bytes(logits_memory)

@@ -129,13 +129,13 @@ class Passes:
         return self.counts.total("to device", "offload/blocks.py _copied") / self.bytes
 
     def to_host(self) -> float:
-        """Copies that came back."""
+        """Copies that came back, through pinned memory."""
         return self.counts.total("to host", "offload/transfers.py") / self.bytes
 
 
 @pytest.mark.parametrize(("make", "num_more"), [(BlockDistillation, 0), (SubmoduleDistillation, 1)])
 def test_an_offloaded_recovery_moves_a_model_once_a_pass(make: Any, num_more: int, tmp_path: Path) -> None:
-    """Each block goes to the device once a pass, and what changed comes back once.
+    """Each block goes to the device once a pass; its start, its result and what changed come back once each.
 
     Passes: the model's moves are tried (two, and block 0 once more to learn its form), pruning, the fit, the
     evaluation; of submodules one more, which finds the parameters that their outputs depend on.
@@ -146,7 +146,7 @@ def test_an_offloaded_recovery_moves_a_model_once_a_pass(make: Any, num_more: in
         run(make(name=name, epochs=3, batch_size=4, offload="host"), tmp_path / "run", CUDA, options)
     moved = Passes(name, counts)
     assert moved.to_device() <= 2 + 1 / 4 + 3 + num_more + 0.6  # and embeddings and head, to evaluate
-    assert moved.to_host() <= 1
+    assert moved.to_host() <= 3
     waits = sum(number for (place, _), number in counts.waits.items() if "offload/blocks.py _copied" in place)
     assert waits == 5  # embeddings, head, last norm and two sets of frequencies, when it is evaluated
 

@@ -48,7 +48,7 @@ def planned(shape: Shape, scope: Any = "submodule", **options: Any) -> dict[str,
 
 @pytest.mark.parametrize("num", [4, 10], ids=["one batch", "several batches"])
 def test_evaluations_hold_what_real_ones_hold(num: int, llama: Shape) -> None:
-    """Of several batches the last one's logits are still there while the next ones are computed."""
+    """However many batches there are: one has let go of its logits before those of the next are computed."""
     models = [ModelSource("random", LLAMA, seed=seed).model() for seed in (0, 1)]
     batches = DataLoader([{"input_ids": row} for row in torch.arange(num * 32).reshape(num, 32)], batch_size=4)  # pyright: ignore[reportArgumentType]
     with Tracker([one for model in models for one in (*model.parameters(), *model.buffers())]) as tracker:

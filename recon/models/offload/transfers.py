@@ -2,7 +2,8 @@
 
 A copy from or to pageable memory makes the host wait for the device, and afterwards the device for the host. For a CUDA
 device weights therefore pass through pinned memory, into which a thread gathers the next block ahead of its use. The
-host's own copies stay pageable: pinned, they would take up to twice their size and could not be swapped.
+host's own copies of a whole model stay pageable: pinned, they would take up to twice their size and could not be
+swapped.
 """
 
 from collections.abc import Sequence
@@ -83,11 +84,17 @@ def copy_to_host(changed: Sequence[Onloaded], device: torch.device) -> None:
     if device.type != "cuda":
         _copy([one.host_copy for one in changed], [one.tensor.data for one in changed])
         return
-    rooms = [torch.empty_like(one.host_copy, pin_memory=True) for one in changed]
-    for room, one in zip(rooms, changed, strict=True):
-        room.copy_(one.tensor.data, non_blocking=True)
-    torch.cuda.current_stream(device).synchronize()
-    _copy([one.host_copy for one in changed], rooms)
+    _copy([one.host_copy for one in changed], copies_on_host([one.tensor.data for one in changed], device))
+
+
+def copies_on_host(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Return copies in the host's memory, pinned if they come from a CUDA device, for which the host waits once."""
+    rooms = [torch.empty_like(tensor, device="cpu", pin_memory=device.type == "cuda") for tensor in tensors]
+    for room, tensor in zip(rooms, tensors, strict=True):
+        room.copy_(tensor, non_blocking=True)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+    return rooms
 
 
 def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

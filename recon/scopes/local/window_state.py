@@ -9,6 +9,7 @@ from torch.autograd.graph import increment_version
 
 from recon.models.anatomy import Block
 from recon.models.calls import forward_replaced
+from recon.models.offload.transfers import copies_on_host
 from recon.models.windows import Window
 
 
@@ -70,8 +71,10 @@ class StartCopies:
     def keep(self, names: Iterable[str]) -> None:
         """Copy these parameters, in the precision that they have now, in place of the last ones."""
         self.drop()
-        for name in names:
-            self.weights[name] = self.model.get_parameter(name).detach().to("cpu", copy=True)
+        weights = {name: self.model.get_parameter(name).detach() for name in names}
+        for device in {weight.device for weight in weights.values()}:
+            there = {name: weight for name, weight in weights.items() if weight.device == device}
+            self.weights |= zip(there, copies_on_host(list(there.values()), device), strict=True)
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from recon.models.offload.transfers import copies_on_host
 from recon.models.windows import Window
 from recon.scopes.local.window_files import WindowFiles
 
@@ -36,7 +37,7 @@ class WindowWriter:
         on_device = [weight for weight in weights.values() if weight.device.type != "cpu"]
         if window in self.files or not on_device or self.files.directory is None or self.files.disk_weights is not None:
             return self.files.keep(window, model, result)
-        copies = {name: weight.to("cpu", copy=True) for name, weight in weights.items()}
+        copies = dict(zip(weights, copies_on_host(list(weights.values()), on_device[0].device), strict=True))
         self._pending = self._thread.submit(self.files.write, window, _Weights(copies), result)
         return result
 
