@@ -3,7 +3,11 @@
 Importing this package imports neither torch nor lightning; README.md beside this file is the map.
 """
 
+import sys
 from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
@@ -20,6 +24,20 @@ FACE = {
 
 API = ("prune", "recover")
 """Functions for a live model, in `recon.cli.api`."""
+
+
+class _Face(MetaPathFinder, Loader):
+    """Imports modules by their short names, also where an earlier version has left a directory of that name."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        package, _, name = fullname.rpartition(".")
+        return ModuleSpec(fullname, self) if package == __name__ and name in FACE else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        sys.modules[module.__name__] = import_module(FACE[module.__name__.rpartition(".")[2]])
+
+
+sys.meta_path.insert(0, _Face())
 
 
 def __getattr__(name: str) -> Any:

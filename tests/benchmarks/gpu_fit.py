@@ -69,8 +69,8 @@ class RandomTokens(TokenData):
     def tokens(self, split: Split) -> Tensor:
         """The sequences of `split`, int64[num_sequences, seq_len]."""
         generator = torch.Generator().manual_seed(derived_seed(self.seed, SPLITS.index(split), 0))
-        size = self.num[split], self.seq_len
-        return torch.randint(self.vocabulary, size, generator=generator)  # pyright: ignore[reportArgumentType]
+        size = self.num[split], self.seq_len  # DeepSpeed asks for them while it makes tensors on the device
+        return torch.randint(self.vocabulary, size, generator=generator, device="cpu")  # pyright: ignore[reportArgumentType]
 
 
 class MadeOnDevice(ModelSource):
