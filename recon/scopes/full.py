@@ -313,7 +313,8 @@ class FullRetraining(Scope):
         Where the last weights are not the best, those of rank 0 become the best; of a partitioned model, of all ranks.
         """
         self._train_tokens = self.tally.tokens()
-        sharded = isinstance(self.trainer.strategy, ZeroStrategy | FullyShardedStrategy)
+        strategy = self.trainer.strategy
+        sharded = isinstance(strategy, ZeroStrategy | FullyShardedStrategy)
         best = None if self._best is None else self._best.other_than(self.trainer.global_step)
         if best is not None and (self.partitioned or (not sharded and rank() == 0)):
             best.restore(self.model)
@@ -323,20 +324,21 @@ class FullRetraining(Scope):
         self._teacher.clear()
         if sharded:
             self._gather(best)
+        if isinstance(strategy, ZeroStrategy):
+            strategy.let_go()
         if self._best is not None and self.directory is None:
             self._best.forget()
             self._best.path.parent.rmdir()
-        self._best = None  # the next fit of this scope has its own
+        self._best = None
 
     def _gather(self, best: BestWeights | None) -> None:
         if self.partitioned:  # not loaded whole to be measured, so it is rounded here as it will be written
             round_working_copies(self.model, self.dtype_to_save, exact=self._adapters)
             round_merged(self.model, self._adapters, self.dtype_to_save)
-            self.evaluation = evaluate(
-                self.model, self.data.evaluation_dataloader(), self.data.evaluate_on, device=self.device
-            )
-        directory = self.directory or Path(self.trainer.default_root_dir)
-        self._gathered = gather(self.model, self.dtype_to_save, directory, rank() == 0, exact=self._adapters)
+            batches, split = self.data.evaluation_dataloader(), self.data.evaluate_on
+            self.evaluation = evaluate(self.model, batches, split, device=self.device)
+        where = self.directory or Path(self.trainer.default_root_dir)
+        self._gathered = gather(self.model, self.dtype_to_save, where, rank() == 0, exact=self._adapters)
         for name in self._gathered.keys() & self._frozen.keys():
             self._gathered[name].copy_(self._frozen[name])  # in place: tied ones stay tied
         if self._gathered:

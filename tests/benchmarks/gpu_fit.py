@@ -5,7 +5,8 @@ neither the command line nor a data set: its tokens are random, and random weigh
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from recon.data import TokenData
 from recon.data.sources import SPLITS, Split
 from recon.distributed import ranks
 from recon.distributed.part import Share
-from recon.distributed.strategies import ZeroStrategy
+from recon.distributed.strategies import FullyShardedStrategy, ZeroStrategy
 from recon.experiment.data_hooks import begin
 from recon.experiment.directory import RunDirectory
 from recon.experiment.environment import environment
@@ -46,6 +47,13 @@ SCOPES: dict[str, type[Scope]] = {
     "submodule": SubmoduleDistillation,
     "block": BlockDistillation,
     "full": FullRetraining,
+}
+
+STRATEGIES: dict[str, Callable[[], Any]] = {
+    "auto": lambda: "auto",
+    "zero2": partial(ZeroStrategy, 2),
+    "zero3": partial(ZeroStrategy, 3),
+    "fsdp2": FullyShardedStrategy,
 }
 
 PLAN = "plan.json"
@@ -189,7 +197,7 @@ def _parts(
     trainer = L.Trainer(
         accelerator=place.type,
         devices=1,
-        strategy=ZeroStrategy(row.zero) if row.zero else "auto",
+        strategy=STRATEGIES[row.strategy](),
         precision="bf16-mixed",
         max_epochs=-1,
         num_sanity_val_steps=0,

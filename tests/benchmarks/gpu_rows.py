@@ -54,7 +54,7 @@ class Row:
         seq_len: Tokens of a sequence.
         batch_size: Sequences of a step.
         options: Of the scope.
-        zero: Stage of ZeRO, 0 without.
+        strategy: `auto`, `zero2`, `zero3` or `fsdp2`.
         weight: Its part of the time that is left, relative to that of the rows after it.
         least: Seconds under which it is not begun.
         packages: Without one of these it is skipped.
@@ -68,7 +68,7 @@ class Row:
     seq_len: int = 2048
     batch_size: int = 4
     options: Mapping[str, Any] = field(default_factory=dict)
-    zero: int = 0
+    strategy: Literal["auto", "zero2", "zero3", "fsdp2"] = "auto"
     weight: float = 1.5
     least: float = 15.0
     packages: tuple[str, ...] = ()
@@ -77,7 +77,7 @@ class Row:
     def is_compared(self) -> bool:
         """Whether the tracked peak has to be that of the allocator: DeepSpeed's buckets are its own, and beside a tiny
         model the workspace of cuBLAS counts."""
-        return self.kind == "fit" and not self.zero
+        return self.kind == "fit" and "zero" not in self.strategy
 
     @property
     def num_windows(self) -> int:
@@ -104,7 +104,9 @@ def rows(tiny: bool) -> list[Row]:
         Row("matrix, 2 blocks", "matrix", **two),
         Row("full, 2 blocks", "full", **two),
         Row("submodule, 2 blocks, offload host", options={"offload": "host", "activations": "host"}, **two),
-        Row("full, 2 blocks, ZeRO-2", "full", zero=2, packages=ZERO, **two),
+        Row("full, 2 blocks, ZeRO-2", "full", strategy="zero2", packages=ZERO, **two),
+        Row("full, 2 blocks, ZeRO-3", "full", strategy="zero3", packages=ZERO, **two),
+        Row("full, 2 blocks, FSDP2", "full", strategy="fsdp2", **two),
         Row("recon fit, bundled model", kind="command", num_sequences=16, seq_len=256, packages=COMMAND),
         Row("full, 1 B", "full", changes=SMALLER, weight=2.0),
         Row("submodule, 7 B", "submodule", **seven),

@@ -123,6 +123,14 @@ class ZeroStrategy(DeepSpeedStrategy):
             return super().load_checkpoint(checkpoint_path, weights_only)
 
     @override
+    def teardown(self) -> None:
+        """Nothing: Lightning calls this before `on_fit_end`, which gathers the weights from the devices."""
+
+    def let_go(self) -> None:
+        """Move what is left of the model and of the optimizer's state to the host, as Lightning's teardown does."""
+        super().teardown()
+
+    @override
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         assert self.lightning_module is not None
         if self.lightning_module.automatic_optimization:  # Lightning has divided by accumulate_grad_batches already
