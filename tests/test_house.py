@@ -4,8 +4,10 @@ import ast
 import pkgutil
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
+from importlib import import_module
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -15,6 +17,7 @@ import pytest
 from jsonargparse import ArgumentParser
 from transformers import AutoModelForCausalLM
 
+import recon
 from recon.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -95,6 +98,15 @@ def test_recon_is_a_few_packages_and_no_loose_module():
     assert {path.name for path in (ROOT / "recon").glob("*.py")} == {"__init__.py", "__main__.py"}
     packages = [path.name for path in (ROOT / "recon").iterdir() if path.is_dir() and path.name != "__pycache__"]
     assert len(packages) <= MAX_PACKAGES, packages
+
+
+def test_short_names_import_past_a_directory_of_an_earlier_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Git leaves `recon/criteria/__pycache__` behind, which Python takes for a package."""
+    monkeypatch.setattr(recon, "__path__", [*recon.__path__, str(tmp_path)])
+    for name, module in recon.FACE.items():
+        (tmp_path / name).mkdir()
+        monkeypatch.delitem(sys.modules, f"recon.{name}", raising=False)
+        assert import_module(f"recon.{name}") is import_module(module)
 
 
 def test_no_import_cycle_between_files():

@@ -43,10 +43,9 @@ class Scanner:
         found = Found()
         frozen = [(one, self._kinds[type(one)]) for ref in self._frozen if (one := ref()) is not None]
         for one, kind in (*self._interesting(), *frozen):
-            if kind is Tensor:
-                found.tensors.append(one)
-            elif kind is nn.Parameter:
-                found.parameters.append(one)
+            if kind in (Tensor, nn.Parameter):
+                # A sharded parameter is one by what it says of itself, not by its class.
+                (found.parameters if isinstance(one, nn.Parameter) else found.tensors).append(one)
             else:
                 found.held += kind(one)
         weights = [found.parameters, [getattr(one, PARTITION, None) for one in found.parameters]]

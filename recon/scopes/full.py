@@ -122,8 +122,7 @@ class FullRetraining(Scope):
         self.keep_best = keep_best
         self._best: BestWeights | None = None
         self._resumed = self._validates_next = False  # a checkpoint was loaded; a validation was due when it was saved
-        self._optimizer: OptimizerRecipe | None = None
-        self._lr_scheduler: LRSchedulerRecipe | None = None
+        self._optimizer, self._lr_scheduler = None, None  # those that were chosen in place of AdamW and its schedule
         self._teacher: list[Any] = []  # a list, so that Lightning does not see its parameters
         self._frozen: dict[str, Tensor] = {}
         self._adapters: list[str] = []
@@ -239,8 +238,7 @@ class FullRetraining(Scope):
     def _make_ready(self) -> None:
         self.begin_from_start(self.masks)
         anatomy = Anatomy.of(self.model)
-        blocks = anatomy.blocks
-        parameters = dict(self.model.named_parameters())
+        blocks, parameters = anatomy.blocks, dict(self.model.named_parameters())
         if self.train_what == "blocks":
             parameters = {name: one for block in blocks for name, one in block.parameters().items()}
         learning = chosen(parameters, anatomy.prunable(), self.which_parameters)

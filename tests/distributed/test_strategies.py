@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from lightning.pytorch.strategies import DDPStrategy
 
 from recon.distributed.strategies import ZeroStrategy
 
@@ -32,3 +33,14 @@ def test_own_keys_of_deepspeed_are_merged_and_gradients_summed_in_fp32() -> None
 def test_keys_that_another_option_decides_are_refused(stage: int, config: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         ZeroStrategy(stage=stage, config=config)
+
+
+def test_zero_leaves_the_devices_alone_until_weights_are_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning tears a strategy down before `on_fit_end`: on the host NCCL could gather nothing any more."""
+    calls: list[str] = []
+    monkeypatch.setattr(DDPStrategy, "teardown", lambda self: calls.append("teardown"))
+    strategy = ZeroStrategy(stage=2)
+    strategy.teardown()
+    assert calls == []
+    strategy.let_go()
+    assert calls == ["teardown"]
