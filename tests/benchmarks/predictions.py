@@ -157,10 +157,12 @@ def compared(planned: dict[str, Any], run: Fit) -> dict[str, Any]:
     Raises:
         AssertionError: If the run was forecast other bytes or FLOPs than `recon plan` says.
     """
-    forecast = run.report["prediction"]
-    for name in ("categories", "host", "work"):
+    forecast = run.report["prediction"]  # of the fit, without the evaluations that a plan knows, too
+    for name in ("host", "work"):
         assert planned[name] == forecast[name], f"planned {name} {planned[name]}, forecast {forecast[name]}"
-    predicted = {"device_bytes": planned["peak_bytes"], "host_bytes": planned["host_bytes"]}
+    of_moment = planned["moments"][forecast["moment"]]
+    assert of_moment == forecast["peak_bytes"], f"planned {of_moment}, forecast {forecast['peak_bytes']}"
+    predicted = {"device_bytes": forecast["peak_bytes"], "host_bytes": planned["host_bytes"]}
     predicted |= {"seconds": planned["seconds"], "cpu_seconds": planned["cpu_seconds"]}
     measured = {**peak_bytes(run), "seconds": run.seconds, "cpu_seconds": run.cpu_seconds}
     ratios = {name: predicted[name] / measured[name] if measured[name] else None for name in predicted}
@@ -168,8 +170,8 @@ def compared(planned: dict[str, Any], run: Fit) -> dict[str, Any]:
         "predicted": predicted,
         "measured": measured,
         "ratios": ratios,
-        "moment": planned["moment"],
-        "categories": {"predicted": planned["categories"], "measured": run.report["ranks"][0]["tracked"]},
+        "moment": forecast["moment"],
+        "categories": {"predicted": forecast["categories"], "measured": run.report["ranks"][0]["tracked"]},
         "host": planned["host"],
         "work": planned["work"],
         "rates": planned["flop_rate"],
