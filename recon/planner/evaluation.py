@@ -2,7 +2,7 @@
 
 Follows `recon.experiment.measurement`. Whole models are measured whole, in the precision in which they are loaded;
 offloaded ones block by block, then under the head. The dense model of the scope is on the device while baselines are
-measured on a copy of it, for it is pruned there. After the fit Lightning moves the scope's model to the host.
+measured on a copy of it, for it is pruned there. After the fit the scope's model is written and let go of.
 """
 
 from collections import Counter

@@ -86,11 +86,8 @@ def seconds_of(flops: Mapping[Kind, int], speeds: Mapping[Kind, float], options:
     """
     # Every process walks through the dense blocks up to its own windows, the last one through all of them.
     undivided = ("walk",) if options.is_local else ()
-    return sum(
-        number / speeds[kind] / (1 if kind in undivided else options.world_size)
-        for kind, number in flops.items()
-        if number
-    )
+    divided = {kind: number / (1 if kind in undivided else options.world_size) for kind, number in flops.items()}
+    return sum((number / speeds[kind] for kind, number in divided.items() if number), 0.0)
 
 
 def uniform(speed: float) -> dict[Kind, float]:

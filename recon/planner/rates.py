@@ -39,13 +39,11 @@ def precisions(options: PlanOptions, stored: torch.dtype) -> dict[Kind, Precisio
         stored: Precision of the working weights outside the training of windows.
     """
     passed: Precision = "bf16" if stored.itemsize == 2 else "fp32"
-    trained: Precision = "bf16" if options.half is not None and options.scope != "matrix" else "fp32"
+    trained: Precision = "bf16" if options.half is not None else "fp32"
     found: dict[Kind, Precision] = dict.fromkeys(KINDS, trained)
     found |= {"walk": passed, "solve": "fp32", "start": "tf32", "gram": "fp32"}
     if options.collects_for_starts:
         found["gram"] = "bf16" if passed == "bf16" else "tf32"
-    if options.is_local:
-        found["held out"] = "fp32"  # of windows in fp32, outside autocast
     return found
 
 

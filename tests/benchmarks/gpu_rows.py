@@ -75,9 +75,9 @@ class Row:
 
     @property
     def is_compared(self) -> bool:
-        """Whether the tracked peak has to be that of the allocator: DeepSpeed's buckets are its own, and beside a tiny
-        model the workspace of cuBLAS counts."""
-        return self.kind == "fit" and "zero" not in self.strategy
+        """Whether the tracked peak has to be that of the allocator: under a strategy that shards, what lives at a step's
+        end is counted, and beside a tiny model the workspace of cuBLAS counts."""
+        return self.kind == "fit" and self.strategy == "auto"
 
     @property
     def num_windows(self) -> int:

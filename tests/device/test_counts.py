@@ -167,7 +167,7 @@ def test_a_mask_is_unpacked_at_most_four_times_a_run(tmp_path: Path, monkeypatch
     assert set(unpacked) == {"cuda"}
     num_bytes = sum(p.numel() // 8 for n, p in ModelSource(name).model().named_parameters() if "proj" in n)
     assert counts.total("to device", "masks.py on") <= 4 * num_bytes
-    assert counts.total("to host", "masks.py pack") <= 5 * num_bytes  # chosen, and checked four times
+    assert counts.total("to host", "masks.py pack") <= 6 * num_bytes  # chosen, and checked five times
 
 
 def test_the_held_out_error_is_computed_in_the_trainers_precision(tmp_path: Path) -> None:
@@ -195,3 +195,14 @@ def test_the_device_of_a_run_is_current_before_its_fit() -> None:
     with mock.patch.object(accelerator, "setup_device") as setup:
         ranks.start(trainer, L.LightningModule())
     setup.assert_called_once_with(CUDA)
+
+
+@pytest.mark.parametrize("make", [BlockDistillation, SubmoduleDistillation])
+def test_a_fit_ends_without_moving_the_model_to_the_host(make: Any, tmp_path: Path) -> None:
+    """It is written from the device; Lightning would move it first."""
+    name = save_tiny("llama", tmp_path, num_hidden_layers=2)
+    with simulated_cuda() as counts:
+        run(make(name=name, epochs=1, batch_size=4), tmp_path / "run", CUDA, WANDA)
+    size = sum(one.nbytes for one in ModelSource(name).model().parameters())
+    assert size <= counts.total("to host", "experiment/writing.py") <= 1.01 * size
+    assert counts.total("to host", "experiment/training.py") < 0.01 * size

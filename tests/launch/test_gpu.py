@@ -39,7 +39,7 @@ def test_the_whole_way_on_a_cpu(tmp_path: Path) -> None:
             == row["num_windows"]
             == {"submodule": 4, "block": 2, "matrix": 2, "full": 0}[name.partition(",")[0]]
         )
-        if "ZeRO" not in name:  # whose buckets are planned for a GPU
+        if not name.endswith(("ZeRO-2", "ZeRO-3", "FSDP2")):  # whose activations are not followed
             assert row["tracked_bytes"] == pytest.approx(row["planned_bytes"], rel=0.1)
     assert found["recon fit, bundled model"]["perplexity"] > 1
     page = (tmp_path / "gpu.md").read_text()

@@ -53,7 +53,8 @@ def test_precisions_are_those_of_the_products() -> None:
     assert half["walk"] == half["gram"] == half["training"] == "bf16"
     assert half["solve"] == "fp32"
     matrix = precisions(PlanOptions("matrix", precision="bf16-mixed"), torch.bfloat16)
-    assert matrix["gram"] == matrix["solve"] == matrix["training"] == "fp32"
+    assert matrix["gram"] == matrix["solve"] == "fp32"
+    assert matrix["held out"] == "bf16"
     assert precisions(PlanOptions("full", precision="bf16-mixed"), torch.float32)["rest"] == "bf16"
 
 

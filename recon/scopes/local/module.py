@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor
 
 from recon.basics.files import write_json
@@ -183,6 +184,11 @@ class LocalScope(WindowedScope):
         self.replay.hold(())
         if self.paths is not None:
             write_json(self.paths.window_results, self.results, self.paths.manifest.writing)
+
+    def cpu(self) -> "LocalScope":
+        """As of any module, but not when a fit ends, as Lightning asks: the weights are checked and written first."""
+        trainer = self._trainer
+        return super().cpu() if trainer is None or trainer.state.status != TrainerStatus.RUNNING else self
 
     def release(self) -> None:
         """As `Scope.release`; the results stay."""
