@@ -86,8 +86,8 @@ def seconds_of(flops: Mapping[Kind, int], speeds: Mapping[Kind, float], options:
     """
     # Every process walks through the dense blocks up to its own windows, the last one through all of them.
     undivided = ("walk",) if options.is_local else ()
-    divided = {kind: number / (1 if kind in undivided else options.world_size) for kind, number in flops.items()}
-    return sum((number / speeds[kind] for kind, number in divided.items() if number), 0.0)
+    parts = {kind: 1 if kind in undivided else options.world_size for kind in flops}
+    return sum((number / speeds[kind] / parts[kind] for kind, number in flops.items() if number), 0.0)
 
 
 def uniform(speed: float) -> dict[Kind, float]:

@@ -75,8 +75,8 @@ class Row:
 
     @property
     def is_compared(self) -> bool:
-        """Whether the tracked peak has to be that of the allocator: under a strategy that shards, what lives at a step's
-        end is counted, and beside a tiny model the workspace of cuBLAS counts."""
+        """Whether the tracked peak has to be that of the allocator: where models are sharded, what lives between steps is
+        tracked, and beside a tiny model the workspace of cuBLAS counts."""
         return self.kind == "fit" and self.strategy == "auto"
 
     @property

@@ -17,6 +17,7 @@ def test_fit_and_bare_loop_end_at_the_same_bits(tmp_path: Path, monkeypatch: pyt
     assert row["ratio"] == row["fit"][0] / row["loop"][0]
 
 
+@pytest.mark.slow
 def test_growth_measures_bytes_of_both_sides(tmp_path: Path) -> None:
     result = growth.measure("depth", tmp_path, quick=True, scopes=("block", "full"))
     by_point = {(row["scope"], row["depth"]): row for row in result["rows"]}
@@ -36,6 +37,7 @@ def test_a_straight_line_is_found() -> None:
     assert growth.straight_line([1.0, 2.0, 4.0], [1.0, 4.0, 16.0])["deviation"] > 0.2
 
 
+@pytest.mark.slow
 def test_quality_has_no_ratio_where_it_is_not_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = quality.measure(tmp_path, quick=True, scopes=("block",))
     (row,) = result["rows"]

@@ -162,6 +162,7 @@ def test_another_optimizer_and_schedule_keep_exact_masks(strategy: str, director
     assert runs.difference(runs.weights(one), runs.weights(run)) < 1e-6
 
 
+@pytest.mark.slow
 def test_a_terminated_run_with_another_schedule_ends_bit_identically(directory: Path) -> None:
     chosen = ("--optimizer", "Adam", "--lr_scheduler", "ExponentialLR", "--lr_scheduler.gamma", "0.5")
     straight, stopped = (directory / name / "32-true" for name in ("schedule", "schedule-stopped"))

@@ -92,6 +92,7 @@ def test_two_processes_recover_the_bits_of_one(scope: str, masks: str, directory
     assert report["seconds"] > 0
 
 
+@pytest.mark.slow
 def test_groups_of_matrices_and_accumulated_gradients_too(directory: Path) -> None:
     groups = ("--model.windows.groups", '[["*.q_proj","*.k_proj","*.v_proj"],["*.o_proj"],["*.mlp.*"]]')
     more = (*groups, "--model.batch_size", "4", "--trainer.accumulate_grad_batches", "4")
@@ -116,6 +117,7 @@ def test_an_offloaded_model_is_recovered_by_two_processes_too(
     assert (report["environment"]["strategy"], report["environment"]["processes"]) == ("window_parallel", 2)
 
 
+@pytest.mark.slow
 def test_jobs_read_a_random_model_from_disk(directory: Path) -> None:
     run, one = directory / "random-jobs", directory / "random-one"
     with ThreadPoolExecutor(2) as pool:  # at once: one of them writes the model, the other waits for it
@@ -219,6 +221,7 @@ def test_jobs_and_merge_end_as_one_process(directory: Path) -> None:
     assert report["peak_host_bytes"] == max(part["peaks"]["peak_host_bytes"] for part in measured)
 
 
+@pytest.mark.slow
 def test_jobs_that_start_together_choose_masks_once(directory: Path) -> None:
     run = directory / "together"
     with ThreadPoolExecutor(2) as pool:

@@ -48,7 +48,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.mark.parametrize(
-    "scope", ["submodule", "full", *(pytest.param(scope, marks=pytest.mark.slow) for scope in ("matrix", "block"))]
+    "scope", ["submodule", *(pytest.param(scope, marks=pytest.mark.slow) for scope in ("full", "matrix", "block"))]
 )
 def test_of_two_commands_in_one_directory_one_runs_and_the_other_names_it(
     scope: str, alone: Callable[[str], Path], tmp_path: Path

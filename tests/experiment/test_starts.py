@@ -66,6 +66,7 @@ def test_a_single_start_knows_its_cost(scope: str, tmp_path: Path) -> None:
     assert not RunPaths(tmp_path / "run").begun.exists()
 
 
+@pytest.mark.slow
 def test_full_retraining_that_saved_as_it_ended_has_all_tokens_and_seconds(tmp_path: Path) -> None:
     fit("full", tmp_path / "straight")
     with pytest.raises(RuntimeError, match="the test says stop"):
@@ -88,6 +89,7 @@ def test_full_retraining_that_was_killed_says_that_seconds_are_missing(tmp_path:
     assert report["environment"]["seconds_at_least"] is True
 
 
+@pytest.mark.slow
 def test_a_killed_start_without_a_checkpoint_leaves_a_mark(tmp_path: Path) -> None:
     with mock.patch.object(Checkpoints, "on_exception"), pytest.raises(Killed):
         fit("full", tmp_path / "run", Stop(1, Killed))

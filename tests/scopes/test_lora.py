@@ -36,6 +36,7 @@ from tests.support.scope_fixtures import (
     trainer_of,
     weights_of,
 )
+from tests.support.slow import quick
 
 pytestmark = [pytest.mark.filterwarnings("error"), *(pytest.mark.filterwarnings(one) for one in IGNORED)]
 
@@ -310,7 +311,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", quick(STRATEGIES, "zero3"))
 def test_two_processes_learn_the_adapters_of_one(strategy: str, shared: Path, capsys: Any) -> None:
     run = shared / strategy / "32-true"
     in_processes(runs.fit_keeping_checkpoint, strategy, "32-true", 2, run, *LEARN_LORA)
