@@ -75,8 +75,10 @@ class Row:
 
     @property
     def is_compared(self) -> bool:
-        """Whether the tracked peak has to be that of the allocator: where models are sharded, what lives between steps is
-        tracked, and beside a tiny model the workspace of cuBLAS counts."""
+        """Whether the tracked peak has to be that of the allocator.
+
+        Beside a tiny model cuBLAS's workspace counts; of a sharded one only what lives between steps is tracked.
+        """
         return self.kind == "fit" and self.strategy == "auto"
 
     @property
