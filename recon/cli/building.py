@@ -4,7 +4,9 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import lightning as L
 from jsonargparse import Namespace
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 NOT_INSTALLED = re.compile(r"(?:Requirement '|No module named ')([A-Za-z0-9_-]+)")
@@ -54,3 +56,24 @@ def trainer_of(options: Namespace) -> Iterator[None]:
             f"the trainer needs options that fit together and this machine, got {given}: {error}; correct them, or "
             f"leave them out to run in one process on what is there"
         ) from error
+
+
+def require_devices(options: Namespace) -> None:
+    """Refuse a trainer whose devices this machine lacks, without the cost of its strategy.
+
+    Args:
+        options: Of the trainer.
+
+    Raises:
+        ValueError: Naming the options.
+    """
+    with trainer_of(options):
+        L.Trainer(
+            accelerator=options.accelerator,
+            devices=options.devices,
+            plugins=[LightningEnvironment()],  # that of a job belongs to the command, not to what it starts
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )

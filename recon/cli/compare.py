@@ -4,6 +4,7 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 
 from recon.cli.arguments import parse
+from recon.cli.quiet import quiet
 from recon.cli.resolver import CommandResolver
 from recon.experiment.comparison.compare import compare
 from recon.experiment.comparison.spec import Comparison
@@ -23,6 +24,7 @@ def build_parser() -> ArgumentParser:
 
 def main(args: list[str]) -> int:
     """Parse, run the cells, print the table, draw the pictures."""
+    quiet()
     parser = build_parser()
     config, built = parse(parser, args)
     options = {key: value for key, value in built.as_dict().items() if key not in ("config", "verbose")}

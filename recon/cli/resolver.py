@@ -6,6 +6,7 @@ from jsonargparse import Namespace
 
 from recon.cli import prune, test
 from recon.cli.arguments import describe, parse
+from recon.cli.building import require_devices
 from recon.cli.fit import choose_optimizer, parse_options
 from recon.experiment.comparison.spec import Resolver
 
@@ -47,6 +48,7 @@ def _fit(args: list[str]) -> tuple[Namespace, Any]:
     parser, config = parse_options(args)
     built: Any = parser.instantiate_classes(Namespace(**{name: config[name] for name in BUILT}))
     choose_optimizer(built.model, config)
+    require_devices(config.trainer)
     return config, built.data
 
 
