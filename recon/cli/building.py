@@ -65,9 +65,9 @@ def require_devices(options: Namespace) -> None:
         options: Of the trainer.
 
     Raises:
-        ValueError: Naming the options.
+        ValueError: Naming the options, or a package that they need.
     """
-    with trainer_of(options):
+    with packages(), trainer_of(options):
         L.Trainer(
             accelerator=options.accelerator,
             devices=options.devices,

@@ -261,7 +261,7 @@ COMPARISON = {"name": "x", "recoveries": [{"scope": "matrix"}]}
         ({"models": [{"name": "bundled", "zz": 1}]}, ["models", "zz", "name, shape, dtype"]),
         ({"models": ["bundled"]}, ["models"]),
         ({"recoveries": [{"scope": "submodule", "options": {"model.lr": -1}}]}, ["model.lr must be above 0", "got -1"]),
-        ({"options": {"trainer.accelerator": "tpu"}}, ["'matrix' cannot run", "trainer.accelerator: tpu"]),
+        ({"options": {"trainer.accelerator": "mps"}}, ["'matrix' cannot run", "trainer.accelerator: mps"]),
         ({"recoveries": [{"scope": "submodule", "tune": {"model.lr": [-1]}}]}, ["model.lr must be above 0", "got -1"]),
     ],
 )
