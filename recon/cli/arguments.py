@@ -3,7 +3,7 @@
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
@@ -44,6 +44,17 @@ def add_data_arguments(parser: ArgumentParser, skip: set[str] | None = None) -> 
     """
     parser.add_subclass_arguments(TokenData, "data", skip=skip, fail_untyped=False)
     default_data(parser)
+
+
+def add_offload_argument(parser: ArgumentParser) -> None:
+    """Add `model.offload`, for commands that open models without a scope."""
+    parser.add_argument(
+        "--model.offload",
+        type=Literal["none", "host", "disk"],
+        default="none",
+        help="Where the model is: on the device (none), or on the host or disk, with one block on the device at a "
+        "time and the hidden states of all sequences on the host.",
+    )
 
 
 def default_data(parser: ArgumentParser) -> None:

@@ -12,7 +12,14 @@ from recon.basics.files import read_json
 from recon.basics.locks import owned
 from recon.basics.manifest import require_unchanged
 from recon.basics.run_paths import RunPaths
-from recon.cli.arguments import DEFAULT_DATA, add_data_arguments, choose_device, parse, plain_data
+from recon.cli.arguments import (
+    DEFAULT_DATA,
+    add_data_arguments,
+    add_offload_argument,
+    choose_device,
+    parse,
+    plain_data,
+)
 from recon.cli.arrange import arrange
 from recon.cli.configs import load_options
 from recon.cli.errors import usage
@@ -127,6 +134,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N.")
     parser.add_argument("--masks", type=str | None, default=None, help="Masks to apply first.")
     parser.add_class_arguments(ModelSource, "model", skip={"name"}, instantiate=False)
+    add_offload_argument(parser)
     parser.add_argument("--summary", type=bool, default=True, help="Print the report as a table.")
     parser.add_argument("--verbose", type=bool, default=False, help="Add tables of memory, predictions and drift.")
     add_data_arguments(parser, skip={"seed"})
@@ -143,7 +151,7 @@ def main(args: list[str]) -> int:
     with usage():
         parser.set_defaults(_data_of_run(subject))
     config, built = parse(parser, args)
-    source = subject.source(config.model.as_dict())
+    source = subject.source({name: one for name, one in config.model.as_dict().items() if name != "offload"})
     begin(built.data)
     if config.run_dir is None:
         report = _measured(subject, source, built.data, config)
@@ -174,7 +182,7 @@ def _measured(subject: Subject, source: ModelSource, data: TokenData, config: An
             moved = moved_with(file, masks)
         else:
             promised = Masks.load(file)
-    report = measure(source, data, device, masks, promised, moved)
+    report = measure(source, data, device, masks, promised, moved, config.model.offload)
     if subject.run is not None and config.masks is None and (subject.run / REPORT).is_file():
         return _named(report, Report.load(subject.run / REPORT), recovered=subject.model is not None)
     return report

@@ -8,10 +8,9 @@ import torch
 from recon.data import TokenData
 from recon.distributed import ranks
 from recon.experiment.directory import RunDirectory
+from recon.experiment.opened import Opener, OpenModel
 from recon.experiment.options import RunOptions
 from recon.models.loading import ModelSource
-from recon.models.offload.opening import open_offloaded
-from recon.models.replay import Replay
 from recon.scopes.base import Scope
 
 
@@ -45,7 +44,7 @@ class Job:
 
     @property
     def is_offloaded(self) -> bool:
-        """Whether the blocks of the model are on the device only while they are needed."""
+        """Whether the blocks of the model are on the device only while needed; in full retraining, outside the fit."""
         return self.scope.offload != "none"
 
     @property
@@ -58,9 +57,10 @@ class Job:
         """The recovered model, as it was written."""
         return self.scope.source.at(self.run.model)
 
-    def reopened(self, source: ModelSource) -> Replay:
+    def reopened(self, source: ModelSource) -> OpenModel:
         """Another copy of a model, offloaded as the scope's is."""
-        offloaded = open_offloaded(source, self.scope.offload, self.device, self.run.dense)
-        replay = Replay.within(offloaded, self.scope.forms)
-        self.scope.forms = replay.forms
-        return replay
+        scope = self.scope
+        opener = Opener(scope.offload, self.device, scope.storage, self.run.dense, scope.forms)
+        model = opener(source)
+        scope.forms = opener.forms
+        return model
