@@ -78,7 +78,7 @@ def measure(job: Job, baselines: Baselines | None) -> Measurement:
     job.scope.phases.enter(PhaseName.EVALUATE)
     recovered, violations = _measure_written(job, masks)
     drift = None
-    if job.options.drift and masks and job.scope.evaluation is None:
+    if job.options.drift and masks and (job.is_offloaded or job.scope.evaluation is None):
         job.scope.phases.enter(PhaseName.DRIFT)
         drift = _drift(job)
     return Measurement(recovered, violations, drift, baselines)
