@@ -125,7 +125,7 @@ def keep_own_defaults(parser: ArgumentParser, config: Namespace) -> bool:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called `name`; `auto` takes a CUDA device where there is one.
+    """The device called `name`, which becomes the current one; `auto` takes a CUDA device where there is one.
 
     Raises:
         UsageError: If the device is unknown or not there.
@@ -140,4 +140,6 @@ def choose_device(name: str) -> torch.device:
             f"--device {name} needs that CUDA device and a CUDA build of torch, got {count} devices; use --device cpu"
             f"{'' if count == 0 else f', or cuda:0 to cuda:{count - 1}'}"
         )
+    if device.index is not None:
+        torch.cuda.set_device(device)  # or GPU 0 would be measured, and hold what pins memory
     return device
