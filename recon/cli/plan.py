@@ -3,6 +3,7 @@
 import json
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -104,8 +105,8 @@ def main(args: list[str]) -> int:
     built: Any = cli.parser.instantiate_classes(Namespace(**{name: config[name] for name in BUILT}))
     scope, data = built.model, built.data
     choose_optimizer(scope, config)
-    rows = [_options(one, data, config) for one in _rows(scope, config)]
-    shape = Shape(scope.source)
+    scopes, shape = _rows(scope, config), Shape(scope.source)
+    rows = [_in_default_dtype(_options(one, data, config), one, shape) for one in scopes]
     for row in rows:
         if row.scope == scope.scope:
             _require_fit(scope, shape.fake(row), built.pattern, built.pruning)
@@ -123,6 +124,14 @@ def main(args: list[str]) -> int:
         changes = " ".join(proposals[scope.scope][0].arguments)
         print(f"To run {scope.scope} so: recon fit {shlex.join(_of_fit(args))} {changes}")
     return 0
+
+
+def _in_default_dtype(options: PlanOptions, scope: Scope, shape: Shape) -> PlanOptions:
+    """Plan a scope whose precision is open in the one that it has on its device."""
+    given = scope.source
+    scope.settle(torch.device(options.device))
+    stored = shape.stored if scope.source == given else scope.source.skeleton().dtype
+    return options if stored == shape.stored else replace(options, dtype=stored)
 
 
 def _require_fit(scope: Scope, fake: FakeModel, pattern: Pattern | None, pruning: Pruning | None) -> None:

@@ -76,13 +76,13 @@ def main(args: list[str]) -> int:
     }
     options["data"] = plain_data(options["data"])
     offload = options["model"].pop("offload")
-    source = ModelSource(**options["model"])
+    device = choose_device(config.device)
+    source = ModelSource(**options["model"]).on(device)
     identity = {"model": source.identity(), "data": built.data.identity()}
     fingerprint = {"options": with_short_paths(options), "versions": versions(), **identity}
     path = Path(config.run_dir or f"runs/prune-{digest(fingerprint)[:8]}")
     console = Console(highlight=False, soft_wrap=True)
     chosen = RunOptions(criterion, built.pattern, built.pruning, drift=config.drift, baselines=config.baselines)
-    device = choose_device(config.device)
     begin(built.data)
     with owned(path):
         run = RunDirectory(path, fingerprint)

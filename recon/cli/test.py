@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
@@ -152,15 +153,17 @@ def main(args: list[str]) -> int:
         parser.set_defaults(_data_of_run(subject))
     config, built = parse(parser, args)
     source = subject.source({name: one for name, one in config.model.as_dict().items() if name != "offload"})
+    device = choose_device(config.device)
+    source = source.on(device)
     begin(built.data)
     if config.run_dir is None:
-        report = _measured(subject, source, built.data, config)
+        report = _measured(subject, source, built.data, config, device)
     else:
         options = {"data": plain_data(config.data.as_dict()), "device": config.device, "masks": config.masks}
         identity = {"model": source.identity(), "text": built.data.identity()}
         with owned(Path(config.run_dir)):
             run = RunDirectory(Path(config.run_dir), {**options, **identity, "versions": versions()})
-            report = _measured(subject, source, built.data, config)
+            report = _measured(subject, source, built.data, config, device)
             report.replace(run_dir=str(run.path)).save(run.report, run.manifest.writing)
     console = Console(highlight=False, soft_wrap=True)
     if config.summary:
@@ -169,9 +172,9 @@ def main(args: list[str]) -> int:
     return 0
 
 
-def _measured(subject: Subject, source: ModelSource, data: TokenData, config: Any) -> Report:
+def _measured(subject: Subject, source: ModelSource, data: TokenData, config: Any, device: torch.device) -> Report:
     """The report of the model: under its run's masks if the run wrote no model, and named as the run is."""
-    device, file = choose_device(config.device), subject.run and subject.run / MASKS
+    file = subject.run and subject.run / MASKS
     masks, promised, moved = None, None, None
     if config.masks is not None:
         require_unchanged(Path(config.masks), "copy it again, or prune again")

@@ -190,7 +190,8 @@ def measure_pruned(
         **_compared(source, model, masks, data, opened, options),
     )
     report.save(run.report, run.manifest.writing)
-    run.clean()
+    if offload == "disk" and not source.is_stored:
+        run.clean()  # the dense weights that were written to be read
     return report
 
 

@@ -56,7 +56,7 @@ class Scope(L.LightningModule, ABC):
         name: `bundled`, a directory in Hugging Face format, a name on the hub, or `random`.
         shape: For `random`: the model's configuration, `model_type` included.
         dtype: Precision of the weights in memory, in which everything is computed: float32, bfloat16, float16, or
-            `auto` for the stored one.
+            `auto` for the stored one. If null float32, in local scopes on a GPU the stored one: they train in float32.
         revision: Commit, tag or branch of a hub model.
         tokenizer: Where the tokenizer is, if not with the model; for `random` the bundled one by default.
         trust_remote_code: Run code that comes with the model. Off, because it can do anything.
@@ -82,7 +82,7 @@ class Scope(L.LightningModule, ABC):
         self,
         name: str = "bundled",
         shape: dict[str, Any] | None = None,
-        dtype: str = "float32",
+        dtype: str | None = None,
         revision: str | None = None,
         tokenizer: str | None = None,
         trust_remote_code: bool = False,
@@ -186,11 +186,7 @@ class Scope(L.LightningModule, ABC):
             )
 
     def require_independent(self, what: str) -> None:
-        """Refuse options that make windows depend on each other; there are none here.
-
-        Args:
-            what: Needs them not to, in the words of the message.
-        """
+        """Refuse options that make windows depend on each other, on behalf of `what`; there are none here."""
 
     def divide(self, share: Share, assembles: bool) -> None:
         """Say, before `prepare`, which windows this process recovers; nothing where there are none.
@@ -206,6 +202,9 @@ class Scope(L.LightningModule, ABC):
 
     def recall(self, windows: Sequence[Window]) -> None:
         """Take over the seconds that are recorded with those of `windows` that are written; there are none here."""
+
+    def settle(self, device: torch.device) -> None:
+        """Settle options that depend on the device, before anything is loaded."""
 
     @property
     def paths(self) -> RunPaths | None:
