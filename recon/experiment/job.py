@@ -34,8 +34,9 @@ class Job:
 
     @property
     def device(self) -> torch.device:
-        """The device of this process."""
-        return self.trainer.strategy.root_device
+        """The device of this process; a CPU without the index that DeepSpeed gives it, which tensors do not have."""
+        device = self.trainer.strategy.root_device
+        return torch.device("cpu") if device.type == "cpu" else device
 
     @property
     def is_first(self) -> bool:
