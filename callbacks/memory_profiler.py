@@ -27,7 +27,7 @@ from recon.profiling.out_of_memory import (
     FULL_CURES,
     LOCAL_CURES,
     advice,
-    is_out_of_memory,
+    full_side,
     largest_owners,
     live_by_category,
 )
@@ -221,19 +221,19 @@ class MemoryProfiler(Callback, PhaseListener):
             return
         ledger = self._follower.ledger
         ledger.pause()
-        if error is None or self._shortage is not None or not is_out_of_memory(error):
+        full = full_side(error)
+        if self._shortage is not None or full is None:
             return
         was_followed = ledger.is_open
         if not was_followed:
             ledger.open("out of memory")
         live = ledger.live()
         categories = live_by_category(live.values())
-        full: Side | None = None
-        if self._device.type != "cpu":
-            full = "device" if isinstance(error, torch.OutOfMemoryError) else "host"
-            if full == "device" and not was_followed:  # the tensors of autograd are then known to the allocator alone
-                unseen = torch.cuda.memory_allocated(self._device) - sum(categories["device"].values())
-                categories["device"]["activations"] += max(0, unseen)
+        if self._device.type == "cpu":
+            full = None
+        elif full == "device" and not was_followed:  # the tensors of autograd are then known to the allocator alone
+            unseen = torch.cuda.memory_allocated(self._device) - sum(categories["device"].values())
+            categories["device"]["activations"] += max(0, unseen)
         model = getattr(self._module, "model", None)  # by itself, for an offloaded one is no part of the module
         cures = FULL_CURES if isinstance(self._module, FullRetraining) else LOCAL_CURES
         self._shortage = {

@@ -160,3 +160,6 @@ def _amount(option: str, text: str) -> int:
 
 ON_DEVICE = Storage()
 """For signatures; it cannot change."""
+
+ON_HOST = Storage("host")
+"""Beside models whose blocks are offloaded."""

@@ -3,7 +3,7 @@
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
@@ -44,6 +44,17 @@ def add_data_arguments(parser: ArgumentParser, skip: set[str] | None = None) -> 
     """
     parser.add_subclass_arguments(TokenData, "data", skip=skip, fail_untyped=False)
     default_data(parser)
+
+
+def add_offload_argument(parser: ArgumentParser) -> None:
+    """Add `model.offload`, for commands that open models without a scope."""
+    parser.add_argument(
+        "--model.offload",
+        type=Literal["none", "host", "disk"],
+        default="none",
+        help="Where the model is: on the device (none), or on the host or disk, with one block on the device at a "
+        "time and the hidden states of all sequences on the host.",
+    )
 
 
 def default_data(parser: ArgumentParser) -> None:
@@ -114,7 +125,7 @@ def keep_own_defaults(parser: ArgumentParser, config: Namespace) -> bool:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called `name`; `auto` takes a CUDA device where there is one.
+    """The device called `name`, which becomes the current one; `auto` takes a CUDA device where there is one.
 
     Raises:
         UsageError: If the device is unknown or not there.
@@ -129,4 +140,6 @@ def choose_device(name: str) -> torch.device:
             f"--device {name} needs that CUDA device and a CUDA build of torch, got {count} devices; use --device cpu"
             f"{'' if count == 0 else f', or cuda:0 to cuda:{count - 1}'}"
         )
+    if device.index is not None:
+        torch.cuda.set_device(device)  # or GPU 0 would be measured, and hold what pins memory
     return device

@@ -321,6 +321,7 @@ def execute(cli: FitCLI, masks: Masks | None = None, merge: bool = False, texts:
     """
     options, first = _options(cli, masks, merge), ranks.rank() == 0
     scope, data = cli.model, cli.datamodule
+    scope.settle(cli.trainer.strategy.root_device)
     identity = {"model": scope.source.identity(), "data": data.identity()} if first else {}
     if not scope.by_window:  # windows are the same, however many processes share them
         identity["processes"] = cli.trainer.num_devices * cli.trainer.num_nodes

@@ -3,6 +3,7 @@
 import json
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 
 from recon.basics.units import in_bytes
+from recon.cli.arguments import choose_device
 from recon.cli.fit import ParsingCLI, _class, _cli, choose_optimizer
 from recon.cli.quiet import quiet
 from recon.data import TokenData
@@ -103,12 +105,12 @@ def main(args: list[str]) -> int:
     built: Any = cli.parser.instantiate_classes(Namespace(**{name: config[name] for name in BUILT}))
     scope, data = built.model, built.data
     choose_optimizer(scope, config)
-    rows = [_options(one, data, config) for one in _rows(scope, config)]
-    shape = Shape(scope.source)
+    scopes, shape = _rows(scope, config), Shape(scope.source)
+    rows = [_in_default_dtype(_options(one, data, config), one, shape) for one in scopes]
     for row in rows:
         if row.scope == scope.scope:
             _require_fit(scope, shape.fake(row), built.pattern, built.pruning)
-    speeds = [_speed(config.flop_rate, scope.source, options) for options in rows]
+    speeds = [_speed(config.flop_rate, scope.source, options, config.trainer) for options in rows]
     rates = None
     if config.flop_rate is None and config.rates is not None and config.trainer.accelerator != "cpu":
         rates = as_rates(config.rates)
@@ -122,6 +124,14 @@ def main(args: list[str]) -> int:
         changes = " ".join(proposals[scope.scope][0].arguments)
         print(f"To run {scope.scope} so: recon fit {shlex.join(_of_fit(args))} {changes}")
     return 0
+
+
+def _in_default_dtype(options: PlanOptions, scope: Scope, shape: Shape) -> PlanOptions:
+    """Plan a scope whose precision is open in the one that it has on its device."""
+    given = scope.source
+    scope.settle(torch.device(options.device))
+    stored = shape.stored if scope.source == given else scope.source.skeleton().dtype
+    return options if stored == shape.stored else replace(options, dtype=stored)
 
 
 def _require_fit(scope: Scope, fake: FakeModel, pattern: Pattern | None, pruning: Pruning | None) -> None:
@@ -148,13 +158,22 @@ def _of_fit(args: list[str]) -> list[str]:
     return kept
 
 
-def _speed(given: float | str | None, source: ModelSource, options: PlanOptions) -> float | Mapping[Kind, float] | None:
+def _device(trainer: Any) -> torch.device:
+    """The first device that `recon fit` would use; another one of its kind if this machine lacks it."""
+    if trainer.accelerator == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    index = trainer.devices[0] if isinstance(trainer.devices, list) else 0
+    return choose_device(f"cuda:{index if index < torch.cuda.device_count() else 0}")
+
+
+def _speed(
+    given: float | str | None, source: ModelSource, options: PlanOptions, trainer: Any
+) -> float | Mapping[Kind, float] | None:
     """The speed that `--flop_rate` gives for one row; None if it gives none for its scope."""
     if given is None or isinstance(given, float | int):
         return given
     if given == "measure":
-        has_device = options.device == "cuda" and torch.cuda.is_available()
-        return measured_speeds(source, options, torch.device("cuda" if has_device else "cpu"))
+        return measured_speeds(source, options, _device(trainer))
     cells = [cell for cell in Results.load(given).cells if cell.seconds and "flops" in cell.prediction]
     if not cells:
         raise ValueError(

@@ -9,7 +9,14 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 
 from recon.basics.locks import owned
-from recon.cli.arguments import add_data_arguments, add_pruning_arguments, choose_device, parse, plain_data
+from recon.cli.arguments import (
+    add_data_arguments,
+    add_offload_argument,
+    add_pruning_arguments,
+    choose_device,
+    parse,
+    plain_data,
+)
 from recon.cli.names import CHOICES, with_short_paths
 from recon.cli.quiet import quiet
 from recon.experiment.baselines import measure_pruned
@@ -47,6 +54,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--summary", type=bool, default=True, help="Print the report as a table in the end.")
     parser.add_argument("--verbose", type=bool, default=False, help="Add tables of memory, predictions and drift.")
     parser.add_class_arguments(ModelSource, "model", instantiate=False)
+    add_offload_argument(parser)
     add_data_arguments(parser)
     add_pruning_arguments(parser)
     parser.link_arguments("seed_everything", "data.init_args.seed")
@@ -67,19 +75,20 @@ def main(args: list[str]) -> int:
         if key not in ("config", "run_dir", "device", "drift", "baselines", "summary", "verbose")
     }
     options["data"] = plain_data(options["data"])
-    source = ModelSource(**config.model.as_dict())
+    offload = options["model"].pop("offload")
+    device = choose_device(config.device)
+    source = ModelSource(**options["model"]).on(device)
     identity = {"model": source.identity(), "data": built.data.identity()}
     fingerprint = {"options": with_short_paths(options), "versions": versions(), **identity}
     path = Path(config.run_dir or f"runs/prune-{digest(fingerprint)[:8]}")
     console = Console(highlight=False, soft_wrap=True)
     chosen = RunOptions(criterion, built.pattern, built.pruning, drift=config.drift, baselines=config.baselines)
-    device = choose_device(config.device)
     begin(built.data)
     with owned(path):
         run = RunDirectory(path, fingerprint)
         run.sweep()
         with log_to(run.log):
-            report = measure_pruned(source, built.data, run, chosen, device, config.save_model)
+            report = measure_pruned(source, built.data, run, chosen, device, config.save_model, offload)
     if config.summary:
         print_table(Results(with_references(report)), table_console(), config.verbose)
     moved = run.moved.is_file()

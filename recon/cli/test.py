@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
@@ -12,7 +13,14 @@ from recon.basics.files import read_json
 from recon.basics.locks import owned
 from recon.basics.manifest import require_unchanged
 from recon.basics.run_paths import RunPaths
-from recon.cli.arguments import DEFAULT_DATA, add_data_arguments, choose_device, parse, plain_data
+from recon.cli.arguments import (
+    DEFAULT_DATA,
+    add_data_arguments,
+    add_offload_argument,
+    choose_device,
+    parse,
+    plain_data,
+)
 from recon.cli.arrange import arrange
 from recon.cli.configs import load_options
 from recon.cli.errors import usage
@@ -127,6 +135,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N.")
     parser.add_argument("--masks", type=str | None, default=None, help="Masks to apply first.")
     parser.add_class_arguments(ModelSource, "model", skip={"name"}, instantiate=False)
+    add_offload_argument(parser)
     parser.add_argument("--summary", type=bool, default=True, help="Print the report as a table.")
     parser.add_argument("--verbose", type=bool, default=False, help="Add tables of memory, predictions and drift.")
     add_data_arguments(parser, skip={"seed"})
@@ -143,16 +152,18 @@ def main(args: list[str]) -> int:
     with usage():
         parser.set_defaults(_data_of_run(subject))
     config, built = parse(parser, args)
-    source = subject.source(config.model.as_dict())
+    source = subject.source({name: one for name, one in config.model.as_dict().items() if name != "offload"})
+    device = choose_device(config.device)
+    source = source.on(device)
     begin(built.data)
     if config.run_dir is None:
-        report = _measured(subject, source, built.data, config)
+        report = _measured(subject, source, built.data, config, device)
     else:
         options = {"data": plain_data(config.data.as_dict()), "device": config.device, "masks": config.masks}
         identity = {"model": source.identity(), "text": built.data.identity()}
         with owned(Path(config.run_dir)):
             run = RunDirectory(Path(config.run_dir), {**options, **identity, "versions": versions()})
-            report = _measured(subject, source, built.data, config)
+            report = _measured(subject, source, built.data, config, device)
             report.replace(run_dir=str(run.path)).save(run.report, run.manifest.writing)
     console = Console(highlight=False, soft_wrap=True)
     if config.summary:
@@ -161,9 +172,9 @@ def main(args: list[str]) -> int:
     return 0
 
 
-def _measured(subject: Subject, source: ModelSource, data: TokenData, config: Any) -> Report:
+def _measured(subject: Subject, source: ModelSource, data: TokenData, config: Any, device: torch.device) -> Report:
     """The report of the model: under its run's masks if the run wrote no model, and named as the run is."""
-    device, file = choose_device(config.device), subject.run and subject.run / MASKS
+    file = subject.run and subject.run / MASKS
     masks, promised, moved = None, None, None
     if config.masks is not None:
         require_unchanged(Path(config.masks), "copy it again, or prune again")
@@ -174,7 +185,7 @@ def _measured(subject: Subject, source: ModelSource, data: TokenData, config: An
             moved = moved_with(file, masks)
         else:
             promised = Masks.load(file)
-    report = measure(source, data, device, masks, promised, moved)
+    report = measure(source, data, device, masks, promised, moved, config.model.offload)
     if subject.run is not None and config.masks is None and (subject.run / REPORT).is_file():
         return _named(report, Report.load(subject.run / REPORT), recovered=subject.model is not None)
     return report

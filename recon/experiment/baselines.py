@@ -2,28 +2,30 @@
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from recon.data import TokenData
-from recon.evaluation.drift import measure_drift
-from recon.evaluation.perplexity import Evaluation, evaluate
+from recon.evaluation.perplexity import Evaluation
 from recon.experiment.directory import RunDirectory
 from recon.experiment.environment import environment
+from recon.experiment.opened import Opener, OpenModel
 from recon.experiment.options import RunOptions
 from recon.experiment.sizes import source_size, sparsities, written_sizes
 from recon.experiment.writing import save_model
-from recon.models.linear import is_matrix, weight_out_in
+from recon.models.linear import is_matrix
 from recon.models.loading import ModelSource
-from recon.models.stored import share_of_zeros
+from recon.models.offload.opening import Offload
 from recon.profiling.process_memory import PeakMeter, resident_bytes
 from recon.pruning.masks import Masks
 from recon.pruning.prune import moved_with, prune_to
-from recon.pruning.start_weights import apply
 from recon.report import Report
 
 log = logging.getLogger("recon")
@@ -39,6 +41,7 @@ def measure(
     masks: Masks | None = None,
     promised: Masks | None = None,
     moved: Mapping[str, torch.Tensor] | None = None,
+    offload: Offload = "none",
 ) -> Report:
     """Perplexity of a model as it is, or under masks, and the peak memory of measuring it.
 
@@ -51,20 +54,25 @@ def measure(
         masks: Applied first, if given.
         promised: Masks that the model should keep as it is; the report counts their violations.
         moved: The weights that survive `masks`, where a criterion has moved them.
+        offload: Place of the model; with `host` and `disk` it is measured block by block.
 
     Raises:
         ValueError: If the masks belong to another model.
     """
     costs = _Costs(device)
-    model, data.tokenizer = source.load(device)
-    data.require(["test"], model)
-    if masks is not None:
-        masks.validate_for(model)
-        apply(model, masks, moved)
-    evaluation = evaluate(model, data.test_dataloader())
-    costs.stop()
-    kept = masks if masks is not None else promised
-    given, zeros = "none" if masks is None else "given masks", share_of_zeros(matrices(model))
+    with _opener(offload, device) as opened:
+        model = opened(source)
+        data.tokenizer = source.tokenizer_for(model.model)
+        data.require(["test"], model.model)
+        if masks is not None:
+            masks.validate_for(model.model)
+            model.apply(masks, moved)
+        evaluation = model.evaluate(data)
+        costs.stop()
+        kept = masks if masks is not None else promised
+        violations = 0 if kept is None else model.violations(kept)
+        sizes = sparsities(model.parameters(), matrices(model.model))
+    given, zeros = "none" if masks is None else "given masks", sizes["sparsity"]
     return costs.report(
         source,
         data,
@@ -73,16 +81,26 @@ def measure(
         criterion=given,
         pattern=given,
         sparsity=zeros if masks is None else masks.sparsity,
-        model_sparsity=share_of_zeros(model.parameters()),
+        model_sparsity=sizes["model_sparsity"],
         **(source_size(source) if masks is None else {}),
-        mask_violations=0 if kept is None else kept.violations(model),
+        mask_violations=violations,
     )
 
 
-def matrices(model: PreTrainedModel) -> list[torch.Tensor]:
-    """The weights of all linear maps but the head, in any model, recovered by recon or not."""
+def matrices(model: PreTrainedModel) -> set[str]:
+    """The names of the weights of all linear maps but the head, in any model, recovered by recon or not."""
     head = model.get_output_embeddings()
-    return [weight_out_in(module) for module in model.modules() if is_matrix(module) and module is not head]
+    weights = {
+        id(module.get_parameter("weight")) for module in model.modules() if is_matrix(module) and module is not head
+    }
+    return {name for name, parameter in model.named_parameters() if id(parameter) in weights}
+
+
+@contextmanager
+def _opener(offload: Offload, device: torch.device) -> Iterator[Opener]:
+    """Opens models; the weights of one that no files hold are read from a temporary directory."""
+    with TemporaryDirectory(prefix="recon-") as temporary:
+        yield Opener(offload, device, dense=Path(temporary) / "dense")
 
 
 def measure_pruned(
@@ -92,6 +110,7 @@ def measure_pruned(
     options: RunOptions,
     device: torch.device,
     keep_model: bool = False,
+    offload: Offload = "none",
 ) -> Report:
     """Prune a model, write its masks, and measure the pruned model; a finished run is only read.
 
@@ -105,6 +124,7 @@ def measure_pruned(
             drift, for which the dense model is loaded again beside the pruned one.
         device: Where to compute.
         keep_model: Write the pruned model too.
+        offload: Place of the models; with `host` and `disk` all is done block by block.
 
     Returns:
         The report; its seconds and peaks are those of pruning, or, if an earlier start has pruned, of reading the
@@ -120,27 +140,40 @@ def measure_pruned(
         return Report.load(run.report)
     costs = _Costs(device)
     log.info(f"load {source.name}")
-    model, data.tokenizer = source.load(device)
-    data.require(("train", "test", "validation") if options.drift else ("train", "test"), model)
+    opened = Opener(offload, device, dense=run.dense)
+    model = opened(source)
+    data.tokenizer = source.tokenizer_for(model.model)
+    data.require(("train", "test", "validation") if options.drift else ("train", "test"), model.model)
     started, resumed = time.monotonic(), run.has_masks
     if resumed:
         log.info(f"{run.masks} holds the masks of this run: nothing to prune")
         masks = Masks.load(run.masks)
-        masks.validate_for(model)
+        masks.validate_for(model.model)
     else:
-        tokens = data.tokens("train")
-        masks = prune_to(run.masks, model, tokens, options.criterion, options.pattern, options.pruning, run.moved)
+        masks = prune_to(
+            run.masks,
+            model.model,
+            data.tokens("train"),
+            options.criterion,
+            options.pattern,
+            options.pruning,
+            run.moved,
+            model.replay,
+            model.storage,
+        )
     seconds = time.monotonic() - started
     costs.stop()
-    apply(model, masks, moved_with(run.masks, masks))
-    sizes: dict[str, Any] = {"model_sparsity": share_of_zeros(model.parameters())}
+    model.apply(masks, moved_with(run.masks, masks))
     if keep_model:
-        stored: Any = model.to(source.stored_dtype())  # pyright: ignore[reportArgumentType]
-        save_model(stored, data.tokenizer, run.model, placing=run.manifest.placing)
+        stored, state = model.state(source.stored_dtype(), run.path)
+        save_model(stored, data.tokenizer, run.model, state, run.manifest.placing)
+        del stored, state
         sizes = written_sizes(run.model)
         # Measured as written, and computed as the dense model is.
-        model = source.at(run.model).model(device)
-    evaluation = evaluate(model, data.test_dataloader())
+        model = opened(source.at(run.model))
+    else:
+        sizes = {"model_sparsity": sparsities(model.parameters(), masks)["model_sparsity"]}
+    evaluation = model.evaluate(data)
     report = costs.report(
         source,
         data,
@@ -150,13 +183,15 @@ def measure_pruned(
         criterion=str(options.criterion),
         pattern=options.pruning.describe(options.pattern),
         sparsity=masks.sparsity,
-        mask_violations=masks.violations(model),
+        mask_violations=model.violations(masks),
         seconds=seconds,
         run_dir=str(run.path),
         **sizes,
-        **_compared(source, model, masks, data, device, options),
+        **_compared(source, model, masks, data, opened, options),
     )
     report.save(run.report, run.manifest.writing)
+    if offload == "disk" and not source.is_stored:
+        run.clean()  # the dense weights that were written to be read
     return report
 
 
@@ -196,20 +231,20 @@ class _Costs:
 
 def _compared(
     source: ModelSource,
-    model: PreTrainedModel,
+    model: OpenModel,
     masks: Masks,
     data: TokenData,
-    device: torch.device,
+    opened: Opener,
     options: RunOptions,
 ) -> dict[str, Any]:
     """The fields of a report that compare a pruned model with the dense one, which is loaded for that."""
     fields: dict[str, Any] = {}
     if not (options.baselines or options.drift):
         return fields
-    dense = source.model(device)
+    dense = opened(source)
     if options.baselines:
-        fields["dense_perplexity"] = evaluate(dense, data.test_dataloader()).perplexity
-        fields["references"] = {"dense": sparsities(dense.named_parameters(), masks) | source_size(source)}
+        fields["dense_perplexity"] = dense.evaluate(data).perplexity
+        fields["references"] = {"dense": sparsities(dense.parameters(), masks) | source_size(source)}
     if options.drift:
-        fields["drift"] = asdict(measure_drift(dense, model, data.val_dataloader()))
+        fields["drift"] = asdict(dense.drift_to(model, data))
     return fields

@@ -8,10 +8,9 @@ import torch
 from recon.data import TokenData
 from recon.distributed import ranks
 from recon.experiment.directory import RunDirectory
+from recon.experiment.opened import Opener, OpenModel
 from recon.experiment.options import RunOptions
 from recon.models.loading import ModelSource
-from recon.models.offload.opening import open_offloaded
-from recon.models.replay import Replay
 from recon.scopes.base import Scope
 
 
@@ -35,8 +34,9 @@ class Job:
 
     @property
     def device(self) -> torch.device:
-        """The device of this process."""
-        return self.trainer.strategy.root_device
+        """The device of this process; a CPU without the index that DeepSpeed gives it, which tensors do not have."""
+        device = self.trainer.strategy.root_device
+        return torch.device("cpu") if device.type == "cpu" else device
 
     @property
     def is_first(self) -> bool:
@@ -45,7 +45,7 @@ class Job:
 
     @property
     def is_offloaded(self) -> bool:
-        """Whether the blocks of the model are on the device only while they are needed."""
+        """Whether the blocks of the model are on the device only while needed; in full retraining, outside the fit."""
         return self.scope.offload != "none"
 
     @property
@@ -58,9 +58,10 @@ class Job:
         """The recovered model, as it was written."""
         return self.scope.source.at(self.run.model)
 
-    def reopened(self, source: ModelSource) -> Replay:
+    def reopened(self, source: ModelSource) -> OpenModel:
         """Another copy of a model, offloaded as the scope's is."""
-        offloaded = open_offloaded(source, self.scope.offload, self.device, self.run.dense)
-        replay = Replay.within(offloaded, self.scope.forms)
-        self.scope.forms = replay.forms
-        return replay
+        scope = self.scope
+        opener = Opener(scope.offload, self.device, scope.storage, self.run.dense, scope.forms)
+        model = opener(source)
+        scope.forms = opener.forms
+        return model

@@ -1,18 +1,16 @@
 """The quality of the dense, the pruned and the recovered model, whole on the device or block by block."""
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from recon.evaluation.blockwise import evaluate_blockwise, measure_drift_blockwise
-from recon.evaluation.drift import Drift, measure_drift
-from recon.evaluation.perplexity import Evaluation, evaluate
+from recon.evaluation.drift import Drift
+from recon.evaluation.perplexity import Evaluation
 from recon.experiment.job import Job
-from recon.experiment.sizes import offloaded_parameters, source_size, sparsities
-from recon.models.replay import Replay
+from recon.experiment.sizes import source_size, sparsities
 from recon.profiling.phases import PhaseName
 from recon.pruning.masks import Masks
-from recon.pruning.start_weights import Start, amend_by, apply
+from recon.pruning.start_weights import Start
 
 log = logging.getLogger("recon")
 
@@ -58,22 +56,11 @@ def measure_baselines(job: Job, masks: Masks, moved: Start | None = None) -> Bas
     if not (job.measures_baselines and masks and job.is_first):
         return None
     job.scope.phases.enter(PhaseName.BASELINES)
-    split = job.data.evaluate_on
-    if job.is_offloaded:
-        replay = job.reopened(job.scope.source)
-        dense = _evaluate_blockwise(job, replay)
-        assert replay.offloaded is not None
-        zeros = [sparsities(offloaded_parameters(replay.offloaded), masks)]
-        replay.offloaded.amend = amend_by(masks, moved, replay.offloaded)
-        pruned = _evaluate_blockwise(job, replay)
-        zeros.append(sparsities(offloaded_parameters(replay.offloaded), masks))
-    else:
-        model = job.scope.source.model(job.device)
-        dense = evaluate(model, job.data.evaluation_dataloader(), split)
-        zeros = [sparsities(model.named_parameters(), masks)]
-        apply(model, masks, moved)
-        pruned = evaluate(model, job.data.evaluation_dataloader(), split)
-        zeros.append(sparsities(model.named_parameters(), masks))
+    split, model = job.data.evaluate_on, job.reopened(job.scope.source)
+    dense, zeros = model.evaluate(job.data), [sparsities(model.parameters(), masks)]
+    model.apply(masks, moved)
+    pruned = model.evaluate(job.data)
+    zeros.append(sparsities(model.parameters(), masks))
     log.info(f"{split} perplexity  dense {dense.perplexity:.3f}  pruned {pruned.perplexity:.3f}")
     return Baselines(dense, pruned, {"dense": zeros[0] | source_size(job.scope.source), "pruned": zeros[1]})
 
@@ -91,7 +78,7 @@ def measure(job: Job, baselines: Baselines | None) -> Measurement:
     job.scope.phases.enter(PhaseName.EVALUATE)
     recovered, violations = _measure_written(job, masks)
     drift = None
-    if job.options.drift and masks and job.scope.evaluation is None:
+    if job.options.drift and masks and (job.is_offloaded or job.scope.evaluation is None):
         job.scope.phases.enter(PhaseName.DRIFT)
         drift = _drift(job)
     return Measurement(recovered, violations, drift, baselines)
@@ -100,22 +87,11 @@ def measure(job: Job, baselines: Baselines | None) -> Measurement:
 def _measure_written(job: Job, masks: Masks) -> tuple[Evaluation, int]:
     if job.scope.evaluation is not None:  # too large to be loaded by one process: measured before it was gathered
         return job.scope.evaluation, masks.violations_in(job.run.model)
-    if job.is_offloaded:
-        return _evaluate_blockwise(job, job.reopened(job.written)), masks.violations_in(job.run.model)
-    model = job.written.model(job.device)
-    return evaluate(model, job.data.evaluation_dataloader(), job.data.evaluate_on), masks.violations(model)
+    model = job.reopened(job.written)
+    recovered = model.evaluate(job.data)
+    return recovered, masks.violations_in(job.run.model) if job.is_offloaded else model.violations(masks)
 
 
 def _drift(job: Job) -> Drift:
-    data = job.data
-    if not job.is_offloaded:
-        return measure_drift(job.scope.source.model(job.device), job.written.model(job.device), data.val_dataloader())
     dense, recovered = (job.reopened(source) for source in (job.scope.source, job.written))
-    storage = replace(job.scope.storage, dtype=None)
-    return measure_drift_blockwise(dense, recovered, data.tokens("validation"), data.batch_size, storage=storage)
-
-
-def _evaluate_blockwise(job: Job, replay: Replay) -> Evaluation:
-    # In the model's own precision: a perplexity does not depend on options.
-    data, storage = job.data, replace(job.scope.storage, dtype=None)
-    return evaluate_blockwise(replay, data.tokens(data.evaluate_on), data.batch_size, data.evaluate_on, storage)
+    return dense.drift_to(recovered, job.data)

@@ -24,7 +24,7 @@ class RunOptions:
         baselines: Evaluate the dense and the pruned model too.
         evaluate_on: The split for perplexities; the report's protocol names it.
         drift: Measure how far the written model is from the dense one, which loads both at once; left out where
-            nothing was pruned, and where the model is too large for one process.
+            nothing was pruned, and where the model is too large for one process and not offloaded.
         part: Recover these windows only, and end: nothing is saved or evaluated.
         merge: Train nothing: all windows have to be there.
         prediction: The predicted needs of the run, for the report.

@@ -31,8 +31,8 @@ def require_feasible(job: Job) -> None:
         _require_divisible(job, options.part)
     if not scope.loads_whole and (job.measures_baselines or not (job.run.masks.exists() or options.masks)):
         raise ValueError(
-            "model.partitioned needs masks made before, since pruning takes the whole model, and no baselines; give "
-            "--masks <masks.safetensors of recon prune> and --baselines false"
+            "model.partitioned needs masks made before, since pruning takes the whole model, and no baselines; choose "
+            "model.offload: disk, or give --masks <masks.safetensors of recon prune> and --baselines false"
         )
     moves = options.criterion is not None and options.criterion.moves_weights
     if scope.start == "moved" and options.masks is None and not moves:

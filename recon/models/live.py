@@ -31,6 +31,8 @@ class LiveModel(ModelSource):
             know.
     """
 
+    dtype: str
+
     def __init__(self, live: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, keep_dense: bool = True) -> None:
         super().__init__(name_of(live), dtype=str(live.dtype).removeprefix("torch."))
         devices = sorted({str(parameter.device) for parameter in live.parameters()})
@@ -133,6 +135,8 @@ class LiveModel(ModelSource):
 
 class _Written(ModelSource):
     """A model in a directory, loaded by the class that wrote it, whether or not transformers knows that class."""
+
+    dtype: str
 
     def __init__(self, directory: Path, kind: type[PreTrainedModel], dtype: str) -> None:
         super().__init__(str(directory), dtype=dtype)

@@ -1,7 +1,5 @@
 """Loading models and tokenizers: bundled, from a directory, from the hub, or random of a given shape."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -24,6 +22,7 @@ from transformers import (
 
 from recon.basics.manifest import require_unchanged
 from recon.basics.seeds import isolated_seed
+from recon.models.meta import parameters_on_meta
 from recon.models.stored import dtype_of
 from recon.models.weight_files import directory_digest, refuse_gguf, require_format, require_prunable, weight_places
 
@@ -57,7 +56,8 @@ class ModelSource:
             directory wins over the hub; `./bundled` and `./random` are directories too.
         shape: For `random`: the model's configuration, `model_type` included.
         dtype: Precision of the weights in memory, in which everything is computed: float32, bfloat16, float16, or
-            `auto` for the stored one. A model is written in its stored precision, whatever it was loaded in.
+            `auto` for the stored one. A model is written in its stored precision, whatever it was loaded in. If null
+            float32 on a CPU, which computes fastest in it, and the stored one on a GPU (see `on`).
         revision: Commit, tag or branch of a hub model.
         tokenizer: Source of the tokenizer, if it is not with the model; for `random` the bundled one by default.
         trust_remote_code: Run code that comes with the model. Off, because it can do anything.
@@ -66,14 +66,14 @@ class ModelSource:
 
     name: str = "bundled"
     shape: dict[str, Any] | None = None
-    dtype: str = "float32"
+    dtype: str | None = None
     revision: str | None = None
     tokenizer: str | None = None
     trust_remote_code: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.dtype not in ("float32", "bfloat16", "float16", "auto"):
+        if self.dtype not in (None, "float32", "bfloat16", "float16", "auto"):
             raise ValueError(f"model.dtype must be float32, bfloat16, float16 or auto, got {self.dtype!r}")
         if (self.name == "random") != (self.shape is not None):
             without = "without" if self.shape is None else "with"
@@ -89,6 +89,15 @@ class ModelSource:
     def is_stored(self) -> bool:
         """Whether files hold the weights; those of a random model are made when it is loaded."""
         return self.shape is None
+
+    @property
+    def _loaded(self) -> torch.dtype | None:
+        """The precision in memory; None for the stored one."""
+        return None if self.dtype == "auto" else getattr(torch, self.dtype or "float32")
+
+    def on(self, device: torch.device) -> "ModelSource":
+        """Settle a precision that is left open: float32 on a CPU, where it stays open, elsewhere the stored one."""
+        return replace(self, dtype="auto") if self.dtype is None and device.type != "cpu" else self
 
     def at(self, directory: Path) -> "ModelSource":
         """The model that was made from this one and written to `directory`, computed in the same precision.
@@ -106,9 +115,8 @@ class ModelSource:
         if self.shape is not None:
             model = self._random(self.shape)
         else:
-            dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
             # Other shapes are refused here: the message of transformers leaves their names to its log.
-            options = {"dtype": dtype, "weights_only": True, "ignore_mismatched_sizes": True}
+            options = {"dtype": self._loaded or "auto", "weights_only": True, "ignore_mismatched_sizes": True}
             self._config_and_dtype()  # refuses a model by its configuration before its weights are read
             model, loaded = self._load(
                 AutoModelForCausalLM, "model.name", self.name, self.revision, output_loading_info=True, **options
@@ -152,7 +160,7 @@ class ModelSource:
             ValueError: If there is no such model, with what was tried.
         """
         config, dtype = self._config_and_dtype()
-        with _parameters_on_meta(), isolated_seed(self.seed):
+        with parameters_on_meta(), isolated_seed(self.seed):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=self.trust_remote_code)
             for module in model.modules():
                 module._is_hf_initialized = False
@@ -196,7 +204,7 @@ class ModelSource:
             ValueError: If there is no such model, with what was tried.
         """
         if not self.is_stored:
-            return torch.float32 if self.dtype == "auto" else getattr(torch, self.dtype)
+            return self._loaded or torch.float32
         return dtype_of(self.files()) or replace(self, dtype="auto")._config_and_dtype()[1]
 
     def _config_and_dtype(self) -> tuple[PreTrainedConfig, torch.dtype]:
@@ -204,8 +212,7 @@ class ModelSource:
             config = self._config(self.shape)
         else:
             config = self._load(AutoConfig, "model.name", self.name, self.revision)
-        dtype: Any = getattr(torch, self.dtype) if self.dtype != "auto" else config.dtype or torch.float32
-        return config, dtype
+        return config, self._loaded or config.dtype or torch.float32  # pyright: ignore[reportReturnType]
 
     def load(self, device: torch.device | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Load model and tokenizer, which fit together.
@@ -241,20 +248,20 @@ class ModelSource:
 
     def identity(self) -> dict[str, Any]:
         """Identity of the weights: a digest of local files, a hub name with its revision, or a shape."""
+        dtype = self.dtype or "float32"
         if self.shape is not None:
-            return {"shape": self.shape, "seed": self.seed, "dtype": self.dtype}
+            return {"shape": self.shape, "seed": self.seed, "dtype": dtype}
         path = _directory("model.name", self.name)
         if path is None:
-            return {"name": self.name, "revision": self.revision or "main", "dtype": self.dtype}
+            return {"name": self.name, "revision": self.revision or "main", "dtype": dtype}
         require_unchanged(path, "copy it again, or repeat the run that made it")
-        return {"files": directory_digest(path), "dtype": self.dtype}
+        return {"files": directory_digest(path), "dtype": dtype}
 
     def _random(self, shape: dict[str, Any]) -> PreTrainedModel:
-        dtype = torch.float32 if self.dtype == "auto" else getattr(torch, self.dtype)
         config = self._config(shape)
         try:
             with isolated_seed(self.seed):
-                return AutoModelForCausalLM.from_config(config, dtype=dtype)
+                return AutoModelForCausalLM.from_config(config, dtype=self._loaded or torch.float32)
         except UNREADABLE as error:
             raise _no_config("model.shape", error) from error
 
@@ -311,23 +318,6 @@ def empty(kind: Any, config: PreTrainedConfig, dtype: torch.dtype, trust_remote_
         if hasattr(kind, "from_config"):
             return kind.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code).eval()
         return kind(config).to(dtype).eval()
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Modules made within have parameters on the meta device and real buffers, since some compute them when made."""
-    register = nn.Module.register_parameter
-
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:  # a tied one that is there already stays the same
-            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = on_meta  # pyright: ignore[reportAttributeAccessIssue]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register
 
 
 def _said(error: Exception) -> str:

@@ -29,9 +29,10 @@ def evaluation_snapshots(fake: FakeModel, options: PlanOptions) -> Iterator[Snap
         fake: The model in the precision in which it is loaded.
         options: The options of the run.
     """
-    if not options.evaluates or options.partitioned:  # partitioned models are evaluated where they are, in the fit
+    whole = options.offload == "none"
+    if not options.evaluates or (options.partitioned and whole):  # evaluated where it is, in the fit
         return
-    yield from _of_offloaded(fake, options) if options.offload != "none" else _of_whole(fake, options)
+    yield from _of_whole(fake, options) if whole else _of_offloaded(fake, options)
 
 
 def _of_whole(fake: FakeModel, options: PlanOptions) -> Iterator[Snapshot]:
@@ -39,10 +40,7 @@ def _of_whole(fake: FakeModel, options: PlanOptions) -> Iterator[Snapshot]:
     scored, compared = _scored(fake, options), _compared(fake, options)
     if options.baselines and options.masked:
         yield Snapshot("baselines", held(weights=2 * one, other=scored))
-    left = Counter[str]()
-    if not options.is_local and options.device == "cpu" and options.sharding == "none":  # what the optimizer refers to
-        trained = learning(fake, options)
-        left = held(weights=numel(trained) * fake.item, optimizer=optimizer_bytes(fake, options))
+    left = _left_by_fit(fake, options)
     yield Snapshot("evaluate", held(left, weights=one, other=scored))
     if options.drift and options.masked:
         yield Snapshot("drift", held(left, weights=2 * one, other=compared))
@@ -67,11 +65,19 @@ def _of_offloaded(fake: FakeModel, options: PlanOptions) -> Iterator[Snapshot]:
     of_test = kept(options.num_test, copies=2)
     if options.baselines and options.masked:  # the scope's walk has left a block there
         yield Snapshot("baselines", held(weights=outside + block, calibration=of_test, other=scored + batch))
-    yield Snapshot("evaluate", held(weights=outside, calibration=of_test, other=scored + batch))
+    left = _left_by_fit(fake, options)
+    yield Snapshot("evaluate", held(left, weights=outside, calibration=of_test, other=scored + batch))
     if options.drift and options.masked:
         compared = _compared(fake, options, blockwise=True) + 2 * batch
         calibration = kept(options.num_validation, copies=4)
-        yield Snapshot("drift", held(weights=2 * outside, calibration=calibration, other=compared))
+        yield Snapshot("drift", held(left, weights=2 * outside, calibration=calibration, other=compared))
+
+
+def _left_by_fit(fake: FakeModel, options: PlanOptions) -> Counter[str]:
+    """Bytes that the optimizer of full retraining still refers to on a CPU."""
+    if options.is_local or options.device != "cpu" or options.sharding != "none":
+        return Counter()
+    return held(weights=numel(learning(fake, options)) * fake.item, optimizer=optimizer_bytes(fake, options))
 
 
 def _scored(fake: FakeModel, options: PlanOptions, blockwise: bool = False) -> int:

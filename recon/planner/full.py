@@ -147,8 +147,10 @@ def _start_snapshots(fake: FakeModel, options: PlanOptions) -> Iterator[Snapshot
     pruned = fake.prunable(options.exclude)
     weights = fake.num_parameters * fake.item + fake.buffer_bytes
     tokens = options.num_sequences * options.seq_len
-    calibration = 2 * tokens * fake.dim * fake.dtype.itemsize
+    calibration = 2 * tokens * fake.dim * fake.dtype.itemsize if options.activations == "device" else 0
     for block in fake.anatomy.blocks:
+        if options.offload != "none":
+            weights = fake.block_numel(block) * fake.item
         names = list(block.weights_among(pruned))
         if not names:
             continue

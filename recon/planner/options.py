@@ -22,8 +22,8 @@ from recon.scopes import (
 )
 from recon.scopes.base import StartName
 from recon.scopes.distillation import Distillation
-from recon.scopes.full import LOGITS_MEMORY
 from recon.scopes.local.module import LocalScope
+from recon.scopes.model_loss import LOGITS_MEMORY
 from recon.scopes.trainable import Parameters
 from recon.solvers import GradientDescent
 
@@ -72,9 +72,9 @@ class PlanOptions:
         offload_parameters: ZeRO-3: the weights too.
         world_size: Processes; in the local scopes each recovers its share of the windows.
         num_nodes: Machines on which the processes run.
-        offload: Local scopes: place of the model while a window of it is recovered.
+        offload: Place of the model while a window of it is recovered; in full retraining, outside the fit.
         dtype: Precision in which the model is loaded; that of the planned model if None.
-        activations: Local scopes: place of the hidden states of all sequences between two passes.
+        activations: Place of the hidden states of all sequences between two passes.
         activations_budget: For `auto`: bytes of hidden states on the device.
         activations_host_budget: For `auto`: bytes of hidden states in the host's memory; no limit if None.
         activations_dtype: Precision of the kept hidden states; that of the model if None.
@@ -138,11 +138,6 @@ class PlanOptions:
             raise ValueError(
                 f"planning knows trainer.precision {', '.join(PRECISIONS)}, got {self.precision!r}; choose one of them"
             )
-        if not self.is_local and self.offload != "none":
-            raise ValueError(
-                f"offload: {self.offload} is that of the local scopes; for full retraining choose "
-                f"-c strategies/zero2_offload or -c strategies/zero3_offload"
-            )
 
     @property
     def is_local(self) -> bool:
@@ -202,7 +197,7 @@ class PlanOptions:
     def weights_dtype(self, stored: torch.dtype) -> torch.dtype:
         """The precision of the working weights of a model whose planned precision is `stored`."""
         stored = self.dtype or stored
-        if self.offload != "none":
+        if self.is_local and self.offload != "none":
             return stored  # Lightning, which casts, does not have the model
         cast = self.precision.endswith("-true") or self.is_zero or self.gathers_half
         return self.half if self.half is not None and cast else stored
@@ -266,9 +261,9 @@ class PlanOptions:
 def _of_scope(scope: Scope, data: TokenData) -> dict[str, Any]:
     """The options of one kind of scope that others do not have."""
     found: dict[str, Any] = {"batch_size": scope.batch_size if isinstance(scope, LocalScope) else data.batch_size}
+    found |= {"offload": scope.offload, **_of_storage(scope.storage)}
     if isinstance(scope, LocalScope):
-        found |= {"propagation": scope.propagation, "offload": scope.offload}
-        found |= _of_storage(scope.storage)
+        found["propagation"] = scope.propagation
     if isinstance(scope, BlockDistillation):
         found |= {"num_blocks": scope.num_blocks, "stride": scope.stride}
     if isinstance(scope, SubmoduleDistillation) and scope.groups is not None:

@@ -213,13 +213,25 @@ def _host(shape: Shape, options: PlanOptions) -> dict[str, int]:
     else:
         offloaded = held_on_host(fake, options)
         held["weights"] = offloaded["weights"] if options.partitioned else max(whole, offloaded["weights"])
+        if options.offload == "host":  # before the fit beside the scope's model, after it beside the dense one
+            copies = 2 if options.evaluates and options.masked and (options.baselines or options.drift) else 1
+            held["weights"] = max(copies * whole, held["weights"])
+        if options.offload != "none":
+            held["calibration"] = _walked(fake, options)
         held["gradients"], held["optimizer"] = offloaded["gradients"], offloaded["optimizer"]
-    if options.device == "cpu" and options.offload == "none" and not options.offload_parameters:
+    onloaded = options.offload == "none" or (options.offload == "disk" and not options.is_local)
+    if options.device == "cpu" and onloaded and not options.offload_parameters:
         held["weights"] = 0  # the host's are the device's
     if options.is_local:
         held["weights"] += start_bytes(fake, options)
     processes = -(-options.world_size // options.num_nodes)
     return {name: processes * held[name] for name in CATEGORIES}
+
+
+def _walked(fake: FakeModel, options: PlanOptions) -> int:
+    """Bytes of the hidden states of a walk through the blocks: its inputs and outputs, or those of two models."""
+    numbers = (2 * options.num_sequences, 2 * (options.num_test or 0), 4 * options.num_validation)
+    return max(numbers) * options.seq_len * fake.dim * fake.item
 
 
 def _disk(shape: Shape, options: PlanOptions) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """The message when memory runs out: the live bytes, and options that would shrink the largest part."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -12,8 +13,11 @@ from recon.profiling.entries import CATEGORIES, SIDES, Category, Entry, Side
 
 NUM_OWNERS = 10
 
-CPU_ALLOCATOR = "can't allocate memory"
-"""Part of torch's RuntimeError when the host's memory runs out."""
+ON_HOST = re.compile(r"can't allocate memory|CUDA error: out of memory")
+"""Parts of torch's RuntimeError when the host's memory runs out, pageable or pinned."""
+
+ON_DEVICE = re.compile(r"CU[A-Z]+_STATUS_ALLOC_FAILED|Cuda failure.*out of memory")
+"""Parts of a RuntimeError when a library of NVIDIA finds no memory on the device: cuBLAS, cuDNN and more, and NCCL."""
 
 NAMES: dict[Category, str] = {
     "weights": "weights",
@@ -52,7 +56,8 @@ LOCAL_CURES["host"] = {
 
 FULL_CURES: dict[Side, Cures] = {
     "device": {
-        "weights": "strategies/zero3 or strategies/fsdp2 on more devices, strategies/zero3_offload, or a local scope",
+        "weights": "model.offload: host outside the fit, strategies/zero3 or strategies/fsdp2 on more devices, "
+        "strategies/zero3_offload, or a local scope",
         "gradients": "strategies/zero2 on more devices, model.parameters: lora or vectors, or scopes/block",
         "optimizer": "strategies/zero1 on more devices, strategies/zero2_offload, model.parameters: lora, or "
         "scopes/block",
@@ -71,11 +76,15 @@ FULL_CURES["host"] = {
 }
 
 
-def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether `error` is a failed allocation, on a device or on the host."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and CPU_ALLOCATOR in str(error)
+def full_side(error: BaseException | None) -> Side | None:
+    """Return the side on which `error` is a failed allocation; None for any other error."""
+    if isinstance(error, torch.OutOfMemoryError):  # of torch's own allocator
+        return "device"
+    if isinstance(error, MemoryError):
+        return "host"
+    if isinstance(error, RuntimeError):
+        return "device" if ON_DEVICE.search(str(error)) else "host" if ON_HOST.search(str(error)) else None
+    return None
 
 
 def live_by_category(entries: Iterable[Entry]) -> dict[Side, dict[Category, int]]:

@@ -8,12 +8,11 @@ packed bytes.
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Bool, UInt8
 from safetensors import SafetensorError, safe_open
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from recon.basics.digests import sha256_of
 from recon.basics.files import Writer, atomic_write
 from recon.distributed.parameters import copies, whole, whole_shape
+from recon.pruning.bits import count_bits, pack, unpack
 from recon.pruning.recorded_pattern import broken
 
 FORMAT = "recon-masks-1"
@@ -203,11 +203,7 @@ class Masks(Mapping[str, Tensor]):
 
     def fingerprint(self) -> str:
         """The SHA-256, in hex, of names, shapes and bits; the order of the names does not count."""
-        digest = hashlib.sha256()
-        for name in sorted(self):
-            digest.update(json.dumps([name, list(self._shapes[name])]).encode())
-            digest.update(bytes(self._packed[name].numpy().data))
-        return digest.hexdigest()
+        return _fingerprint(self._shapes, self._packed.__getitem__)
 
     def save(self, path: str | Path, metadata: dict[str, str] | None = None, writing: Writer = atomic_write) -> None:
         """Write all masks to one bit-packed safetensors file, atomically.
@@ -239,14 +235,7 @@ class Masks(Mapping[str, Tensor]):
         with safe_open(path, framework="pt") as file:
             if differing := sorted(shapes.keys() ^ set(file.keys())):
                 raise ValueError(_damaged(path, f"`{differing[0]}` only as a shape or only as a mask"))
-            packed = {name: file.get_tensor(name) for name in shapes}
-        for name, mask in packed.items():
-            num_bytes = -(-math.prod(shapes[name]) // 8)
-            if mask.dtype != torch.uint8 or tuple(mask.shape) != (num_bytes,):
-                got = (
-                    f"{list(mask.shape)} of {mask.dtype} for `{name}` {list(shapes[name])}, not [{num_bytes}] of uint8"
-                )
-                raise ValueError(_damaged(path, got))
+            packed = {name: _read_bits(file, name, shapes[name], path) for name in shapes}
         masks = Masks.of_packed(packed, shapes)
         masks._require_recorded(path, Masks.read_metadata(path))
         return masks
@@ -288,12 +277,31 @@ class Masks(Mapping[str, Tensor]):
 def identity_of(path: Path) -> str:
     """The `Masks.fingerprint` of the masks in a file: the order of a header's entries differs whenever it is written.
 
-    That of its bytes if it is no mask file, which is refused when the masks are needed.
+    That of its bytes if it is no mask file, which is refused when the masks are needed. One mask is read at a time.
     """
     try:
-        return Masks.load(path).fingerprint()
+        shapes = _shapes(_json_of(path, "shapes"), path)
+        with safe_open(path, framework="pt") as file:
+            return _fingerprint(shapes, lambda name: _read_bits(file, name, shapes[name], path))
     except (ValueError, SafetensorError):
         return sha256_of(path)
+
+
+def _fingerprint(shapes: Mapping[str, tuple[int, ...]], packed: Callable[[str], Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(shapes):
+        digest.update(json.dumps([name, list(shapes[name])]).encode())
+        digest.update(packed(name).numpy().data)
+    return digest.hexdigest()
+
+
+def _read_bits(file: Any, name: str, shape: tuple[int, ...], path: str | Path) -> UInt8[Tensor, "num_bytes"]:
+    """Read one mask, bit-packed, from an open file."""
+    mask, num_bytes = file.get_tensor(name), -(-math.prod(shape) // 8)
+    if mask.dtype != torch.uint8 or tuple(mask.shape) != (num_bytes,):
+        got = f"{list(mask.shape)} of {mask.dtype} for `{name}` {list(shape)}, not [{num_bytes}] of uint8"
+        raise ValueError(_damaged(path, got))
+    return mask
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -304,35 +312,6 @@ def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def _few(names: list[str]) -> str:
     shown = ", ".join(f"`{name}`" for name in names[:NUM_NAMES_SHOWN])
     return shown + (f" and {len(names) - NUM_NAMES_SHOWN} more" if len(names) > NUM_NAMES_SHOWN else "")
-
-
-def pack(keep: Bool[Tensor, "..."]) -> UInt8[Tensor, "num_bytes"]:
-    """Pack eight weights into a byte, row-major, the first in the lowest bit; zeros fill the last byte.
-
-    Packs on the device of `keep`, so that an eighth of its bytes are copied.
-
-    Returns:
-        The bytes, on the CPU.
-    """
-    if keep.device.type != "cpu":
-        bits = torch.nn.functional.pad(keep.flatten().to(torch.uint8), (0, -keep.numel() % 8)).view(-1, 8)
-        return (bits << torch.arange(8, dtype=torch.uint8, device=keep.device)).sum(1, dtype=torch.uint8).cpu()
-    return torch.from_numpy(np.packbits(keep.flatten().numpy(), bitorder="little"))
-
-
-def unpack(packed: UInt8[Tensor, "num_bytes"], shape: tuple[int, ...]) -> Bool[Tensor, "..."]:
-    """Unpack a mask, on the device of `packed`."""
-    num_weights = math.prod(shape)
-    if type(packed) is Tensor and packed.device.type == "cpu":
-        bits = np.unpackbits(packed.numpy(), count=num_weights, bitorder="little")
-        return torch.from_numpy(bits.view(bool)).view(shape)
-    shifted = packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)
-    return (shifted & 1).bool().flatten()[:num_weights].view(shape)
-
-
-def count_bits(packed: UInt8[Tensor, "num_bytes"]) -> int:
-    """Count the bits that are set."""
-    return int(np.bitwise_count(packed.numpy()).sum(dtype=np.int64))
 
 
 def _read_header(path: str | Path) -> dict[str, str]:

@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from recon.pruning.ranking import keep_highest, kth_highest
+from recon.pruning.competition import Competition
+from recon.pruning.ranking import keep_highest, require_finite
 
 Per = Literal["row", "matrix", "model"]
 
@@ -29,8 +30,12 @@ class Pattern(ABC):
 
     @property
     def across_model(self) -> bool:
-        """Whether matrices compete with each other; only `select_all` can choose then."""
-        return False
+        """Whether matrices compete with each other; only `competition` and `select_all` can choose then."""
+        return self.competition() is not None
+
+    def competition(self) -> Competition | None:
+        """Begin to choose among the weights of all matrices together; None if matrices do not compete."""
+        return None
 
     @abstractmethod
     def select(self, scores: Float[Tensor, "out in_"], name: str = "the matrix") -> Bool[Tensor, "out in_"]:
@@ -86,7 +91,7 @@ class Pattern(ABC):
         return None
 
     def select_all(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Choose the survivors of several matrices, by default of each on its own.
+        """Choose the survivors of several matrices, each on its own or all together.
 
         Args:
             scores: Matrix name -> scores, each out x in.
@@ -94,7 +99,12 @@ class Pattern(ABC):
         Returns:
             Matrix name -> mask, each out x in, True = kept, in the order received.
         """
-        return {name: self.select(matrix, name) for name, matrix in scores.items()}
+        if (competition := self.competition()) is None:
+            return {name: self.select(matrix, name) for name, matrix in scores.items()}
+        for take in (competition.count, competition.mark):
+            for name, matrix in scores.items():
+                take(name, matrix)
+        return dict(competition.masks())
 
 
 @dataclass(frozen=True)
@@ -129,10 +139,9 @@ class Unstructured(Pattern):
         """The fraction of weights kept, before it is rounded to a count."""
         return 1 - self.sparsity
 
-    @property
-    def across_model(self) -> bool:
-        """True for `per="model"`."""
-        return self.per == "model"
+    def competition(self) -> Competition | None:
+        """As `Pattern.competition`, for `per="model"`."""
+        return Competition(self.num_kept) if self.per == "model" else None
 
     def num_kept(self, num_weights: int) -> int:
         """Count the survivors among `num_weights` competing weights."""
@@ -171,25 +180,6 @@ class Unstructured(Pattern):
             )
         require_finite(scores, name)
         return self.select_count(scores, self.num_kept(self.num_competing(*scores.shape)))
-
-    def select_all(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Choose the survivors of several matrices; `per="model"` ranks them together, in fp32.
-
-        Ties go to the matrix that comes first, then to the lower index.
-        """
-        if not self.across_model:
-            return super().select_all(scores)
-        for name, matrix in scores.items():
-            require_finite(matrix, name)
-        num_kept = self.num_kept(sum(matrix.numel() for matrix in scores.values()))
-        threshold = kth_highest(list(scores.values()), num_kept)
-        masks = {name: (matrix.float() > threshold).contiguous() for name, matrix in scores.items()}
-        num_ties_kept = num_kept - sum(int(keep.sum()) for keep in masks.values())
-        for name, matrix in scores.items():
-            ties = (matrix.float() == threshold).flatten().nonzero().flatten()[:num_ties_kept]
-            masks[name].view(-1)[ties] = True
-            num_ties_kept -= ties.numel()
-        return masks
 
 
 @dataclass(frozen=True)
@@ -283,17 +273,3 @@ class Counted(Pattern):
     def select(self, scores: Float[Tensor, "out in_"], name: str = "the matrix") -> Bool[Tensor, "out in_"]:
         """Keep the highest scores of each row or of the matrix `name`."""
         return torch.cat([part.select(scores, name)[rows] for rows, part in self.parts(name, *scores.shape)])
-
-
-def require_finite(scores: Float[Tensor, "out in_"], name: str) -> None:
-    """Refuse scores without an order.
-
-    Raises:
-        ValueError: If a score is NaN or infinite.
-    """
-    if not bool(scores.isfinite().all()):
-        count = int((~scores.isfinite()).sum())
-        raise ValueError(
-            f"scores need to be finite, got {count} NaN or infinite of {scores.numel()} for `{name}`; "
-            "check its weight and the calibration inputs for NaN"
-        )

@@ -2,8 +2,9 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -99,35 +100,47 @@ def prune(
     blocks = matrices_by_block(replay.anatomy, options.exclude)
     require_fit(replay.anatomy.prunable(options.exclude), pattern, options)
     patterns = block_patterns(replay, tokens, criterion, pattern, options, storage)
-    walk = Activations(replay, tokens, options.batch_size, replay.device, storage=storage)
-    # Scores need no Gram matrix of a criterion whose masks are refined when all are chosen.
-    scoring = criterion.criterion if pattern.across_model and isinstance(criterion, Refined) else criterion
-    scores: dict[str, Tensor] = {}
-    masks = Masks({})
-    for index, (matrices, of_block) in enumerate(zip(blocks, patterns, strict=True)):
-        with collect(matrices, need=scoring.needs) as statistics:
-            walk.enter([index])
-        if pattern.across_model:
-            for name, module in matrices.items():
-                scores[name] = scoring.scores(weight_out_in(module), statistics[name], name)
-        else:
-            with followed("choose masks"):
-                chosen, start = prune_block(matrices, statistics, criterion, of_block)
-            block_masks = Masks(chosen)
-            masks.add(block_masks)
-            if moved is not None:
-                for name, weight in start.items():
-                    moved(name, weight)
-            if options.inputs == "pruned":
-                _pass_pruned(walk, block_masks, start or None, model)
-        log.info(f"prune  block {index + 1}/{len(blocks)}  {len(matrices)} matrices  {criterion}  {of_block}")
+    begin = partial(Activations, replay, tokens, options.batch_size, replay.device, storage=storage)
     if pattern.across_model:
-        modules = {name: module for matrices in blocks for name, module in matrices.items()}
-        keep = {name: as_out_in(modules[name], chosen) for name, chosen in pattern.select_all(scores).items()}
-        masks = Masks(keep)
-        if isinstance(criterion, Refined):
-            walk = Activations(replay, tokens, options.batch_size, replay.device, storage=storage)
-            masks = _refined(walk, blocks, criterion, pattern, masks, moved)
+        # Scores need no Gram matrix of a criterion whose masks are refined when all are chosen.
+        scoring = criterion.criterion if isinstance(criterion, Refined) else criterion
+        masks = _across_model(begin, blocks, scoring, pattern)
+        return _refined(begin(), blocks, criterion, pattern, masks, moved) if isinstance(criterion, Refined) else masks
+    walk, masks = begin(), Masks({})
+    for index, (matrices, of_block) in enumerate(zip(blocks, patterns, strict=True)):
+        with collect(matrices, need=criterion.needs) as statistics:
+            walk.enter([index])
+        with followed("choose masks"):
+            chosen, start = prune_block(matrices, statistics, criterion, of_block)
+        block_masks = Masks(chosen)
+        masks.add(block_masks)
+        if moved is not None:
+            for name, weight in start.items():
+                moved(name, weight)
+        if options.inputs == "pruned":
+            _pass_pruned(walk, block_masks, start or None, model)
+        log.info(f"prune  block {index + 1}/{len(blocks)}  {len(matrices)} matrices  {criterion}  {of_block}")
+    return masks
+
+
+def _across_model(
+    begin: Callable[[], Activations], blocks: Sequence[dict[str, nn.Module]], criterion: Criterion, pattern: Pattern
+) -> Masks:
+    """Choose among the weights of all blocks, in two walks that compute the same scores: none are kept."""
+    competition = pattern.competition()
+    assert competition is not None
+    for said, take in (("score", competition.count), ("prune", competition.mark)):
+        walk = begin()
+        for index, matrices in enumerate(blocks):
+            with collect(matrices, need=criterion.needs) as statistics:
+                walk.enter([index])
+            for name, module in matrices.items():
+                take(name, criterion.scores(weight_out_in(module), statistics[name], name))
+            log.info(f"{said}  block {index + 1}/{len(blocks)}  {len(matrices)} matrices  {criterion}  {pattern}")
+    modules = {name: module for matrices in blocks for name, module in matrices.items()}
+    masks = Masks({})
+    for name, keep in competition.masks():
+        masks.add(Masks({name: as_out_in(modules[name], keep)}))
     return masks
 
 

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from transformers import PreTrainedModel
 
 from recon.basics.run_paths import RunPaths
-from recon.calibration.storage import ON_DEVICE, Storage
+from recon.calibration.storage import ON_DEVICE, ON_HOST, Storage
 from recon.data import TokenData
 from recon.distributed.part import Share
 from recon.evaluation.perplexity import Evaluation
@@ -56,7 +56,7 @@ class Scope(L.LightningModule, ABC):
         name: `bundled`, a directory in Hugging Face format, a name on the hub, or `random`.
         shape: For `random`: the model's configuration, `model_type` included.
         dtype: Precision of the weights in memory, in which everything is computed: float32, bfloat16, float16, or
-            `auto` for the stored one.
+            `auto` for the stored one. If null float32, in local scopes on a GPU the stored one: they train in float32.
         revision: Commit, tag or branch of a hub model.
         tokenizer: Where the tokenizer is, if not with the model; for `random` the bundled one by default.
         trust_remote_code: Run code that comes with the model. Off, because it can do anything.
@@ -68,8 +68,8 @@ class Scope(L.LightningModule, ABC):
             a criterion that moves them (SparseGPT, ADMM, ALPS) left them; `exact`, those that best reproduce each
             matrix's outputs by itself, as the matrix scope finds them, but to about 1 % of the least error.
         offload: Where the model is: `none`, on the device; `host`, in the host's memory, its blocks on the device
-            while they are needed; `disk`, in its safetensors files, from which blocks are read when they are needed.
-            The last two are for local scopes, which then need room for one window on the device.
+            while needed; `disk`, in its safetensors files, from which blocks are read. With the last two local scopes
+            need room for one window on the device, full retraining for the whole model only during the fit.
     """
 
     scope: ClassVar[str]
@@ -82,7 +82,7 @@ class Scope(L.LightningModule, ABC):
         self,
         name: str = "bundled",
         shape: dict[str, Any] | None = None,
-        dtype: str = "float32",
+        dtype: str | None = None,
         revision: str | None = None,
         tokenizer: str | None = None,
         trust_remote_code: bool = False,
@@ -99,7 +99,7 @@ class Scope(L.LightningModule, ABC):
         self.offload: Offload = offload
         self.offloaded: OffloadedBlocks | None = None  # of a model that is not on the device
         self.forms: tuple[Form, Form] | None = None  # in which its blocks return, once they were tried out
-        self._storage = ON_DEVICE
+        self._storage = ON_DEVICE if offload == "none" else ON_HOST
         self.start_weights: Mapping[str, torch.Tensor] | None = None  # of every mask; None for the dense survivors
         self.start_seconds = 0.0  # what it took to solve for them, in this start of the run
         self.tally, self.losses = Tally(), StepLosses()
@@ -186,11 +186,7 @@ class Scope(L.LightningModule, ABC):
             )
 
     def require_independent(self, what: str) -> None:
-        """Refuse options that make windows depend on each other; there are none here.
-
-        Args:
-            what: Needs them not to, in the words of the message.
-        """
+        """Refuse options that make windows depend on each other, on behalf of `what`; there are none here."""
 
     def divide(self, share: Share, assembles: bool) -> None:
         """Say, before `prepare`, which windows this process recovers; nothing where there are none.
@@ -206,6 +202,9 @@ class Scope(L.LightningModule, ABC):
 
     def recall(self, windows: Sequence[Window]) -> None:
         """Take over the seconds that are recorded with those of `windows` that are written; there are none here."""
+
+    def settle(self, device: torch.device) -> None:
+        """Settle options that depend on the device, before anything is loaded."""
 
     @property
     def paths(self) -> RunPaths | None:
@@ -349,7 +348,7 @@ class Scope(L.LightningModule, ABC):
                 like = {name: self.model.get_parameter(name) for name in self.masks}
                 to_file = paths and written(paths.start, like, paths.manifest.writing)
                 sink = stack.enter_context(to_file) if to_file else found.__setitem__
-                solve_all(self.open_replay(), tokens, self.masks, sink, self.forward_batch_size)
+                solve_all(self.open_replay(), tokens, self.masks, sink, self.forward_batch_size, self.storage)
             self.start_seconds = time.monotonic() - started
         return found if paths is None else Start(paths.start, self.masks)
 

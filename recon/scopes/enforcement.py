@@ -11,7 +11,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from recon.pruning.masks import Masks, unpack
+from recon.pruning.bits import unpack
+from recon.pruning.masks import Masks
 
 ZERO_KEEPING = (
     torch.optim.SGD,

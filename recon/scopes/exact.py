@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from recon.calibration.activations import Activations
 from recon.calibration.collection import collect
 from recon.calibration.statistics import InputStatistics
+from recon.calibration.storage import ON_DEVICE, Storage
 from recon.models.linear import as_out_in, weight_out_in
 from recon.models.replay import Replay
 from recon.profiling.ledger import followed
@@ -55,6 +56,7 @@ def solve_all(
     masks: Masks,
     sink: Sink,
     batch_size: int = 8,
+    storage: Storage = ON_DEVICE,
 ) -> None:
     """Solve every pruned matrix of a dense model on its dense inputs, block by block. The model is left as it was.
 
@@ -64,6 +66,7 @@ def solve_all(
         masks: Which weights survive.
         sink: Is given each solution, in the parameter's layout, dtype and on its device.
         batch_size: Sequences per forward pass.
+        storage: Place of the hidden states.
 
     Raises:
         ValueError: If a mask is not that of a linear map in a block, or numbers are not finite.
@@ -78,7 +81,7 @@ def solve_all(
             f"that belong to none, {min(orphans)} the first; exclude them with `pruning.exclude` or choose "
             f"model.start: pruned"
         )
-    walk = Activations(replay, tokens, batch_size, replay.device)
+    walk = Activations(replay, tokens, batch_size, replay.device, storage=storage)
     for block, matrices in zip(anatomy.blocks, by_block, strict=True):
         if not matrices:
             continue

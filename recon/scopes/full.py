@@ -24,6 +24,7 @@ from recon.distributed.strategies import FullyShardedStrategy, ZeroStrategy
 from recon.evaluation.perplexity import evaluate
 from recon.models.anatomy import Anatomy
 from recon.models.loading import empty
+from recon.models.offload.opening import onloaded
 from recon.pruning.interleaved import Interleaved
 from recon.pruning.masks import Masks
 from recon.scopes.base import Scope
@@ -32,7 +33,7 @@ from recon.scopes.enforcement import require_zero_keeping
 from recon.scopes.full_requirements import require_clipping_by_norm, require_one_model, require_together
 from recon.scopes.lora import DEFAULT_LORA, Lora, attach, merge, merge_state, round_merged
 from recon.scopes.losses import ModelLoss, check_finite
-from recon.scopes.model_loss import chunk_rows, logits_bytes, model_loss
+from recon.scopes.model_loss import LOGITS_MEMORY, chunk_rows, logits_bytes, model_loss
 from recon.scopes.optimization import (
     LRSchedulerRecipe,
     OptimizerRecipe,
@@ -51,10 +52,6 @@ FROZEN = "frozen"
 
 TALLY = "tally"
 """Key in a checkpoint: the cost so far, as `recon.scopes.tally.Tally` has it."""
-
-
-LOGITS_MEMORY = "256MiB"
-"""Most memory of a batch's fp32 logits by default."""
 
 
 class FullRetraining(Scope):
@@ -82,8 +79,8 @@ class FullRetraining(Scope):
             of cross-entropy needs twice this memory, one of distillation up to four times.
         keep_best: Return the weights of the lowest held-out loss, which is measured after each epoch or each
             `trainer.val_check_interval`, not those of the last step. A run directory then holds them in a file.
-        partitioned: For models larger than a process's memory: load them partitioned, by ZeRO-3. Needs masks made
-            before (`--masks`) and `--baselines false`, since both take a whole model; so does `start: exact`.
+        partitioned: For models larger than a process's memory: load them partitioned, by ZeRO-3. Needs `offload: disk`,
+            or `--masks`, `--baselines false` and a start other than `exact`, for pruning them takes whole models.
         **options: Which model: see `Scope`.
     """
 
@@ -149,8 +146,8 @@ class FullRetraining(Scope):
 
     @property
     def loads_whole(self) -> bool:
-        """Unless it is to be loaded in parts."""
-        return not self.partitioned
+        """Unless it is to be loaded in parts, and never block by block."""
+        return not self.partitioned or self.offload != "none"
 
     def enforced(self) -> Masks:
         """All masks, from before the first step."""
@@ -197,8 +194,8 @@ class FullRetraining(Scope):
         return data
 
     def load(self, data: TokenData) -> None:
-        """Load the dense model, or only its shape if it is to be partitioned, and give `data` its tokenizer."""
-        if not self.partitioned:
+        """As `Scope.load`; of a partitioned model only the shape."""
+        if self.loads_whole:
             return super().load(data)
         self.model = self.source.skeleton()
         data.tokenizer = self.source.tokenizer_for(self.model)
@@ -214,6 +211,9 @@ class FullRetraining(Scope):
     ) -> None:
         """As `Scope.prepare`; the model is pruned here, before an optimizer or a strategy copies the weights."""
         super().prepare(data, masks, directory, moved, interleaved)
+        if (offloaded := self.offloaded) is not None:
+            self.release()
+            self.model = self.source.skeleton() if self.partitioned else onloaded(offloaded, self.source)
         if not self.partitioned:
             if self.loss == "distillation":
                 self._teacher = [copy.deepcopy(self.model).requires_grad_(False)]
@@ -376,8 +376,9 @@ class FullRetraining(Scope):
     def _steps_fused(self) -> bool:
         """On CUDA, and where ZeRO steps on the host. Elsewhere rounding would differ from that of the local scopes."""
         strategy = self.trainer.strategy
-        offloads = isinstance(strategy, ZeroStrategy) and strategy.offloads_optimizer
-        return offloads or strategy.root_device.type == "cuda"
+        return (
+            isinstance(strategy, ZeroStrategy) and strategy.offloads_optimizer
+        ) or strategy.root_device.type == "cuda"
 
     def configure_optimizers(self):
         """AdamW with warm-up and linear decay, or what was chosen."""
@@ -389,10 +390,7 @@ class FullRetraining(Scope):
         if self._lr_scheduler is not None:
             return {"optimizer": optimizer, "lr_scheduler": self._lr_scheduler(optimizer)}
         steps = int(self.trainer.estimated_stepping_batches)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": warmup_and_linear_decay(optimizer, steps, self.warmup),
-        }
+        return {"optimizer": optimizer, "lr_scheduler": warmup_and_linear_decay(optimizer, steps, self.warmup)}
 
     def _loss(self, input_ids: Tensor) -> Tensor:
         teacher = self._teacher[0] if self._teacher else None

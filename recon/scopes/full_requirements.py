@@ -18,15 +18,10 @@ def require_together(train: str, parameters: str, partitioned: bool, start: str,
             f"model.parameters: {parameters} learns matrices in the blocks, got model.train: all, which would add "
             f"embeddings and head; set model.train: blocks, or model.parameters: all"
         )
-    if partitioned and start == "exact":
+    if partitioned and start == "exact" and offload == "none":
         raise ValueError(
             "model.start: exact solves on the whole model, which model.partitioned never loads; choose "
-            "model.start: pruned, or moved with the masks of a criterion that moves weights"
-        )
-    if offload != "none":
-        raise ValueError(
-            f"model.offload is for local scopes, which need one window at a time on the device, got {offload} "
-            f"with full retraining, which needs all of the model; choose -c strategies/zero3_offload instead"
+            "model.offload: disk, model.start: pruned, or moved with the masks of a criterion that moves weights"
         )
 
 

@@ -26,7 +26,8 @@ from transformers.pytorch_utils import Conv1D
 from recon.basics.seeds import derived_seed
 from recon.distributed.parameters import whole_shape
 from recon.models.linear import as_out_in
-from recon.pruning.masks import Masks, unpack
+from recon.pruning.bits import unpack
+from recon.pruning.masks import Masks
 
 A, B = "lora_A", "lora_B"
 """Names of the adapters in their module, as peft has them: rank x in and out x rank."""

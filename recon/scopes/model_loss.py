@@ -22,6 +22,9 @@ from recon.scopes.losses import (
 
 FP32 = 4
 
+LOGITS_MEMORY = "256MiB"
+"""Most memory of a batch's fp32 logits by default."""
+
 log = logging.getLogger("recon")
 
 

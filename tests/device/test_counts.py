@@ -18,7 +18,7 @@ from recon.models.anatomy import Anatomy
 from recon.models.loading import ModelSource
 from recon.models.replay import Replay
 from recon.models.windows import Window
-from recon.pruning.masks import unpack
+from recon.pruning.bits import unpack
 from recon.scopes import BlockDistillation, FullRetraining, MatrixReconstruction, Scope, SubmoduleDistillation
 from recon.scopes.local import module
 from recon.solvers import GradientDescent

@@ -115,6 +115,7 @@ CASES = {
         pruning=Pruning(allocation=EqualErrors(num_sequences=4, num_densities=2)),
     ),
     "full": Case("full", {"start": "exact"}, measured=True, trainer={"gradient_clip_val": 1.0}),
+    "full, offloaded but in its fit": Case("full", {**HOST, "start": "exact"}, measured=True),
     "full by distillation": Case(
         "full",
         {"loss": "distillation", "parameters": "lora"},

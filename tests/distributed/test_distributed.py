@@ -331,6 +331,22 @@ def test_a_partitioned_bf16_model_is_measured_as_it_is_written(more: tuple[str, 
     assert json.loads((run / "tested" / "report.json").read_text())["perplexity"] == pytest.approx(measured, rel=1e-6)
 
 
+@pytest.mark.slow
+def test_a_partitioned_model_is_pruned_and_measured_from_disk(directory: Path) -> None:
+    whole, parts = (directory / "from_disk" / name for name in ("whole", "parts"))
+    more = ("--masks", "null", "--baselines", "true", "--model.start", "exact")
+    in_processes(runs.fit, "zero3", "32-true", 2, whole, *more)
+    in_parts = (*more, "--model.partitioned", "true", "--model.offload", "disk")
+    in_processes(runs.fit, "zero3", "32-true", 2, parts, *in_parts)
+    assert Masks.load(parts / "masks.safetensors") == Masks.load(whole / "masks.safetensors")
+    assert runs.difference(runs.weights(whole), runs.weights(parts)) < 1e-6
+    assert runs.largest_pruned(parts) == 0
+    measured, expected = (json.loads((run / "report.json").read_text()) for run in (parts, whole))
+    for name in ("perplexity", "dense_perplexity", "pruned_perplexity"):
+        assert measured[name] == pytest.approx(expected[name], rel=1e-5)
+    assert measured["drift"]["kl"] == pytest.approx(expected["drift"]["kl"], rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("strategy", "more", "match"),
     [

@@ -109,6 +109,22 @@ def test_offloaded_models_are_evaluated_in_parts(llama: Shape) -> None:
     assert planned(llama, offload="host", activations="disk", num_test=10)["evaluate"]["calibration"] == 0
 
 
+def test_offloaded_full_retraining_is_whole_in_its_fit_alone(llama: Shape) -> None:
+    given: dict[str, Any] = {"loss": "cross_entropy", "start": "exact", "num_test": 10, "num_validation": 6}
+    whole = planned(llama, "full", **given)
+    found = planned(llama, "full", **given, offload="host", activations="host")
+    assert found.keys() == whole.keys()
+    for name in ("forward", "backward", "step"):
+        assert found[name] == whole[name]
+    for name in ("baselines", "evaluate", "drift", "collect", "solve"):
+        assert found[name]["weights"] < whole[name]["weights"], name
+        assert found[name]["calibration"] == 0
+    options = PlanOptions("full", **OPTIONS | {"seq_len": 32, "num_sequences": 8} | given, activations="host")
+    on_host, on_disk = (predict(llama, replace(options, offload=place)).host for place in ("host", "disk"))
+    assert on_host["weights"] == 2 * on_disk["weights"] == 2 * 4 * llama.num_parameters
+    assert on_host["calibration"] == 4 * 6 * 32 * 64 * 4
+
+
 def test_a_partitioned_model_is_whole_nowhere(llama: Shape) -> None:
     options = PlanOptions("full", 2, 16, 8, 4, **OPTIONS | {"loss": "cross_entropy"}, precision="bf16-mixed")
     options = replace(options, sharding="zero3", world_size=4)

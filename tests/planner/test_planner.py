@@ -425,8 +425,6 @@ def test_what_cannot_be_planned_is_refused(llama: Shape) -> None:
         PlanOptions.of(MatrixReconstruction(), data)
     with pytest.raises(ValueError, match="64-true"):
         PlanOptions("block", precision="64-true")
-    with pytest.raises(ValueError, match="zero2_offload"):
-        PlanOptions("full", offload="host")
     with pytest.raises(ValueError, match="no pattern"):
         predict(llama, PlanOptions("block", masked=False))
 

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from callbacks import MaskEnforcer, MemoryProfiler
 from recon.cli.report import main as report
 from recon.profiling.entries import CATEGORIES, SIDES
-from recon.profiling.out_of_memory import FULL_CURES, LOCAL_CURES, advice, is_out_of_memory
+from recon.profiling.out_of_memory import FULL_CURES, LOCAL_CURES, advice, full_side
 from recon.profiling.phases import Phases
 from recon.report.memory_phases import fold_windows, phases_section, sides_of, tracked
 from recon.scopes import BlockDistillation, FullRetraining, MatrixReconstruction, SubmoduleDistillation
@@ -260,10 +260,34 @@ def test_it_may_happen_before_the_fit_and_other_errors_are_let_through(tmp_path:
     assert torch._C._len_torch_dispatch_stack() == 0
 
 
-def test_what_counts_as_running_out() -> None:
-    host = RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried ...")
-    assert all(map(is_out_of_memory, (MemoryError(), torch.OutOfMemoryError(), host)))
-    assert not any(map(is_out_of_memory, (None, RuntimeError("shape"), ValueError())))
+ON_HOST = (
+    MemoryError(),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+    RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported ..."),
+    torch.AcceleratorError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in ..."),  # pinned
+)
+ON_DEVICE = (
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`"),
+    torch.distributed.DistBackendError(
+        "NCCL error in: NCCLUtils.hpp:275, unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'"
+    ),
+)
+OTHER = (
+    None,
+    ValueError("out of memory"),
+    RuntimeError("shape"),
+    torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"),
+    torch.distributed.DistBackendError("Last error:\nCuda failure 1 'invalid argument'"),
+)
+
+
+@pytest.mark.parametrize(("errors", "side"), [(ON_HOST, "host"), (ON_DEVICE, "device"), (OTHER, None)])
+def test_the_side_that_ran_out_is_known_by_the_error(errors: tuple[Any, ...], side: Any) -> None:
+    assert [full_side(error) for error in errors] == [side] * len(errors)
 
 
 @pytest.mark.parametrize("category", CATEGORIES)

@@ -5,10 +5,14 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -16,7 +20,8 @@ from transformers.pytorch_utils import Conv1D
 
 import recon.pruning.masks
 from recon.basics.files import atomic_write, write_json
-from recon.pruning.masks import Masks, count_bits, pack, unpack
+from recon.pruning.bits import count_bits, pack, unpack
+from recon.pruning.masks import Masks, identity_of
 
 
 class Model(nn.Module):
@@ -299,3 +304,38 @@ def test_a_directory_that_cannot_be_made_is_an_os_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"could not write `.*/file/x`"), atomic_write(tmp_path / "file" / "x"):
         pass
+
+
+def test_a_file_is_identified_by_one_mask_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size, path = 2**16, tmp_path / "masks.safetensors"
+    masks = Masks({f"{index}": torch.rand(size) < 0.5 for index in range(8)})
+    masks.save(path)
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    class Watched:
+        def __init__(self, *args: Any, **options: Any) -> None:
+            self.file = safe_open(*args, **options)
+
+        def __enter__(self) -> "Watched":
+            self.file.__enter__()
+            return self
+
+        def __exit__(self, *args: Any) -> None:
+            self.file.__exit__(*args)
+
+        def metadata(self) -> Any:
+            return self.file.metadata()
+
+        def get_tensor(self, name: str) -> torch.Tensor:
+            assert sum(one() is not None for one in alive) == 0
+            mask = self.file.get_tensor(name)
+            alive.append(weakref.ref(mask))
+            return mask
+
+    monkeypatch.setattr("recon.pruning.masks.safe_open", Watched)
+    tracemalloc.start()
+    assert identity_of(path) == masks.fingerprint()
+    copied = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(alive) == 8
+    assert copied < size // 8  # not one more copy of a mask

@@ -15,6 +15,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from recon.experiment.comparison.cell import Cell
 from recon.experiment.comparison.tuning import grid
 from recon.experiment.directory import digest
@@ -193,7 +195,8 @@ def plan(comparison: Comparison, model: dict[str, Any], resolver: Resolver) -> I
     silent = ["--summary", "false"]
     text = [f"--data={json.dumps(comparison.data)}"] if comparison.data else []
     identity = {"model": ModelSource(**model).identity(), "versions": versions()}
-    of_model = _options(model, "model")
+    # One precision for all rows: on a GPU local scopes would have that of the files, full retraining float32.
+    of_model = _options({"dtype": "float32"} | model if torch.cuda.is_available() else model, "model")
 
     def cell(title: str, command: list[str]) -> Cell:
         slug = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")

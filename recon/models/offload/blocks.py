@@ -122,13 +122,12 @@ class OffloadedBlocks:
             self._rest = []
 
     def state(self, dtype: torch.dtype | None, directory: Path) -> dict[str, Tensor]:
-        """Return the state dict of a model on disk, mapped to an unnamed file that is deleted with the result.
+        """Return the amended state dict, mapped to an unnamed file that is deleted with the result.
 
         Args:
             dtype: Dtype of floating-point entries; their own if None.
             directory: Directory of that file, on a disk with room for the model.
         """
-        assert self.disk_weights is not None
         self.hold(())
         entries = self.model.state_dict(keep_vars=True)
         in_block = {name: block.index for block in self.anatomy.blocks for name in block.parameters()}

@@ -14,7 +14,7 @@ from recon.models.offload.blocks import OffloadedBlocks
 from recon.models.offload.disk_weights import DiskWeights
 
 Offload = Literal["none", "host", "disk"]
-"""Place of a model that is recovered window by window:
+"""Place of a model that is pruned, recovered and measured block by block:
 
 - `none`: on the device;
 - `host`: in the host's memory; a block is on the device only while it is needed;
@@ -51,6 +51,19 @@ def open_offloaded(
     if (files / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(files)
     return OffloadedBlocks(model, device, disk_weights)
+
+
+def onloaded(offloaded: OffloadedBlocks, source: ModelSource) -> PreTrainedModel:
+    """Return a model that was offloaded whole, in the host's memory; it is offloaded no more.
+
+    Args:
+        offloaded: The model.
+        source: Its source, from which it is loaded if its blocks are on disk.
+    """
+    if offloaded.disk_weights is not None:
+        return source.model()
+    offloaded.hold(())
+    return offloaded.model
 
 
 def _written(source: ModelSource, directory: Path) -> ModelSource:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from recon.calibration.statistics import InputStatistics
 from recon.pruning.criteria.base import Criterion
-from recon.pruning.patterns import Pattern, require_finite
+from recon.pruning.patterns import Pattern
+from recon.pruning.ranking import require_finite
 from recon.solvers.cholesky import dead_columns
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from recon.calibration.statistics import InputStatistics, Need, full_fp32
 from recon.pruning.criteria.base import Criterion
-from recon.pruning.patterns import NM, Pattern, Unstructured, require_finite
+from recon.pruning.patterns import NM, Pattern, Unstructured
+from recon.pruning.ranking import require_finite
 from recon.solvers.cholesky import cholesky, dead_columns
 
 Choose = Callable[[Tensor, int], Tensor]

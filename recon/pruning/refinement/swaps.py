@@ -11,7 +11,7 @@ from torch.linalg import vecdot
 
 from recon.calibration.statistics import full_fp32
 from recon.pruning.criteria.reconstruction import require_finite_result, without_dead_columns
-from recon.pruning.patterns import require_finite
+from recon.pruning.ranking import require_finite
 from recon.pruning.refinement import exchange
 from recon.pruning.refinement.base import Refinement
 from recon.pruning.refinement.candidates import Candidates, in_groups, in_rows

@@ -73,6 +73,10 @@ class WindowedScope(Scope):
         self.under_way: WindowProgress | None = None
         self.interleaved: Interleaved | None = None
 
+    def settle(self, device: torch.device) -> None:
+        """As `Scope.settle`: windows are widened to train, so a GPU may hold the model as it is stored."""
+        self.source = self.source.on(device)
+
     @property
     def window(self) -> Window | None:
         """The window under way; None between two."""
