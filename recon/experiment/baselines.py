@@ -145,22 +145,7 @@ def measure_pruned(
     data.tokenizer = source.tokenizer_for(model.model)
     data.require(("train", "test", "validation") if options.drift else ("train", "test"), model.model)
     started, resumed = time.monotonic(), run.has_masks
-    if resumed:
-        log.info(f"{run.masks} holds the masks of this run: nothing to prune")
-        masks = Masks.load(run.masks)
-        masks.validate_for(model.model)
-    else:
-        masks = prune_to(
-            run.masks,
-            model.model,
-            data.tokens("train"),
-            options.criterion,
-            options.pattern,
-            options.pruning,
-            run.moved,
-            model.replay,
-            model.storage,
-        )
+    masks = _masks(model, data, run, options)
     seconds = time.monotonic() - started
     costs.stop()
     model.apply(masks, moved_with(run.masks, masks))
@@ -193,6 +178,28 @@ def measure_pruned(
     if offload == "disk" and not source.is_stored:
         run.clean()  # the dense weights that were written to be read
     return report
+
+
+def _masks(model: OpenModel, data: TokenData, run: RunDirectory, options: RunOptions) -> Masks:
+    """The masks of a run: those that an earlier start has written, or pruned now."""
+    if run.has_masks:
+        log.info(f"{run.masks} holds the masks of this run: nothing to prune")
+        masks = Masks.load(run.masks)
+        masks.validate_for(model.model)
+        return masks
+    assert options.criterion is not None
+    assert options.pattern is not None
+    return prune_to(
+        run.masks,
+        model.model,
+        data.tokens("train"),
+        options.criterion,
+        options.pattern,
+        options.pruning,
+        run.moved,
+        model.replay,
+        model.storage,
+    )
 
 
 class _Costs:

@@ -107,8 +107,10 @@ class Operations(TorchDispatchMode):
 
 
 def _require_one_device(func: Any, tensors: list[Tensor]) -> None:
-    """Refuse several devices; a tensor without dimensions may come from the host, but not from the device."""
+    """Refuse several devices; a tensor without dimensions may come from the host, unless the operation changes it."""
     sized = {device_of(one) for one in tensors if one.ndim > 0}
+    if func._schema.name.endswith("_") and tensors:
+        sized.add(device_of(tensors[0]))
     if len(sized) > 1 or (sized == {CPU} and any(device_of(one) == CUDA for one in tensors)):
         given = [(tuple(one.shape), str(one.dtype), str(device_of(one))) for one in tensors]
         raise MixedDevices(f"{func} got {given} in {place()}")
