@@ -3,8 +3,10 @@
 import ctypes
 import os
 import signal
+import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 PARENT = "RECON_PARENT"
@@ -32,3 +34,63 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
     if os.getppid() != int(parent):  # it died before
         sys.exit(1)
+
+
+class Stopped(Exception):
+    """The child processes were stopped, so there is no more to be known of one of them."""
+
+
+class Children:
+    """Child processes that run recon: started from any thread, stopped together, ended by the end of this process.
+
+    The system takes the thread that starts a process for its parent, so that thread has to wait for the process.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._living: set[subprocess.Popen[str]] = set()
+        self._is_stopped = False
+
+    @contextmanager
+    def started(self, command: Sequence[str], environment: Mapping[str, str]) -> Iterator[subprocess.Popen[str]]:
+        """Start a process, and wait for it at the end of the context, whose error ends it.
+
+        Args:
+            command: The program and its arguments.
+            environment: All variables of the process.
+
+        Yields:
+            The process; its output and its errors are lines of `stdout`.
+
+        Raises:
+            Stopped: If `stop` was called before the process had ended.
+        """
+        with self._lock:  # or a process might start just after the others were stopped
+            if self._is_stopped:
+                raise Stopped
+            process = subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env={**environment, PARENT: str(os.getpid())},
+            )
+            self._living.add(process)
+        try:
+            with process:
+                try:
+                    yield process
+                except BaseException:
+                    process.kill()
+                    raise
+        finally:
+            self._living.discard(process)
+        if self._is_stopped:
+            raise Stopped
+
+    def stop(self) -> None:
+        """Kill all processes, and start no more."""
+        with self._lock:
+            self._is_stopped = True
+            for process in list(self._living):
+                process.kill()

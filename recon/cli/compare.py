@@ -1,5 +1,7 @@
 """`recon compare`: compare scopes, criteria, patterns and seeds, and draw what each buys and costs."""
 
+from typing import Literal
+
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
@@ -8,7 +10,11 @@ from recon.cli.quiet import quiet
 from recon.cli.resolver import CommandResolver
 from recon.experiment.comparison.compare import compare
 from recon.experiment.comparison.spec import Comparison
+from recon.experiment.comparison.workers import workers_of
 from recon.report import draw_drift, draw_pareto, print_table, table_console
+
+OWN = ("config", "workers", "threads", "verbose")
+"""Options of the command that are none of the comparison's."""
 
 
 def build_parser() -> ArgumentParser:
@@ -18,6 +24,18 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument("-c", "--config", action="config", help="YAML file or name of a shipped comparison.")
     parser.add_class_arguments(Comparison)
+    parser.add_argument(
+        "--workers",
+        type=int | Literal["gpus"],
+        default=1,
+        help="Cells at a time; `gpus` for one on each visible GPU.",
+    )
+    parser.add_argument(
+        "--threads",
+        type=int | None,
+        default=None,
+        help="CPU threads of each cell; several workers share the cores evenly by default.",
+    )
     parser.add_argument("--verbose", type=bool, default=False, help="Add tables of memory, predictions and drift.")
     return parser
 
@@ -27,10 +45,10 @@ def main(args: list[str]) -> int:
     quiet()
     parser = build_parser()
     config, built = parse(parser, args)
-    options = {key: value for key, value in built.as_dict().items() if key not in ("config", "verbose")}
+    options = {key: value for key, value in built.as_dict().items() if key not in OWN}
     comparison = Comparison(**options)
     console = Console(highlight=False, soft_wrap=True, markup=False)
-    results = compare(comparison, CommandResolver())
+    results = compare(comparison, CommandResolver(), workers_of(config.workers, config.threads))
     print_table(results, table_console(), config.verbose)
     pictures = draw_pareto(results, comparison.path) + draw_drift(results, comparison.path)
     for file in [comparison.path / "results.json", *pictures]:

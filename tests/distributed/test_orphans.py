@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.slow import quick
+
 DATA = ["--data.num_sequences", "4", "--data.seq_len", "16", "--data.num_validation", "2", "--data.num_test", "2"]
 PATIENCE = 60.0  # seconds; a machine under load takes ten to import torch
 
@@ -59,11 +61,15 @@ def test_processes_of_a_run_end_with_the_first(number: signal.Signals, tmp_path:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and PR_SET_PDEATHSIG")
-def test_the_cell_of_a_comparison_ends_with_it(tmp_path: Path) -> None:
-    command = ["compare", "-c", "comparisons/smoke", "--directory", str(tmp_path)]
+@pytest.mark.parametrize("number", quick([signal.SIGKILL, signal.SIGTERM, signal.SIGINT], signal.SIGKILL))
+def test_the_cells_of_a_comparison_end_with_it(number: signal.Signals, tmp_path: Path) -> None:
+    command = ["compare", "-c", "comparisons/smoke", "--directory", str(tmp_path), "--workers", "2", "--threads", "1"]
     parent = subprocess.Popen([sys.executable, "-m", "recon", *command], stdout=subprocess.DEVNULL)
-    (cell,) = wait_for(lambda: recon_children(parent.pid), "the first cell")
-    time.sleep(0.5)
-    parent.kill()
-    parent.wait()
-    wait_for(lambda: not alive(cell), "the cell to end")
+    try:
+        cells = wait_for(lambda: len(found := recon_children(parent.pid)) == 2 and found, "two cells")
+        time.sleep(0.5)
+        parent.send_signal(number)
+        assert parent.wait(PATIENCE) == (130 if number == signal.SIGINT else -number)
+        wait_for(lambda: not any(alive(cell) for cell in cells), "the cells to end")
+    finally:
+        parent.kill()

@@ -100,10 +100,11 @@ def test_second_run_keeps_finished_cells_and_draws_again(smoke):
 
 
 def test_two_comparisons_in_one_directory_share_its_cells(smoke, tmp_path):
+    """One of them with two workers."""
     recoveries = [{"scope": "matrix"}, {"scope": "submodule", "options": {"model.epochs": 1}}]
     command = [*SMOKE, "--directory", str(tmp_path), f"--recoveries={json.dumps(recoveries)}"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    both = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    both = [subprocess.Popen([*command, *more], **pipes) for more in ([], ["--workers=2", "--threads=1"])]
     said = [process.communicate()[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     took = [set(re.findall(r"^\[\d/4 (\w+)\]", text, re.MULTILINE)) for text in said]
@@ -113,6 +114,28 @@ def test_two_comparisons_in_one_directory_share_its_cells(smoke, tmp_path):
     assert [(cell["scope"], cell["perplexity"]) for cell in ours] == [
         (cell["scope"], cell["perplexity"]) for cell in single[:4]
     ]
+
+
+@pytest.mark.slow
+def test_two_workers_give_the_rows_of_one(tmp_path):
+    """With the choice of an option, which needs trials; all but the places and the costs."""
+    recoveries = [
+        {"scope": "matrix"},
+        {"scope": "full", "options": {"model.epochs": 1}, "tune": {"model.lr": [1e-2, 1e-3]}},
+    ]
+    rows = []
+    for workers in ("1", "2"):
+        directory = tmp_path / workers
+        finished = run("--directory", str(directory), f"--recoveries={json.dumps(recoveries)}", "--seeds=[0,1]",
+                       "--workers", workers, "--threads=1")  # fmt: skip
+        assert finished.returncode == 0, finished.stderr
+        rows.append([
+            {name: cell[name] for name in NAMES - {"run_dir", "seconds", "peak_host_bytes"}}
+            | {"chosen": [point["options"] for point in cell["tuning"] if point["chosen"]]}
+            for cell in json.loads((directory / "results.json").read_text())["cells"]
+        ])  # fmt: skip
+    assert rows[0] == rows[1]
+    assert [row["scope"] for row in rows[0]] == ["dense", "pruned", "matrix", "full"] * 2
 
 
 def planned(comparison):

@@ -98,7 +98,7 @@ def test_tuned_once_per_model_and_used_everywhere(tmp_path, monkeypatch):
     """Cells are made up: on the test split the other learning rate would be best."""
     commands = []
 
-    def made_up(cell, prefix):
+    def made_up(cell, prefix, *_):
         commands.append((cell.title, cell.command))
         assert prefix.startswith(f"[{len(commands)}/")
         if "--model.lr=0.5" in cell.command or "--model.lr=0.25" in cell.command:
@@ -106,7 +106,7 @@ def test_tuned_once_per_model_and_used_everywhere(tmp_path, monkeypatch):
             return report(1.0 if is_trial == is_half else 2.0, "validation" if is_trial else "test")
         return report(3.0, "test")
 
-    monkeypatch.setattr("recon.experiment.comparison.compare.outcome", made_up)
+    monkeypatch.setattr("recon.experiment.comparison.cells.outcome", made_up)
     comparison = Comparison(
         "x",
         [Entry("full", tune={"model.lr": [0.25, 0.5]}), Entry("block", options={"model.epochs": 2})],
@@ -135,11 +135,11 @@ def test_tuned_once_per_model_and_used_everywhere(tmp_path, monkeypatch):
 def test_a_grid_that_fails_fails_its_cells(tmp_path, monkeypatch):
     titles = []
 
-    def made_up(cell, prefix):
+    def made_up(cell, prefix, *_):
         titles.append(cell.title)
         return "out of memory" if cell.title.startswith("tune") else report(3.0, "test")
 
-    monkeypatch.setattr("recon.experiment.comparison.compare.outcome", made_up)
+    monkeypatch.setattr("recon.experiment.comparison.cells.outcome", made_up)
     entries = [Entry("full", tune={"model.lr": [1e-3, 2e-3]}), Entry("matrix")]
     comparison = Comparison("x", entries, seeds=[0, 1], directory=str(tmp_path))
     cells = compare(comparison, CommandResolver()).cells

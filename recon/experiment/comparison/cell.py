@@ -2,12 +2,13 @@
 
 import logging
 import os
-import subprocess
+import signal
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from recon.basics.children import parent_of_children
+from recon.basics.children import Children
 from recon.basics.locks import locked
 from recon.experiment.directory import RunDirectory
 from recon.report import Report
@@ -30,30 +31,38 @@ class Cell:
     directory: Path
 
 
-def outcome(cell: Cell, prefix: str) -> Report | str | None:
+def found(cell: Cell) -> Report | None:
+    """The report of a cell that has ended; None if it has to run, or runs."""
+    run = RunDirectory(cell.directory, None)
+    return Report.load(run.report) if _is_finished(run) else None
+
+
+def is_free(cell: Cell) -> bool:
+    """Whether nobody runs the cell."""
+    with locked(_lock(cell), wait=False) as is_free:
+        return is_free
+
+
+def outcome(cell: Cell, prefix: str, children: Children, variables: Mapping[str, str]) -> Report | str | None:
     """The report of a cell, found or made now, or why there is none; None while another process runs the cell.
 
     Args:
         cell: What to run if its directory holds no report.
         prefix: Stands before each of its lines.
+        children: Starts its process.
+        variables: Environment variables of the process beside ours.
+
+    Raises:
+        Stopped: If `children` were stopped.
     """
-    run = RunDirectory(cell.directory, None)
-    if not _is_finished(run):
-        with locked(_lock(cell), wait=False) as is_free:
-            if not is_free:
-                return None
-            # Looked up again: another process may have ended the cell before this one had the lock.
-            error = None if _is_finished(run) else _run(cell, prefix)
-        if error is not None:
-            log.error(f"{prefix} failed: {error}")
-            return error
-    return Report.load(run.report)
-
-
-def wait_for(cell: Cell) -> None:
-    """Wait until no process runs the cell."""
-    with locked(_lock(cell)):
-        pass
+    with locked(_lock(cell), wait=False) as is_free:
+        if not is_free:
+            return None
+        # Looked up again: another process may have ended the cell before this one had the lock.
+        if (report := found(cell)) is not None:
+            return report
+        error = _run(cell, prefix, children, variables)
+    return Report.load(RunDirectory(cell.directory, None).report) if error is None else error
 
 
 def _is_finished(run: RunDirectory) -> bool:
@@ -68,31 +77,43 @@ def _lock(cell: Cell) -> Path:
     return cell.directory / ".cell.lock"
 
 
-def _run(cell: Cell, prefix: str) -> str | None:
-    """Run a cell, repeat its lines behind `prefix`, keep them in its `output.txt`; the reason if it failed."""
-    cell.directory.mkdir(parents=True, exist_ok=True)
-    log_file = cell.directory / "output.txt"
-    command = [sys.executable, "-m", "recon", *cell.command]
-    with (
-        log_file.open("w") as kept,
-        parent_of_children(),
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=_environment()
-        ) as process,
-    ):
-        assert process.stdout is not None
-        try:
-            for line in process.stdout:
-                kept.write(line)
-                kept.flush()
-                log.info(f"{prefix} {line.rstrip()}")
-        except BaseException:
-            process.kill()
-            raise
-    if process.returncode == 0:
+def _run(cell: Cell, prefix: str, children: Children, variables: Mapping[str, str]) -> str | None:
+    """Run a cell, once more if its process was killed; the reason if it failed.
+
+    The second start goes on from the files of the first. It is the last: a cell that takes more memory than there is
+    would be killed again and again.
+    """
+    status = _process(cell, prefix, children, variables)
+    if status < 0:
+        log.warning(f"{prefix} its process was killed by {_name(-status)}; it is started again")
+        status = _process(cell, prefix, children, variables)
+    if status == 0:
         return None
-    reason = log_file.read_text().partition(f"recon {cell.command[0]}: error: ")[2]
-    return " ".join(reason.split()) or f"exit status {process.returncode}, see {log_file}"
+    kept = _output(cell)
+    reason = " ".join(kept.read_text().partition(f"recon {cell.command[0]}: error: ")[2].split())
+    return reason or f"{f'exit status {status}' if status > 0 else f'killed by {_name(-status)} twice'}, see {kept}"
+
+
+def _process(cell: Cell, prefix: str, children: Children, variables: Mapping[str, str]) -> int:
+    """Run a cell's process, repeat its lines behind `prefix`, keep them in its `output.txt`; its exit status."""
+    cell.directory.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "recon", *cell.command]
+    with _output(cell).open("w") as kept, children.started(command, {**_environment(), **variables}) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            kept.write(line)
+            kept.flush()
+            log.info(f"{prefix} {line.rstrip()}")
+    return process.returncode
+
+
+def _output(cell: Cell) -> Path:
+    return cell.directory / "output.txt"
+
+
+def _name(number: int) -> str:
+    """The name of a signal; of most real-time signals the number."""
+    return signal.Signals(number).name if number in list(signal.Signals) else f"signal {number}"
 
 
 def _environment() -> dict[str, str]:

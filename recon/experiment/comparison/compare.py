@@ -10,14 +10,14 @@ seeds then use the choice. Nothing is chosen on the test split.
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from recon.basics.manifest import Manifest
 from recon.basics.run_paths import RunPaths
-from recon.experiment.comparison.cell import Cell, outcome, wait_for
+from recon.experiment.comparison.cell import Cell
+from recon.experiment.comparison.cells import Cells
 from recon.experiment.comparison.spec import Comparison, Entry, Group, Resolver, plan
 from recon.experiment.comparison.tuning import Choice, choose
 from recon.report import Report, Results
@@ -26,49 +26,73 @@ from recon.report.tuning import brief
 log = logging.getLogger("recon")
 
 
-class Cells:
-    """The cells of a comparison that this process knows or runs.
-
-    Several processes may run one comparison: each takes cells that nobody else runs, and passes over the others.
+class ModelCells:
+    """The cells of one model, and the options that were chosen for them.
 
     Args:
-        num: How many cells there are in all.
-
-    Attributes:
-        busy: Cells of other processes that the present pass went by.
-        took: Whether the present pass has found or run a cell that was not known before.
+        recoveries: What to compare.
+        groups: All of the model.
     """
 
-    def __init__(self, num: int) -> None:
-        self._num = num
-        self._outcomes: dict[Path, Report | str] = {}
-        self.begin_pass()
+    def __init__(self, recoveries: Sequence[Entry], groups: Sequence[Group]) -> None:
+        self._recoveries, self._groups = recoveries, groups
+        self._trials = [groups[0].trials(entry) for entry in recoveries]
+        self._choices: dict[int, Choice] = {}
+        self._fits: dict[tuple[int, int], Cell] = {}
 
-    def begin_pass(self) -> None:
-        """Go through the comparison again."""
-        self.busy: list[Cell] = []
-        self.took = False
+    def rows(self, cells: Cells) -> Iterator[Report]:
+        """Go through all cells once; the rows of those that are known."""
+        for number, group in enumerate(self._groups):
+            dense, pruned = cells.get(group.dense), cells.get(group.pruned)
+            if pruned is None:  # recoveries need its masks
+                continue
+            row = partial(_row, group, dense, pruned)
+            if dense is not None:
+                yield row("dense", "", group.dense, dense)
+                yield row("pruned", "", group.pruned, pruned)
+            if number == 0:
+                self._choose(cells)
+            for index, choice in sorted(self._choices.items()):
+                entry, cell = self._recoveries[index], self._fit(number, index)
+                measured = choice.error or cells.get(cell)
+                if measured is not None:
+                    yield row(entry.scope, entry.label, cell, measured, choice.tried)
 
-    def run(self, cell: Cell) -> Report | str | None:
-        """What `cell` came to: known, found or run now; None while another process runs it."""
-        if cell.directory not in self._outcomes:
-            found = outcome(cell, f"[{len(self._outcomes) + 1}/{self._num} {cell.title}]")
-            if found is None:
-                self.busy.append(cell)
-                return None
-            self._outcomes[cell.directory], self.took = found, True
-        return self._outcomes[cell.directory]
+    def _fit(self, number: int, index: int) -> Cell:
+        """The cell of a recovery in a group; its directory is looked for once."""
+        if (number, index) not in self._fits:
+            options = self._choices[index].options
+            self._fits[number, index] = self._groups[number].recovery(self._recoveries[index], options)
+        return self._fits[number, index]
+
+    def _choose(self, cells: Cells) -> None:
+        """Choose the options of each recovery whose trials are known, by the lowest validation perplexity."""
+        for index, trials in enumerate(self._trials):
+            if index in self._choices:
+                continue
+            outcomes = [cells.get(cell) for _, cell in trials]
+            known = [measured for measured in outcomes if measured is not None]
+            if len(known) < len(trials):
+                continue
+            for (_, cell), measured in zip(trials, known, strict=True):
+                if isinstance(measured, Report):
+                    _drop_weights(cell)
+            choice = self._choices[index] = choose([point for point, _ in trials], known)
+            if choice.options:
+                title = self._recoveries[index].title
+                log.info(f"{title}: {brief(choice.options)} chosen of {len(trials)} on the validation split")
 
 
-def compare(comparison: Comparison, resolver: Resolver) -> Results:
-    """Run every cell that has not finished yet, one after another; write `results.json` as rows are known.
+def compare(comparison: Comparison, resolver: Resolver, workers: Sequence[Mapping[str, str]] = ({},)) -> Results:
+    """Run every cell that has not finished yet; write `results.json` as rows are known.
 
-    Another process may run the same comparison at the same time. Then each takes the next cell that is free, and waits
-    for those of the other when nothing else is left.
+    Another process may run the same comparison at the same time. Then each takes the next cells that are free, and
+    waits for those of the other when nothing else is left.
 
     Args:
         comparison: What to compare.
         resolver: Knows the commands that cells run.
+        workers: Environment variables for the cells of each worker; there are as many cells under way as workers.
 
     Returns:
         All cells; those that failed have `status` "failed" and say why.
@@ -76,49 +100,20 @@ def compare(comparison: Comparison, resolver: Resolver) -> Results:
     Raises:
         ValueError: If a cell's options cannot be understood, before anything runs.
     """
-    cells = Cells(comparison.num_cells)
     planned = [list(plan(comparison, model, resolver)) for model in comparison.models]
     _require_readable(comparison.recoveries, planned)
-    while True:
-        cells.begin_pass()
-        results = _pass(comparison, planned, cells)
-        if not cells.busy:
-            return results
-        if not cells.took:
-            log.info(f"wait for {cells.busy[0].title}, which another process runs")
-            wait_for(cells.busy[0])
-
-
-def _pass(comparison: Comparison, planned: Sequence[Sequence[Group]], cells: Cells) -> Results:
-    """Go through all cells once; the rows of those that are known in the end, which are all if none is busy."""
+    models = [ModelCells(comparison.recoveries, groups) for groups in planned]
     results = Results([], name=comparison.name)
-    for groups in planned:
-        choices: list[Choice | None] = [None] * len(comparison.recoveries)
-        for group in groups:
-            dense, pruned = cells.run(group.dense), cells.run(group.pruned)
-            if pruned is None:  # recoveries need its masks
-                continue
-            row = partial(_row, group, dense, pruned)
-            if dense is not None:
-                results.cells.extend([row("dense", "", group.dense, dense), row("pruned", "", group.pruned, pruned)])
-                _save(results, comparison, cells)
-            if group is groups[0]:
-                choices = [_tune(group, entry, cells) for entry in comparison.recoveries]
-            for entry, choice in zip(comparison.recoveries, choices, strict=True):
-                if choice is None:
-                    continue
-                cell = group.recovery(entry, choice.options)
-                measured = choice.error or cells.run(cell)
-                if measured is not None:
-                    results.cells.append(row(entry.scope, entry.label, cell, measured, choice.tried))
-                    _save(results, comparison, cells)
-    return results
-
-
-def _save(results: Results, comparison: Comparison, cells: Cells) -> None:
-    """Write the rows; a process that waits for others' cells leaves a longer file as it is."""
-    if not cells.busy:
-        results.save(comparison.path / "results.json", Manifest(comparison.path).writing)
+    with Cells(comparison.num_cells, workers) as cells:
+        while True:
+            cells.begin_pass()
+            rows = [row for model in models for row in model.rows(cells)]
+            if len(rows) > len(results.cells):
+                results.cells[:] = rows
+                results.save(comparison.path / "results.json", Manifest(comparison.path).writing)
+            if cells.are_known:
+                return results
+            cells.wait()
 
 
 def _require_readable(recoveries: Sequence[Entry], planned: Sequence[Sequence[Group]]) -> None:
@@ -132,22 +127,12 @@ def _require_readable(recoveries: Sequence[Entry], planned: Sequence[Sequence[Gr
                 raise ValueError(f"recoveries: {entry.title!r} cannot run: {error}") from error
 
 
-def _tune(group: Group, entry: Entry, cells: Cells) -> Choice | None:
-    """The options of `entry` that reach the lowest validation perplexity on a group; None while a trial runs."""
-    trials = [(point, cell, cells.run(cell)) for point, cell in group.trials(entry)]
-    known = [(point, cell, measured) for point, cell, measured in trials if measured is not None]
-    if len(known) < len(trials):
-        return None
-    for _, cell, measured in known:
-        if isinstance(measured, Report):  # the weights are of no use any more, and as large as the model
-            paths = RunPaths(cell.directory)
-            for product in (paths.model, paths.windows):
-                paths.manifest.forget(product)
-                shutil.rmtree(product, ignore_errors=True)
-    choice = choose([point for point, _, _ in known], [measured for _, _, measured in known])
-    if choice.options:
-        log.info(f"{entry.title}: {brief(choice.options)} chosen of {len(trials)} on the validation split")
-    return choice
+def _drop_weights(cell: Cell) -> None:
+    """Delete the weights of a trial: they are of no use any more, and as large as the model."""
+    paths = RunPaths(cell.directory)
+    for product in (paths.model, paths.windows):
+        paths.manifest.forget(product)
+        shutil.rmtree(product, ignore_errors=True)
 
 
 def _row(
