@@ -149,7 +149,7 @@ class RunDirectory(RunPaths):
 
     def sweep(self) -> None:
         """Delete what processes that were killed have left; only the owner of the directory may do so."""
-        places = self.path, self.text, self.block_masks, self.windows, self.checkpoints, *self.parts.glob("*")
+        places = self.path, self.text, self.block_masks, self.windows, self.checkpoints, self.model, *self.parts.glob("*")
         for place in places:
             sweep(place)
         settle(self.model)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from recon.basics.children import parent_of_children
 from recon.basics.locks import locked
+from recon.experiment.carding import write_card
 from recon.experiment.directory import RunDirectory
 from recon.report import Report
 
@@ -47,6 +48,7 @@ def outcome(cell: Cell, prefix: str) -> Report | str | None:
         if error is not None:
             log.error(f"{prefix} failed: {error}")
             return error
+    write_card(run)  # of a cell that was killed before it had written it
     return Report.load(run.report)
 
 
