@@ -214,7 +214,7 @@ def _note_changes(found: Verification, manifest: Manifest) -> None:
         return
     for file, entry in ((file, entry) for file, entry in records.items() if file.suffix in FOR_PEOPLE):
         if manifest.fault_of(file, entry) is not None:
-            found.notes.append(f"{file} {'was edited' if file.is_file() else 'is gone, written again by the next start'}")
+            found.notes.append(f"{file} {'was edited' if file.is_file() else 'is gone; the next start writes it'}")
 
 
 def _read(file: Path) -> dict[str, Any]:

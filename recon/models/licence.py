@@ -1,4 +1,4 @@
-"""The licence of a model, by its card or its configuration, if they are on this machine: nothing is asked of a network."""
+"""The licence of a model, by its card or its configuration on this machine; no network is asked."""
 
 import json
 from pathlib import Path

@@ -66,7 +66,7 @@ def card(facts: Facts) -> ModelCard:
 
 def _metadata(facts: Facts) -> ModelCardData:
     scope = [] if facts.report.scope == "pruned" else [f"{facts.report.scope}-recovery"]
-    data = facts.made_with.get("data", {})
+    data, licence = facts.made_with.get("data", {}), dict[str, Any](facts.licence)
     return ModelCardData(
         base_model=facts.hub_name,
         library_name="transformers",
@@ -75,7 +75,7 @@ def _metadata(facts: Facts) -> ModelCardData:
         datasets=[data["path"]] if data.get("source") == "HubDataset" else None,
         model_name=facts.title,
         eval_results=list(_results(facts)) or None,
-        **facts.licence,
+        **licence,
     )
 
 
@@ -161,7 +161,8 @@ def _verification(facts: Facts) -> str:
     return (
         f"`recon verify runs/{one_line(run)}` checks the run directory that this model is from: every file's digest, "
         f"that pruned weights are zero, and that masks keep to their pattern. The numbers of this card are those of "
-        f"`report.json` there. Weights that are copied elsewhere are told by their sha256:\n\n" + table(["file", "sha256"], lines, num_text=2)
+        f"`report.json` there. Weights that are copied elsewhere are told by their sha256:\n\n"
+        + table(["file", "sha256"], lines, num_text=2)
     )
 
 

@@ -18,7 +18,9 @@ def recipe(report: Report, made_with: Mapping[str, Any]) -> str:
     masks = " --masks masks.safetensors" if "masks" in made_with else ""
     notes = [f"Save the options below as `{FILE}`. Versions: {_versions(made_with)}."]
     if masks:
-        notes.append("`masks.safetensors` is that of the run directory, with `moved.safetensors` beside it if it has one.")
+        notes.append(
+            "`masks.safetensors` is that of the run directory, with `moved.safetensors` beside it if it has one."
+        )
     if "weights" in made_with.get("model", {}):
         notes.append("The base model was one in memory, given to `recon.recover`; save it and name its directory.")
     content = yaml.safe_dump(options_of(made_with), sort_keys=False, allow_unicode=True)
