@@ -26,6 +26,9 @@ NAME = "manifest.json"
 LOADED = (".safetensors", ".json", ".bin", ".model", ".jinja", ".py")
 """Ends of the names of files that libraries load from a model directory if they are there."""
 
+FOR_PEOPLE = (".md",)
+"""Ends of the names of files that nothing loads, such as a model's card: a change of theirs is no damage."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -179,7 +182,8 @@ class Manifest:
         """Say what is wrong with a product; None if it is there and as it was written.
 
         Args:
-            path: A file; or a directory, which has to hold its recorded files and no others that would be loaded.
+            path: A file; or a directory, which has to hold its recorded files, but those for people, and no others that
+                would be loaded.
 
         Raises:
             ValueError: If the manifest is damaged.
@@ -187,7 +191,8 @@ class Manifest:
         entries = self._records([path], fresh=False) or self.records(path)
         if not entries:
             return f"{path} is {'not recorded in' if path.exists() else 'missing, and not in'} {self.file}"
-        found = next((fault for file, entry in entries.items() if (fault := self.fault_of(file, entry))), None)
+        needed = {file: one for file, one in entries.items() if file == path or file.suffix not in FOR_PEOPLE}
+        found = next((fault for file, entry in needed.items() if (fault := self.fault_of(file, entry))), None)
         if found is None and path.is_dir():
             strange = [file for file in _files(path) if file not in entries and file.suffix in LOADED]
             return f"{strange[0]} is not recorded in {self.file}" if strange else None

@@ -109,6 +109,11 @@ class RunPaths:
         return self.path / "model"
 
     @property
+    def card(self) -> Path:
+        """The card of the recovered model, a part of `model`."""
+        return self.model / "README.md"
+
+    @property
     def report(self) -> Path:
         """The report of the finished run."""
         return self.path / "report.json"

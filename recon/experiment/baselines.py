@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from recon.data import TokenData
 from recon.evaluation.perplexity import Evaluation
+from recon.experiment.carding import write_card
 from recon.experiment.directory import RunDirectory
 from recon.experiment.environment import environment
 from recon.experiment.opened import Opener, OpenModel
@@ -137,6 +138,7 @@ def measure_pruned(
         raise ValueError("recon prune needs a criterion and a pattern, got null")
     if run.is_finished:
         log.info(f"{run.path} holds this run, finished: nothing to do")
+        write_card(run)  # that of a start which was killed before it had written it
         return Report.load(run.report)
     costs = _Costs(device)
     log.info(f"load {source.name}")
@@ -175,6 +177,7 @@ def measure_pruned(
         **_compared(source, model, masks, data, opened, options),
     )
     report.save(run.report, run.manifest.writing)
+    write_card(run, masks)
     if offload == "disk" and not source.is_stored:
         run.clean()  # the dense weights that were written to be read
     return report

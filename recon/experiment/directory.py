@@ -149,8 +149,8 @@ class RunDirectory(RunPaths):
 
     def sweep(self) -> None:
         """Delete what processes that were killed have left; only the owner of the directory may do so."""
-        places = self.path, self.text, self.block_masks, self.windows, self.checkpoints, *self.parts.glob("*")
-        for place in places:
+        places = self.path, self.text, self.block_masks, self.windows, self.checkpoints, self.model
+        for place in (*places, *self.parts.glob("*")):
             sweep(place)
         settle(self.model)
         for product in (self.model, self.dense):

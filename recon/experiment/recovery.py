@@ -13,6 +13,7 @@ from recon.data import TokenData
 from recon.data.sources import Split
 from recon.distributed import ranks
 from recon.distributed.part import Share
+from recon.experiment.carding import write_card
 from recon.experiment.data_hooks import begin
 from recon.experiment.directory import RunDirectory
 from recon.experiment.hyperparameters import log_hyperparameters
@@ -79,6 +80,7 @@ def recover(scope: Scope, data: TokenData, trainer: L.Trainer, run: RunDirectory
         measured = measure(job, baselines)
     report = build_report(job, training, measured)
     report.save(run.report, run.manifest.writing)
+    write_card(run, scope.masks)
     log_hyperparameters(trainer, scope, report)
     data.teardown("test")
     run.clean()
@@ -93,6 +95,8 @@ def _finished(run: RunDirectory, options: RunOptions) -> Report:
             f"the {report.protocol['split']} split; name another --run_dir, or delete its report.json"
         )
     log.info(f"{run.path} holds this run, finished: nothing to do")
+    if ranks.rank() == 0:
+        write_card(run)  # that of a start which was killed before it had written it
     return report
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from recon.basics.manifest import NAME, Entry, Manifest
+from recon.basics.manifest import FOR_PEOPLE, NAME, Entry, Manifest
 from recon.basics.run_paths import RunPaths
 from recon.experiment.directory import digest
 from recon.experiment.environment import versions
@@ -58,6 +58,7 @@ def verify(directory: Path) -> Verification:
     for path in cells or [directory]:
         _take(found, _run(RunPaths(path)))
         _note_versions(found, RunPaths(path))
+        _note_changes(found, RunPaths(path).manifest)
     return found
 
 
@@ -83,7 +84,8 @@ def _take(found: Verification, outcomes: Iterator[Outcome]) -> None:
 
 def _recorded(manifest: Manifest) -> Iterator[Outcome]:
     for file, entry in manifest.records().items():
-        yield file, manifest.fault_of(file, entry)
+        if file.suffix not in FOR_PEOPLE:
+            yield file, manifest.fault_of(file, entry)
 
 
 def _run(run: RunPaths) -> Iterator[Outcome]:
@@ -120,14 +122,15 @@ def _unrecorded(run: RunPaths, records: dict[Path, Entry]) -> Iterator[Path]:
     free = (run.manifest.file, run.begun, run.log, run.logs, run.parts, run.memory())
     for product in (path for path in run.products if path not in free):
         files = [product] if product.is_file() else sorted(product.rglob("*")) if product.is_dir() else []
-        yield from (file for file in files if file.is_file() and file not in records and not file.name.startswith("."))
+        files = [file for file in files if file.is_file() and file.suffix not in FOR_PEOPLE]
+        yield from (file for file in files if file not in records and not file.name.startswith("."))
 
 
 def _weights(run: RunPaths, masks: Masks, intact: set[Path]) -> Iterator[Outcome]:
     """Look for pruned weights that are not zero: in models, windows, moved weights and the exact start."""
     for model in [run.model, *sorted(run.path.glob("model-step-*"))]:
-        held = run.manifest.records(model)
-        if held and held.keys() <= intact:
+        held = {file for file in run.manifest.records(model) if file.suffix not in FOR_PEOPLE}
+        if held and held <= intact:
             yield model, _said(lambda model=model: _require_zero(model, _violations_of_model(masks, model)))
     for file in sorted(path for path in intact if path.parent == run.windows):
         yield file, _said(lambda file=file: _require_zero(file, _violations_of_window(masks, file)))
@@ -201,6 +204,17 @@ def _note_versions(found: Verification, run: RunPaths) -> None:
     note = f"made with {'; '.join(different)}"
     if different and note not in found.notes:
         found.notes.append(note)
+
+
+def _note_changes(found: Verification, manifest: Manifest) -> None:
+    """Note the files for people, such as a model's card, that somebody has changed or deleted."""
+    try:
+        records = manifest.records()
+    except ValueError:  # a fault that is known already
+        return
+    for file, entry in ((file, entry) for file, entry in records.items() if file.suffix in FOR_PEOPLE):
+        if manifest.fault_of(file, entry) is not None:
+            found.notes.append(f"{file} {'was edited' if file.is_file() else 'is gone; the next start writes it'}")
 
 
 def _read(file: Path) -> dict[str, Any]:

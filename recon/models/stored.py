@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from recon.basics.manifest import FOR_PEOPLE
 from recon.models.weight_files import weight_places
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -31,8 +32,9 @@ def dtype_of(directory: Path) -> torch.dtype | None:
 
 
 def size_on_disk(directory: Path) -> int:
-    """Bytes of the files in a model directory; files in directories within are not counted."""
-    return sum(path.stat().st_size for path in directory.iterdir() if path.is_file())
+    """Bytes of the files in a model directory; neither those for people nor those in directories within count."""
+    files = (path for path in directory.iterdir() if path.is_file() and path.suffix not in FOR_PEOPLE)
+    return sum(path.stat().st_size for path in files)
 
 
 def stored_weights(directory: Path) -> Iterator[Tensor]:
