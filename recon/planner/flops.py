@@ -3,16 +3,19 @@
 FLOPs of matrix products and attention count, as in `callbacks.flops`, but a product computed twice counts twice.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import Literal, get_args
 
 from recon.calibration import gram
+from recon.models.windows import Window
 from recon.planner.fake.model import FakeModel
 from recon.planner.full import steps_of
-from recon.planner.local import FakeModels, one_of_each
+from recon.planner.local import FakeModels, one_of_each, windows_to_recover
 from recon.planner.options import PlanOptions
 from recon.planner.snapshot import SOLVER_ITERATIONS, START_ITERATIONS, START_RESIDUALS
+from recon.scopes.local.rate_search import Budget
 
 Kind = Literal["walk", "gram", "solve", "start", "training", "held out", "rest"]
 """- `walk`: passes through dense or recovered blocks;
@@ -51,6 +54,24 @@ def local_flops(fakes: FakeModels, options: PlanOptions) -> Counter[Kind]:
             step = trained.window(window, options, stored.dtype)
             flops["training"] += round(count * options.epochs * batches * step.flops)
             flops["held out"] += round(count * (options.epochs + 1) * held_out * step.forward_flops)
+    if options.searches_rate:
+        flops += _search_flops(fakes, options)
+    return flops
+
+
+def _search_flops(fakes: FakeModels, options: PlanOptions) -> Counter[Kind]:
+    """Count the FLOPs of all trials that a search for learning rates may make."""
+    kinds: dict[str, list[Window]] = {}
+    for window in windows_to_recover(fakes.stored, options):
+        kinds.setdefault(window.kind, []).append(window)
+    of_step = options.batch_size * options.accumulate
+    steps = options.epochs * math.ceil(options.num_sequences / of_step)
+    flops: Counter[Kind] = Counter()
+    for first, *others in kinds.values():
+        step = fakes.trained.window(first, options, fakes.stored.dtype)
+        budget = Budget.of(1 + len(others), steps, options.num_validation, of_step)
+        flops["training"] += round(budget.trials * budget.steps * options.accumulate * step.flops)
+        flops["held out"] += round(budget.trials * options.num_validation / options.batch_size * step.forward_flops)
     return flops
 
 

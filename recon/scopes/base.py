@@ -37,7 +37,7 @@ from recon.scopes.step_losses import StepLosses
 from recon.scopes.tally import Tally
 from recon.scopes.trainer_options import EVERYWHERE, IN_WINDOWS, TrainerOption, refuse
 
-StartName = Literal["pruned", "moved", "exact"]
+StartName = Literal["pruned", "moved", "exact", "auto"]
 
 NO_MOVED = (
     "model.start: moved needs weights that the criterion moved, {}; choose a criterion that moves weights "
@@ -66,7 +66,8 @@ class Scope(L.LightningModule, ABC):
         epochs: Passes over the calibration sequences; of each window in the local scopes.
         start: The surviving weights that recovery starts from: `pruned`, as they were in the dense model; `moved`, as
             a criterion that moves them (SparseGPT, ADMM, ALPS) left them; `exact`, those that best reproduce each
-            matrix's outputs by itself, as the matrix scope finds them, but to about 1 % of the least error.
+            matrix's outputs by itself, as the matrix scope finds them, but to about 1 % of the least error; `auto`, in
+            the scopes that train windows, for each window `exact` or `pruned`, the one of the lower held-out error.
         offload: Where the model is: `none`, on the device; `host`, in the host's memory, its blocks on the device
             while they are needed; `disk`, in its safetensors files, from which blocks are read when they are needed.
             The last two are for local scopes, which then need room for one window on the device.
@@ -144,6 +145,11 @@ class Scope(L.LightningModule, ABC):
         return {}
 
     @property
+    def rates(self) -> dict[str, dict[str, Any]]:
+        """Kind of window -> the learning rate that was searched for it, and all that was tried; none by default."""
+        return {}
+
+    @property
     def storage(self) -> Storage:
         """Where hidden states are kept between two passes; if that is on disk, in the run's directory."""
         return replace(self._storage, directory=self.directory)
@@ -186,11 +192,7 @@ class Scope(L.LightningModule, ABC):
             )
 
     def require_independent(self, what: str) -> None:
-        """Refuse options that make windows depend on each other; there are none here.
-
-        Args:
-            what: Needs them not to, in the words of the message.
-        """
+        """Refuse options that make windows depend on each other, which `what` needs; there are none here."""
 
     def divide(self, share: Share, assembles: bool) -> None:
         """Say, before `prepare`, which windows this process recovers; nothing where there are none.

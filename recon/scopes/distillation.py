@@ -1,12 +1,16 @@
 """Distillation of windows by gradient descent, and the two scopes that do it: submodules and blocks."""
 
+import logging
+import math
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from recon.basics.seeds import derived_seed
 from recon.calibration.statistics import InputStatistics
 from recon.models.anatomy import Anatomy
 from recon.models.linear import as_out_in, weight_out_in
@@ -15,20 +19,26 @@ from recon.models.windows import (
     Windows,
     block_windows,
     group_windows,
+    kind_of,
     require_groups,
     submodule_windows,
 )
 from recon.scopes.base import StartName
 from recon.scopes.exact import solve
-from recon.scopes.local.batches import Batch
+from recon.scopes.local.batches import Batch, shuffled
 from recon.scopes.local.module import LocalScope
+from recon.scopes.local.rate_search import FIRST, Budget, Choice, search
 from recon.scopes.local.schedule import require_dense_inputs, require_owners, require_propagation
 from recon.scopes.local.window_error import outputs
-from recon.scopes.local.window_state import compiled
+from recon.scopes.local.window_progress import WindowProgress
+from recon.scopes.local.window_state import StartCopies, compiled
 from recon.scopes.lora import DEFAULT_LORA, Lora, attach, merge
 from recon.scopes.losses import WindowLoss, window_loss
-from recon.scopes.optimization import require_rates, warmup_and_linear_decay
+from recon.scopes.optimization import LearningRate, require_rates, rise_and_fall, warmup_and_linear_decay
 from recon.scopes.trainable import Parameters, chosen
+
+
+log = logging.getLogger("recon")
 
 
 class Distillation(LocalScope):
@@ -44,14 +54,20 @@ class Distillation(LocalScope):
         parameters: Parameters that learn in a window: `all`; `weights`, matrices of linear maps; `vectors`, norms and
             biases; `lora`, low-rank updates of the pruned matrices, merged into them when the window ends.
         lora: Rank and alpha of these updates.
-        lr: Peak learning rate of AdamW, for each window anew.
+        lr: Peak learning rate of AdamW, for each window anew. `auto` tries some on the first window of each kind
+            (attention, MLP), in short trials that take at most a tenth of the training, and takes the one of the lowest
+            held-out error.
         weight_decay: AdamW's weight decay.
         betas: AdamW's averaging coefficients.
         warmup: Share of a window's steps with a rising learning rate; it falls linearly to zero afterwards.
         start: As in `Scope`. `exact` takes a solve of each matrix on the inputs of its window; on the bundled
-            model three epochs from it reach what four from `pruned` do.
+            model three epochs from it reach what four from `pruned` do. `auto` falls back on `pruned` where there
+            are too few calibration tokens for the solution to hold on others.
         compile: Whether to train with torch.compile: a wait once, then faster steps; last digits differ.
         **options: Batch size, and which model: see `LocalScope`.
+
+    Attributes:
+        choices: With `lr: auto`, the rate of each kind of window that was searched for or read.
     """
 
     def __init__(
@@ -60,11 +76,11 @@ class Distillation(LocalScope):
         loss: WindowLoss = "normalised",
         parameters: Parameters = "all",
         lora: Lora = DEFAULT_LORA,
-        lr: float = 1e-3,
+        lr: LearningRate = "auto",
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.95),
         warmup: float = 0.1,
-        start: StartName = "exact",
+        start: StartName = "auto",
         compile: bool = False,
         **options: Any,
     ) -> None:
@@ -75,6 +91,10 @@ class Distillation(LocalScope):
         self.lora = lora
         self.lr, self.weight_decay, self.betas, self.warmup = lr, weight_decay, betas, warmup
         self._adapters: list[str] = []
+        self._learning: list[str] = []  # names of the parameters that learn in the window under way
+        self._steps = 0  # of a window
+        self._warned_of_few = False
+        self.choices: dict[str, Choice] = {}
         self.compiles, self._compiled = compile, ExitStack()
 
     def label_notes(self) -> list[str]:
@@ -82,38 +102,141 @@ class Distillation(LocalScope):
         notes = [] if self.loss == "normalised" else [self.loss]
         return super().label_notes() + notes + ([] if self.which_parameters == "all" else [self.which_parameters])
 
+    @property
+    def rates(self) -> dict[str, dict[str, Any]]:
+        """As `Scope.rates`, from the results of the windows that were tried."""
+        found = {name: result["rate"] for name, result in self.results.items() if "rate" in result}
+        return {kind_of(name): {"window": name, **rate} for name, rate in found.items()}
+
     def configure_optimizers(self):
         """Make AdamW, with a schedule that begins anew with each window."""
         if not self.windows:
             return []
         first = self.model.get_parameter(self.windows[0].owned[0])  # in place of a window's, until one begins
-        optimizer = torch.optim.AdamW([first], lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
+        lr = FIRST if self.lr == "auto" else self.lr  # of a search, each window sets its own
+        optimizer = torch.optim.AdamW([first], lr=lr, betas=self.betas, weight_decay=self.weight_decay)
         steps_in_all = int(self.trainer.estimated_stepping_batches)  # an epoch's last batches make a step, however few
-        steps = self.epochs * steps_in_all // max(1, self.max_epochs)
+        self._steps = self.epochs * steps_in_all // max(1, self.max_epochs)
         return {
             "optimizer": optimizer,
-            "lr_scheduler": warmup_and_linear_decay(optimizer, steps, self.warmup, period=steps),
+            "lr_scheduler": warmup_and_linear_decay(optimizer, self._steps, self.warmup, period=self._steps),
         }
 
     @torch.no_grad()
     def observe(self, statistics: dict[str, InputStatistics]) -> None:
         """Solve each matrix for the weights that it starts from."""
         for name, found in statistics.items():
+            self._warn_of_few(name, found)
             module = self.model.get_submodule(name.removesuffix(".weight"))
             dense = weight_out_in(module)
             solution = solve(module, dense, found, self.masks.on(dense.device, name), name)
             self.block_masks.starts[name] = as_out_in(module, solution.weight).to(dense.dtype)
 
+    def _warn_of_few(self, name: str, statistics: InputStatistics) -> None:
+        """Say once if a matrix has more unknowns in a row than there are tokens to find them."""
+        assert statistics.gram is not None
+        unknowns = len(statistics.gram)
+        if statistics.num_tokens < unknowns and not self._warned_of_few:
+            self._warned_of_few = True
+            log.warning(
+                f"an exact start needs more calibration tokens than a matrix has inputs, got {statistics.num_tokens} "
+                f"for the {unknowns} of {name}: its solution fits these tokens alone; raise data.num_sequences"
+            )
+
     def begin(self, window: Window) -> None:
         """As `LocalScope.begin`; the parameters that learn require gradients from now on."""
         super().begin(window)
-        names = self.trained(window)
+        self._learning = self.trained(window)
         if self.which_parameters == "lora":
             self._adapters = attach(self.model, self.masks, window.owned, self.lora, self.data.seed)
-            names = self._adapters
-        self.learn(names)
+            self._learning = self._adapters
+        self.learn(self._learning)
         if self.compiles:
             self._compiled = compiled(window.blocks)
+
+    def _begin_next(self) -> WindowProgress:
+        """As `LocalScope._begin_next`; rates that no other process has found yet are searched here, too."""
+        if self.lr == "auto":
+            for window in self.schedule.first_of_kinds():
+                if window not in self.own_windows and self._choice(window.kind) is None:
+                    self.lend(window, self.tune)
+        return super()._begin_next()
+
+    def tune(self, window: Window) -> int:
+        """Set the learning rate of `window`; search for it on the first window of a kind."""
+        if self.lr != "auto":
+            return 0
+        choice, tokens = self._choice(window.kind), 0
+        if choice is None:
+            choice, tokens = self._search(window)
+            self.choices[window.kind] = choice
+            log.info(f"learning rate of {window.kind} windows  {choice.summary}")
+        schedule: Any = self.lr_schedulers()
+        schedule.base_lrs = [choice.lr]
+        factor = rise_and_fall(0, self._steps, self.warmup)
+        self._optimizer().param_groups[0].update(lr=choice.lr * factor, initial_lr=choice.lr)
+        return tokens
+
+    def _choice(self, kind: str) -> Choice | None:
+        """Find the rate of a kind of window in what was searched here, or was written with its first window."""
+        if kind not in self.choices:
+            first = next(window for window in self.schedule.first_of_kinds() if window.kind == kind)
+            if first in self.files:
+                self.choices[kind] = Choice.from_dict(self.files.result(first)["rate"])
+        return self.choices.get(kind)
+
+    def _search(self, window: Window) -> tuple[Choice, int]:
+        """Try rates on `window`, whose weights are afterwards those that it began with.
+
+        Returns:
+            The rate, and the tokens that went through the window.
+        """
+        num_alike = sum(one.kind == window.kind for one in self.windows)
+        num_held_out = len(self.data.tokens("validation"))
+        budget = Budget.of(num_alike, self._steps, num_held_out, self._step_sequences)
+        start = StartCopies(self.model)
+        start.keep(self._learning)
+
+        def error_of(lr: float) -> float:
+            self._train_briefly(window, lr, budget.steps)
+            try:
+                return self._held_out_error(window)
+            except FloatingPointError:
+                return math.inf
+            finally:
+                self._optimizer().zero_grad()
+                self._optimizer().state.clear()
+                start.restore()
+
+        choice = search(error_of, FIRST, budget)
+        tokens = len(choice.tried) * budget.steps * self._step_sequences * self.data.seq_len
+        return choice, tokens
+
+    @property
+    def _step_sequences(self) -> int:
+        """Sequences of an optimizer step."""
+        return self.batch_size * self.trainer.accumulate_grad_batches
+
+    def _train_briefly(self, window: Window, lr: float, num_steps: int) -> None:
+        """Train `window` by a schedule of few steps, as Lightning's loop trains it by a long one."""
+        optimizer, strategy = self._optimizer(), self.trainer.strategy
+        seed = derived_seed(self.data.seed, self.schedule.index(window), 0)  # epochs are counted from 1
+        order = shuffled(len(self.data.tokens("train")), num_steps * self._step_sequences, seed)
+        batches = self.batches(window, order)
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            losses = []
+            for batch in islice(batches, self.trainer.accumulate_grad_batches):
+                with self.trainer.precision_plugin.train_step_context():
+                    loss = window_loss(*outputs(self.replay, window, batch), self.loss)
+                strategy.backward(loss / self.trainer.accumulate_grad_batches, optimizer)
+                losses.append(loss.detach())
+            return torch.stack(losses).mean()
+
+        for step in range(num_steps):
+            optimizer.param_groups[0]["lr"] = lr * rise_and_fall(step, num_steps, self.warmup)
+            strategy.optimizer_step(optimizer, closure)
 
     def trained(self, window: Window) -> list[str]:
         """Names of the parameters of `window` that learn; those that adapters are merged into where these learn."""
@@ -140,6 +263,8 @@ class Distillation(LocalScope):
         self._compiled.close()
         merge(self.model, self._adapters)
         self._adapters = []
+        if window.kind in self.choices and window in self.schedule.first_of_kinds():
+            return window.facts | {"rate": self.choices[window.kind].as_dict()}
         return window.facts
 
 
@@ -151,7 +276,7 @@ class SubmoduleDistillation(Distillation):
 
     Args:
         epochs: Passes over the calibration sequences, for each window.
-        lr: Peak learning rate of AdamW, for each window anew.
+        lr: Peak learning rate of AdamW, for each window anew; `auto` searches for it, see `Distillation`.
         windows: Groups of matrices by patterns of their names, in place of attention and MLP. A group learns to
             return what it does in the dense block, at those of its matrices that no other of them reads; norms
             stay as they are.
@@ -160,7 +285,9 @@ class SubmoduleDistillation(Distillation):
 
     scope = "submodule"
 
-    def __init__(self, epochs: int = 4, lr: float = 1e-3, windows: Windows | None = None, **options: Any) -> None:
+    def __init__(
+        self, epochs: int = 4, lr: LearningRate = "auto", windows: Windows | None = None, **options: Any
+    ) -> None:
         super().__init__(epochs=epochs, lr=lr, **options)
         if self.compiles and windows is not None:
             raise ValueError(
@@ -195,14 +322,14 @@ class BlockDistillation(Distillation):
         stride: Blocks from one window's start to the next one's; num_blocks if null. If it is smaller, windows overlap,
             and the blocks that two of them share are trained again, from the weights that the first left.
         epochs: Passes over the calibration sequences, for each window.
-        lr: Peak learning rate of AdamW, for each window anew.
+        lr: Peak learning rate of AdamW, for each window anew; `auto` searches for it, see `Distillation`.
         **options: More of the training, batch size, and which model: see `Distillation` and `LocalScope`.
     """
 
     scope = "block"
 
     def __init__(
-        self, num_blocks: int = 1, stride: int | None = None, epochs: int = 4, lr: float = 1e-3, **options: Any
+        self, num_blocks: int = 1, stride: int | None = None, epochs: int = 4, lr: LearningRate = "auto", **options: Any
     ) -> None:
         super().__init__(epochs=epochs, lr=lr, **options)
         if num_blocks < 1:

@@ -29,11 +29,13 @@ from recon.pruning.masks import Masks
 from recon.scopes.base import Scope
 from recon.scopes.best import VALIDATES_NEXT, BestWeights, validate_now, validates_next
 from recon.scopes.enforcement import require_zero_keeping
+from recon.scopes.full_rate import rate_for
 from recon.scopes.full_requirements import require_clipping_by_norm, require_one_model, require_together
 from recon.scopes.lora import DEFAULT_LORA, Lora, attach, merge, merge_state, round_merged
 from recon.scopes.losses import ModelLoss, check_finite
 from recon.scopes.model_loss import chunk_rows, logits_bytes, model_loss
 from recon.scopes.optimization import (
+    LearningRate,
     LRSchedulerRecipe,
     OptimizerRecipe,
     adamw,
@@ -51,7 +53,6 @@ FROZEN = "frozen"
 
 TALLY = "tally"
 """Key in a checkpoint: the cost so far, as `recon.scopes.tally.Tally` has it."""
-
 
 LOGITS_MEMORY = "256MiB"
 """Most memory of a batch's fp32 logits by default."""
@@ -71,7 +72,7 @@ class FullRetraining(Scope):
         parameters: What learns there: `all`; `weights`, the matrices of linear maps in the blocks; `vectors`, norms and
             biases; `lora`, low-rank updates of the pruned matrices, which are merged into them in the end.
         lora: Rank and alpha of these updates.
-        lr: Peak learning rate of AdamW; another `--optimizer` has its own.
+        lr: Peak learning rate of AdamW, `auto` for one by the model's width; another `--optimizer` has its own.
         weight_decay: AdamW's weight decay.
         betas: AdamW's averaging coefficients.
         warmup: Share of the steps with a rising learning rate; it falls linearly to zero afterwards. Another
@@ -97,7 +98,7 @@ class FullRetraining(Scope):
         train: Literal["blocks", "all"] = "blocks",
         parameters: Parameters = "all",
         lora: Lora = DEFAULT_LORA,
-        lr: float = 1e-3,
+        lr: LearningRate = "auto",
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
         warmup: float = 0.1,
@@ -383,6 +384,9 @@ class FullRetraining(Scope):
         """AdamW with warm-up and linear decay, or what was chosen."""
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if self._optimizer is None:
+            if self.lr == "auto":
+                self.lr = rate_for(Anatomy.of(self.model), self.loss)
+                log.info(f"learning rate {self.lr:.2e}, by the width of the model")
             optimizer = adamw(trained, self._steps_fused, self.lr, betas=self.betas, weight_decay=self.weight_decay)
         else:
             optimizer = self._optimizer(trained)

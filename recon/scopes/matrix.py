@@ -42,9 +42,9 @@ class MatrixReconstruction(LocalScope):
         self, solver: Solver | GradientDescent | None = None, start: StartName = "pruned", **options: Any
     ) -> None:
         super().__init__(epochs=1, start=start, **options)
-        if start == "exact":
+        if start in ("exact", "auto"):
             raise ValueError(
-                "model.start: exact is what the matrix scope ends at; choose model.start: pruned, or moved with a "
+                f"model.start: exact is what the matrix scope ends at, got {start}; choose model.start: pruned, or moved with a "
                 "criterion that moves weights"
             )
         self.solver = solver or ConjugateGradients()

@@ -6,7 +6,7 @@ it, recomputes only the activations, and ends bit-identically. `schedule` decide
 
 import logging
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from recon.profiling.ledger import followed
 from recon.profiling.phases import PhaseName, window_phase
 from recon.pruning.interleaved import Interleaved
 from recon.pruning.masks import Masks
+from recon.pruning.start_weights import apply
 from recon.scopes.local.batches import Batch, WindowBatches
 from recon.scopes.local.block_masks import BlockMasks
 from recon.scopes.local.schedule import Schedule, require_recovered_inputs
@@ -56,7 +57,7 @@ class LocalScope(WindowedScope):
     @property
     def needs(self) -> Observation:
         """Statistics of the inputs of pruned matrices that this scope uses, beside the activations."""
-        return "start gram" if self.start == "exact" else "none"
+        return "start gram" if self.start in ("exact", "auto") else "none"
 
     def observe(self, statistics: dict[str, InputStatistics]) -> None:
         """Use the statistics of the inputs of some matrices, still dense, before their window begins."""
@@ -96,6 +97,7 @@ class LocalScope(WindowedScope):
         self.under_way = None
         self._withheld, self._start = WithheldWeights(self.model), StartCopies(self.model)
         self._precision = Upcast()
+        self._started: dict[str, str] = {}  # which start the window under way has, where that was chosen
 
     def solve_start(self) -> None:
         """Solve nothing yet: each block is solved when its inputs are known."""
@@ -135,8 +137,12 @@ class LocalScope(WindowedScope):
 
     def _load(self, order: Tensor) -> Iterator[Batch]:
         assert self.window is not None
+        return self.batches(self.window, order)
+
+    def batches(self, window: Window, order: Tensor) -> Iterator[Batch]:
+        """Yield the calibration sequences of a window that has begun, in this order."""
         rows = Rows.split(order, self.batch_size, self.device)
-        batches = self.calibration.batches(rows, partial(self.calibration.batch, self.window))
+        batches = self.calibration.batches(rows, partial(self.calibration.batch, window))
         return (batch for _, batch in batches)
 
     def on_train_epoch_start(self) -> None:
@@ -218,9 +224,29 @@ class LocalScope(WindowedScope):
             self.observe(statistics)
         self.held_out.prepare(window)
         self._withheld.keep_dense(window)
-        self.block_masks.prune(self.schedule.begin(window, self.masks))
+        self._prune(window, self.schedule.begin(window, self.masks))
         self._start.keep(self.trained(window))
         self._precision.upcast(window.blocks)
+
+    def _prune(self, window: Window, names: Sequence[str]) -> None:
+        """Prune these parameters; with `start: auto` to the start of the lower held-out error, pruned or exact."""
+        if self.start != "auto":
+            return self.block_masks.prune(names)
+        starts, self._started = self.block_masks.take_starts(names), {}
+        apply(self.model, self.masks.subset(names), None)
+        if not starts:
+            return
+        pruned = self._held_out_error(window)
+        self._start.keep(starts)
+        apply(self.model, self.masks.subset(starts), starts)
+        exact = self._held_out_error(window)
+        self._started = {"start": "exact" if exact <= pruned else "pruned"}
+        if exact > pruned:
+            self._start.restore()
+            log.warning(
+                f"window {window.name} starts from its pruned weights, held-out error {pruned:.4g}, for that of the "
+                f"exact solution is {exact:.4g}: it fits the calibration tokens alone; give more of them"
+            )
 
     def trained(self, window: Window) -> list[str]:
         """Names of the parameters of `window` that recovery changes; the masked ones unless a scope has more."""
@@ -247,7 +273,31 @@ class LocalScope(WindowedScope):
             raise StopIteration  # ends the loop of Lightning's fit in good order
         self.phases.enter(window_phase(window.name))
         self.begin(window)
-        return WindowProgress(window, before=self._held_out_error(window))
+        before = self._held_out_error(window)
+        return WindowProgress(window, before, tokens=self.tune(window))
+
+    def tune(self, window: Window) -> int:
+        """Choose options for `window`, which has begun, and leave its weights as they are.
+
+        Returns:
+            The tokens that went through the window in trials; none here.
+        """
+        return 0
+
+    def lend(self, window: Window, use: Callable[[Window], Any]) -> None:
+        """Begin a window of another process, use it, and return it as it was: dense."""
+        self.schedule.lend(window)
+        self._approach(window)
+        dense = StartCopies(self.model)
+        dense.keep(window.owned)
+        self.begin(window)
+        use(window)
+        self.end(window)
+        self._precision.restore()
+        dense.restore()
+        self._start.drop()
+        self._withheld.forget()
+        self.schedule.give_back(window)
 
     def _held_out_error(self, window: Window) -> float:
         with self.trainer.precision_plugin.train_step_context():  # as the steps are computed
@@ -273,7 +323,8 @@ class LocalScope(WindowedScope):
         """Check, write and leave the window under way, with the better of its start and its end."""
         assert self.under_way is not None
         progress, window = self.under_way, self.under_way.window
-        result = {**progress.errors, "tokens": progress.tokens, "seconds": self.tally.seconds, **self.end(window)}
+        cost = {"tokens": progress.tokens, "seconds": self.tally.seconds}
+        result = {**progress.errors, **cost, **self._started, **self.end(window)}
         self._precision.restore()
         if progress.is_worse:
             self._start.restore()
