@@ -109,7 +109,6 @@ class SearchedRate(TypedDict):
     """One of a report's `rates`."""
 
     lr: float
-    window: str
     steps: int
     tried: list[TriedRate]
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recon.basics.files import read_json, write_json
 from recon.basics.seeds import derived_seed
 from recon.calibration.statistics import InputStatistics
 from recon.models.anatomy import Anatomy
@@ -19,7 +20,6 @@ from recon.models.windows import (
     Windows,
     block_windows,
     group_windows,
-    kind_of,
     require_groups,
     submodule_windows,
 )
@@ -27,7 +27,7 @@ from recon.scopes.base import StartName
 from recon.scopes.exact import solve
 from recon.scopes.local.batches import Batch, shuffled
 from recon.scopes.local.module import LocalScope
-from recon.scopes.local.rate_search import FIRST, Budget, Choice, search
+from recon.scopes.local.rate_search import FIRST, HELD_OUT, Budget, Choice, search
 from recon.scopes.local.schedule import require_dense_inputs, require_owners, require_propagation
 from recon.scopes.local.window_error import outputs
 from recon.scopes.local.window_progress import WindowProgress
@@ -36,7 +36,6 @@ from recon.scopes.lora import DEFAULT_LORA, Lora, attach, merge
 from recon.scopes.losses import WindowLoss, window_loss
 from recon.scopes.optimization import LearningRate, require_rates, rise_and_fall, warmup_and_linear_decay
 from recon.scopes.trainable import Parameters, chosen
-
 
 log = logging.getLogger("recon")
 
@@ -54,7 +53,7 @@ class Distillation(LocalScope):
         parameters: Parameters that learn in a window: `all`; `weights`, matrices of linear maps; `vectors`, norms and
             biases; `lora`, low-rank updates of the pruned matrices, merged into them when the window ends.
         lora: Rank and alpha of these updates.
-        lr: Peak learning rate of AdamW, for each window anew. `auto` tries some on the first window of each kind
+        lr: Peak learning rate of AdamW, for each window anew. `auto` tries some on the middle window of each kind
             (attention, MLP), in short trials that take at most a tenth of the training, and takes the one of the lowest
             held-out error.
         weight_decay: AdamW's weight decay.
@@ -104,9 +103,8 @@ class Distillation(LocalScope):
 
     @property
     def rates(self) -> dict[str, dict[str, Any]]:
-        """As `Scope.rates`, from the results of the windows that were tried."""
-        found = {name: result["rate"] for name, result in self.results.items() if "rate" in result}
-        return {kind_of(name): {"window": name, **rate} for name, rate in found.items()}
+        """As `Scope.rates`, once the fit has begun."""
+        return {kind: choice.as_dict() for kind, choice in self.choices.items()}
 
     def configure_optimizers(self):
         """Make AdamW, with a schedule that begins anew with each window."""
@@ -154,46 +152,64 @@ class Distillation(LocalScope):
         if self.compiles:
             self._compiled = compiled(window.blocks)
 
+    def on_fit_start(self) -> None:
+        """As `LocalScope.on_fit_start`; recall the rates that an earlier start or another process has chosen."""
+        super().on_fit_start()
+        paths = self.paths
+        if self.lr == "auto" and paths is not None and paths.manifest.is_intact(paths.rates):
+            found = read_json(paths.rates, dict, "a run", "delete it: the rates are searched for again")
+            self.choices = {kind: Choice.from_dict(one) for kind, one in found.items()}
+
     def _begin_next(self) -> WindowProgress:
-        """As `LocalScope._begin_next`; rates that no other process has found yet are searched here, too."""
+        """As `LocalScope._begin_next`; with `lr: auto`, search for rates before the first window."""
+        if self.lr == "auto" and not self.choices:
+            self._choose_rates()
+        progress = super()._begin_next()
         if self.lr == "auto":
-            for window in self.schedule.first_of_kinds():
-                if window not in self.own_windows and self._choice(window.kind) is None:
-                    self.lend(window, self.tune)
-        return super()._begin_next()
+            self._set_rate(self.choices[progress.window.kind].lr)
+        return progress
 
-    def tune(self, window: Window) -> int:
-        """Set the learning rate of `window`; search for it on the first window of a kind."""
-        if self.lr != "auto":
-            return 0
-        choice, tokens = self._choice(window.kind), 0
-        if choice is None:
-            choice, tokens = self._search(window)
-            self.choices[window.kind] = choice
-            log.info(f"learning rate of {window.kind} windows  {choice.summary}")
+    def _set_rate(self, lr: float) -> None:
+        """Let the schedule of the window under way peak at `lr`."""
         schedule: Any = self.lr_schedulers()
-        schedule.base_lrs = [choice.lr]
+        schedule.base_lrs = [lr]
         factor = rise_and_fall(0, self._steps, self.warmup)
-        self._optimizer().param_groups[0].update(lr=choice.lr * factor, initial_lr=choice.lr)
-        return tokens
+        self._optimizer().param_groups[0].update(lr=lr * factor, initial_lr=lr)
 
-    def _choice(self, kind: str) -> Choice | None:
-        """Find the rate of a kind of window in what was searched here, or was written with its first window."""
-        if kind not in self.choices:
-            first = next(window for window in self.schedule.first_of_kinds() if window.kind == kind)
-            if first in self.files:
-                self.choices[kind] = Choice.from_dict(self.files.result(first)["rate"])
-        return self.choices.get(kind)
+    def _choose_rates(self) -> None:
+        """Search for the rate of each kind of window, on the middle one of all, and note it in the run directory.
 
-    def _search(self, window: Window) -> tuple[Choice, int]:
-        """Try rates on `window`, whose weights are afterwards those that it began with.
-
-        Returns:
-            The rate, and the tokens that went through the window.
+        The choice depends on model, masks and data alone: every process makes the same.
         """
-        num_alike = sum(one.kind == window.kind for one in self.windows)
-        num_held_out = len(self.data.tokens("validation"))
-        budget = Budget.of(num_alike, self._steps, num_held_out, self._step_sequences)
+        kinds: dict[str, list[Window]] = {}
+        for window in self.windows:
+            kinds.setdefault(window.kind, []).append(window)
+        tried = sorted((one[len(one) // 2] for one in kinds.values()), key=self.schedule.index)
+        budget = self._budget(tried)
+        num = min(budget.steps * self._step_sequences, len(self.data.tokens("train")))
+        chosen = shuffled(len(self.data.tokens("train")), num, derived_seed(self.data.seed, 0, 0))
+        sequences = self.data.tokens("train")[chosen], self.data.tokens("validation")[:HELD_OUT]
+        for window in self.aside(tried, *sequences):
+            before = self._held_out_error(window)
+            choice = self._search(window, budget)
+            self.choices[window.kind] = choice
+            log.info(f"learning rate of {window.kind} windows  {choice.summary} on {window.name}, before {before:.4g}")
+        if (paths := self.paths) is not None:
+            write_json(paths.rates, self.rates, paths.manifest.writing)
+
+    def _budget(self, tried: Sequence[Window]) -> Budget:
+        num_kinds, size = len(tried), max(len(window.blocks) for window in tried)
+        return Budget.of(
+            steps=self._steps,
+            num_blocks=sum(len(window.blocks) for window in self.windows) / num_kinds,
+            size=size,
+            reach=max(window.indices[-1] for window in tried) + 1,
+            of_step=self._step_sequences,
+            num_held_out=min(HELD_OUT, len(self.data.tokens("validation"))),
+        )
+
+    def _search(self, window: Window, budget: Budget) -> Choice:
+        """Try rates on `window`, whose weights are afterwards those that it began with."""
         start = StartCopies(self.model)
         start.keep(self._learning)
 
@@ -208,9 +224,7 @@ class Distillation(LocalScope):
                 self._optimizer().state.clear()
                 start.restore()
 
-        choice = search(error_of, FIRST, budget)
-        tokens = len(choice.tried) * budget.steps * self._step_sequences * self.data.seq_len
-        return choice, tokens
+        return search(error_of, FIRST, budget)
 
     @property
     def _step_sequences(self) -> int:
@@ -220,9 +234,8 @@ class Distillation(LocalScope):
     def _train_briefly(self, window: Window, lr: float, num_steps: int) -> None:
         """Train `window` by a schedule of few steps, as Lightning's loop trains it by a long one."""
         optimizer, strategy = self._optimizer(), self.trainer.strategy
-        seed = derived_seed(self.data.seed, self.schedule.index(window), 0)  # epochs are counted from 1
-        order = shuffled(len(self.data.tokens("train")), num_steps * self._step_sequences, seed)
-        batches = self.batches(window, order)
+        num, needed = len(self.calibration.hidden), num_steps * self._step_sequences
+        batches = self.batches(window, torch.arange(needed) % num)
 
         def closure() -> Tensor:
             optimizer.zero_grad()
@@ -263,8 +276,6 @@ class Distillation(LocalScope):
         self._compiled.close()
         merge(self.model, self._adapters)
         self._adapters = []
-        if window.kind in self.choices and window in self.schedule.first_of_kinds():
-            return window.facts | {"rate": self.choices[window.kind].as_dict()}
         return window.facts
 
 

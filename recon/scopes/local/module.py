@@ -6,7 +6,7 @@ it, recomputes only the activations, and ends bit-identically. `schedule` decide
 
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from recon.profiling.phases import PhaseName, window_phase
 from recon.pruning.interleaved import Interleaved
 from recon.pruning.masks import Masks
 from recon.pruning.start_weights import apply
+from recon.scopes.enforcement import MaskEnforcer
 from recon.scopes.local.batches import Batch, WindowBatches
 from recon.scopes.local.block_masks import BlockMasks
 from recon.scopes.local.schedule import Schedule, require_recovered_inputs
@@ -273,31 +274,61 @@ class LocalScope(WindowedScope):
             raise StopIteration  # ends the loop of Lightning's fit in good order
         self.phases.enter(window_phase(window.name))
         self.begin(window)
-        before = self._held_out_error(window)
-        return WindowProgress(window, before, tokens=self.tune(window))
+        return WindowProgress(window, before=self._held_out_error(window))
 
-    def tune(self, window: Window) -> int:
-        """Choose options for `window`, which has begun, and leave its weights as they are.
+    def aside(self, windows: Sequence[Window], train: Tensor, validation: Tensor) -> Iterator[Window]:
+        """Begin some windows on a few sequences, and leave no trace: weights and masks are then as they were.
 
-        Returns:
-            The tokens that went through the window in trials; none here.
+        The inputs are those of the dense model, whatever enters the windows in the fit.
+
+        Args:
+            windows: In the order of depth; their weights are dense.
+            train: Calibration sequences, int64[num_sequences, seq_len].
+            validation: Held-out sequences, likewise.
+
+        Yields:
+            Each window after it has begun.
         """
-        return 0
-
-    def lend(self, window: Window, use: Callable[[Window], Any]) -> None:
-        """Begin a window of another process, use it, and return it as it was: dense."""
-        self.schedule.lend(window)
-        self._approach(window)
+        names = (
+            "calibration",
+            "held_out",
+            "schedule",
+            "block_masks",
+            "interleaved",
+            "_start",
+            "_withheld",
+            "_precision",
+        )
+        own, masked = {name: vars(self)[name] for name in names}, list(self.masks)
+        maskable = [name for window in windows for name in window.owned if name in self.maskable]
+        pruned = [name for name in self.block_masks.pruned() if name in maskable]
+        starts = [window.indices[0] for window in windows]
+        options = self.batch_size, self.device, "dense", self.taps, starts
         dense = StartCopies(self.model)
-        dense.keep(window.owned)
-        self.begin(window)
-        use(window)
-        self.end(window)
-        self._precision.restore()
-        dense.restore()
-        self._start.drop()
-        self._withheld.forget()
-        self.schedule.give_back(window)
+        try:
+            self.calibration, self.held_out = (Activations(self.replay, one, *options) for one in (train, validation))
+            self.schedule = Schedule(windows, maskable, pruned)
+            self.interleaved = self.interleaved and replace(self.interleaved, directory=None)
+            kept = self.block_masks
+            self.block_masks = BlockMasks(
+                self.model, self.masks, self.interleaved, kept.keeps_moved, kept.start_weights
+            )
+            self._start, self._withheld = StartCopies(self.model), WithheldWeights(self.model)
+            self._precision = Upcast()
+            for window in windows:
+                self._approach(window)
+                dense.keep(window.owned)
+                self.begin(window)
+                yield window
+                self.end(window)
+                self._precision.restore()
+                dense.restore()
+        finally:
+            vars(self).update(own)
+            self.masks.remove(self.masks.keys() - set(masked))
+            for one in self.trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+                if isinstance(one, MaskEnforcer):
+                    one.forget()
 
     def _held_out_error(self, window: Window) -> float:
         with self.trainer.precision_plugin.train_step_context():  # as the steps are computed

@@ -1,7 +1,8 @@
-"""The search for a learning rate: short trials on the first window of each kind, judged by held-out error.
+"""The search for a learning rate: short trials on the middle window of each kind, judged by held-out error.
 
 The best rate depends on the width of a model, its training, the pattern and the number of steps. Windows of one kind are
-alike, so one of them is tried for all. A search is a function of the errors alone: it knows no tensor and no trainer.
+alike except those of the first blocks, so the one in the middle is tried for all. A search is a function of the errors
+alone: it knows no tensor and no trainer.
 """
 
 import math
@@ -16,7 +17,13 @@ FACTOR = 2.0
 """Ratio of neighbouring rates."""
 
 SHARE = 0.1
-"""Share of a fit's training that all its trials may take."""
+"""Share of a fit's training that the search may take."""
+
+BACKWARD = 3
+"""Cost of a training step in forward passes."""
+
+HELD_OUT = 8
+"""Most held-out sequences of a trial: all rates are judged by the same ones, so more tell no more."""
 
 MOST_TRIALS, LEAST_TRIALS = 6, 3
 """Rates that are tried: three find the better direction, six reach a rate five factors away from the first."""
@@ -30,10 +37,10 @@ SHORTEST = 4
 
 @dataclass(frozen=True)
 class Budget:
-    """The number and the length of the trials for one kind of window.
+    """The number and the length of the trials of a search.
 
     Args:
-        trials: Largest number of rates to try.
+        trials: Largest number of rates to try, for each kind of window.
         steps: Optimizer steps of each.
     """
 
@@ -41,21 +48,24 @@ class Budget:
     steps: int
 
     @classmethod
-    def of(cls, num_windows: int, steps: int, num_held_out: int, of_step: int) -> "Budget":
-        """Divide the share of the fit that a search may take.
+    def of(cls, steps: int, num_blocks: float, size: int, reach: int, of_step: int, num_held_out: int) -> "Budget":
+        """Divide the share of a fit that a search may take, in forward passes of a sequence through a block.
 
         Args:
-            num_windows: Windows of this kind.
             steps: Optimizer steps of one window in the fit.
-            num_held_out: Held-out sequences, for which each trial is a forward pass.
+            num_blocks: Blocks that the fit trains, windows that overlap counted twice.
+            size: Blocks that the tried windows, one of each kind, make up together.
+            reach: Blocks up to the last of them, through which the sequences pass first.
             of_step: Sequences of an optimizer step, which costs three forward passes.
+            num_held_out: Held-out sequences, for which each trial is a forward pass.
         """
-        held_out = num_held_out / (3 * of_step)
+        left = SHARE * BACKWARD * steps * of_step * num_blocks - num_held_out * reach
+        longest = max(1, math.ceil(LONGEST * steps))
         for trials in range(MOST_TRIALS, LEAST_TRIALS - 1, -1):
-            length = math.floor(SHARE * num_windows * steps / trials - held_out)
-            if length >= SHORTEST:
+            length = (left - trials * num_held_out * size) / (of_step * (BACKWARD * trials * size + reach))
+            if length >= min(SHORTEST, longest):
                 break
-        return cls(trials, max(1, min(length, math.ceil(LONGEST * steps))))
+        return cls(trials, max(1, min(math.floor(length), longest)))
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,6 @@ class Schedule:
         self.results: dict[str, dict[str, Any]] = {}
         self._written = written
         self._found = {window.name for window in self.own if window in written}
-        self._lent: set[str] = set()
         self._entered: set[int] = set()
         self._begun: dict[str, None] = {}
         self._owners: dict[str, Window] = {}
@@ -121,8 +120,7 @@ class Schedule:
     def is_known_now(self, name: str) -> bool:
         """Tell whether the inputs of a matrix, collected as its block is entered, serve a window to be recovered."""
         owner = self.owner(name)
-        is_lent = owner is not None and owner.name in self._lent
-        if owner is None or (not is_lent and (owner not in self.own or owner.name in self._found)):
+        if owner is None or owner not in self.own or owner.name in self._found:
             return False
         return not self.is_known_later(name)
 
@@ -145,23 +143,6 @@ class Schedule:
         names = [name for name in window.owned if name in masked and name not in self._begun]
         self._begun |= dict.fromkeys(names)
         return names
-
-    def first_of_kinds(self) -> list[Window]:
-        """Return the first window of each kind, among all."""
-        kinds: dict[str, Window] = {}
-        for window in self.windows:
-            kinds.setdefault(window.kind, window)
-        return list(kinds.values())
-
-    def lend(self, window: Window) -> None:
-        """Note that a window of another process begins here, to be tried and given back."""
-        self._lent.add(window.name)
-
-    def give_back(self, window: Window) -> None:
-        """Note that a lent window is dense again."""
-        self._lent.discard(window.name)
-        for name in window.owned:
-            self._begun.pop(name, None)
 
     def finish(self, window: Window, result: dict[str, Any]) -> None:
         """Note the results of a window that was recovered or loaded."""

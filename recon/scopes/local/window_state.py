@@ -46,10 +46,6 @@ class WithheldWeights:
             self._withheld[name] = parameter.detach().clone()
             parameter.copy_(self._dense.pop(name))
 
-    def forget(self) -> None:
-        """Drop the copies of a window that is dense again."""
-        self._dense.clear()
-
     @torch.no_grad()
     def hand_over(self) -> None:
         """Give the model all recovered weights."""
