@@ -289,16 +289,8 @@ class LocalScope(WindowedScope):
         Yields:
             Each window after it has begun.
         """
-        names = (
-            "calibration",
-            "held_out",
-            "schedule",
-            "block_masks",
-            "interleaved",
-            "_start",
-            "_withheld",
-            "_precision",
-        )
+        names = ("calibration", "held_out", "schedule", "block_masks", "interleaved")
+        names += ("_start", "_withheld", "_precision", "_is_aside")
         own, masked = {name: vars(self)[name] for name in names}, list(self.masks)
         maskable = [name for window in windows for name in window.owned if name in self.maskable]
         pruned = [name for name in self.block_masks.pruned() if name in maskable]
