@@ -67,7 +67,7 @@ class Scope(L.LightningModule, ABC):
         start: The surviving weights that recovery starts from: `pruned`, as they were in the dense model; `moved`, as
             a criterion that moves them (SparseGPT, ADMM, ALPS) left them; `exact`, those that best reproduce each
             matrix's outputs by itself, as the matrix scope finds them, but to about 1 % of the least error; `auto`, in
-            the scopes that train windows, for each window `exact` or `pruned`, the one of the lower held-out error.
+            submodule and block, for each window the one of `exact` and `pruned` with the lower held-out error.
         offload: Where the model is: `none`, on the device; `host`, in the host's memory, its blocks on the device
             while they are needed; `disk`, in its safetensors files, from which blocks are read when they are needed.
             The last two are for local scopes, which then need room for one window on the device.
@@ -103,12 +103,11 @@ class Scope(L.LightningModule, ABC):
         self._storage = ON_DEVICE
         self.start_weights: Mapping[str, torch.Tensor] | None = None  # of every mask; None for the dense survivors
         self.start_seconds = 0.0  # what it took to solve for them, in this start of the run
-        self.tally, self.losses = Tally(), StepLosses()
+        self.tally, self.losses, self.phases, self.masks = Tally(), StepLosses(), Phases(), Masks({})
         self.model: PreTrainedModel
         self.dtype_to_save: torch.dtype
         self.data: TokenData
         self.directory: Path | None = None
-        self.phases, self.masks = Phases(), Masks({})
         self.evaluation: Evaluation | None = None  # of the recovered model, where only the fit holds it in parts
 
     @property
@@ -146,7 +145,7 @@ class Scope(L.LightningModule, ABC):
 
     @property
     def rates(self) -> dict[str, dict[str, Any]]:
-        """Kind of window -> the learning rate that was searched for it, and all that was tried; none by default."""
+        """Kind of window -> its searched learning rate and all that was tried; none by default."""
         return {}
 
     @property
@@ -203,11 +202,11 @@ class Scope(L.LightningModule, ABC):
         """
 
     def missing(self, windows: Sequence[Window]) -> list[Window]:
-        """Those of `windows` that are not written yet; none where there are none."""
+        """Those of `windows` that are not written yet."""
         return []
 
     def recall(self, windows: Sequence[Window]) -> None:
-        """Take over the seconds that are recorded with those of `windows` that are written; there are none here."""
+        """Take over the seconds recorded with those of `windows` that are written; there are none here."""
 
     @property
     def paths(self) -> RunPaths | None:

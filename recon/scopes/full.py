@@ -386,17 +386,13 @@ class FullRetraining(Scope):
         if self._optimizer is None:
             if self.lr == "auto":
                 self.lr = rate_for(Anatomy.of(self.model), self.loss)
-                log.info(f"learning rate {self.lr:.2e}, by the width of the model")
             optimizer = adamw(trained, self._steps_fused, self.lr, betas=self.betas, weight_decay=self.weight_decay)
         else:
             optimizer = self._optimizer(trained)
         if self._lr_scheduler is not None:
             return {"optimizer": optimizer, "lr_scheduler": self._lr_scheduler(optimizer)}
         steps = int(self.trainer.estimated_stepping_batches)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": warmup_and_linear_decay(optimizer, steps, self.warmup),
-        }
+        return {"optimizer": optimizer, "lr_scheduler": warmup_and_linear_decay(optimizer, steps, self.warmup)}
 
     def _loss(self, input_ids: Tensor) -> Tensor:
         teacher = self._teacher[0] if self._teacher else None

@@ -1,11 +1,15 @@
 """The learning rate of full retraining, where none is given: inversely proportional to the width of the model."""
 
+import logging
+
 import torch
 
 from recon.distributed.parameters import whole_shape
 from recon.models.anatomy import Anatomy
 from recon.models.linear import as_out_in
 from recon.scopes.losses import ModelLoss
+
+log = logging.getLogger("recon")
 
 TIMES_WIDTH: dict[ModelLoss, float] = {"cross_entropy": 0.25, "distillation": 0.5}
 """Peak rate of AdamW times the width, by loss; measured in the README of the scopes."""
@@ -23,4 +27,6 @@ def rate_for(anatomy: Anatomy, loss: ModelLoss) -> float:
     """
     first = next(iter(anatomy.prunable().values()))  # reads the hidden state
     out_in = as_out_in(first, torch.empty(whole_shape(first.get_parameter("weight")), device="meta"))
-    return TIMES_WIDTH[loss] / out_in.shape[1]
+    rate = TIMES_WIDTH[loss] / out_in.shape[1]
+    log.info(f"learning rate {rate:.2e}, by the width of the model")
+    return rate

@@ -44,7 +44,7 @@ class MatrixReconstruction(LocalScope):
         super().__init__(epochs=1, start=start, **options)
         if start in ("exact", "auto"):
             raise ValueError(
-                f"model.start: exact is what the matrix scope ends at, got {start}; choose model.start: pruned, or moved with a "
+                "model.start: exact is what the matrix scope ends at; choose model.start: pruned, or moved with a "
                 "criterion that moves weights"
             )
         self.solver = solver or ConjugateGradients()

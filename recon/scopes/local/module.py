@@ -98,6 +98,7 @@ class LocalScope(WindowedScope):
         self.under_way = None
         self._withheld, self._start = WithheldWeights(self.model), StartCopies(self.model)
         self._precision = Upcast()
+        self._is_aside = False
         self._started: dict[str, str] = {}  # which start the window under way has, where that was chosen
 
     def solve_start(self) -> None:
@@ -244,9 +245,10 @@ class LocalScope(WindowedScope):
         self._started = {"start": "exact" if exact <= pruned else "pruned"}
         if exact > pruned:
             self._start.restore()
-            log.warning(
+            log.log(
+                logging.DEBUG if self._is_aside else logging.WARNING,
                 f"window {window.name} starts from its pruned weights, held-out error {pruned:.4g}, for that of the "
-                f"exact solution is {exact:.4g}: it fits the calibration tokens alone; give more of them"
+                f"exact solution is {exact:.4g}: it fits the calibration tokens alone; give more of them",
             )
 
     def trained(self, window: Window) -> list[str]:
@@ -301,12 +303,10 @@ class LocalScope(WindowedScope):
             self.calibration, self.held_out = (Activations(self.replay, one, *options) for one in (train, validation))
             self.schedule = Schedule(windows, maskable, pruned)
             self.interleaved = self.interleaved and replace(self.interleaved, directory=None)
-            kept = self.block_masks
-            self.block_masks = BlockMasks(
-                self.model, self.masks, self.interleaved, kept.keeps_moved, kept.start_weights
-            )
+            begun = self.block_masks.keeps_moved, self.block_masks.start_weights
+            self.block_masks = BlockMasks(self.model, self.masks, self.interleaved, *begun)
             self._start, self._withheld = StartCopies(self.model), WithheldWeights(self.model)
-            self._precision = Upcast()
+            self._precision, self._is_aside = Upcast(), True
             for window in windows:
                 self._approach(window)
                 dense.keep(window.owned)

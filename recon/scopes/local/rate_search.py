@@ -1,8 +1,8 @@
 """The search for a learning rate: short trials on the middle window of each kind, judged by held-out error.
 
-The best rate depends on the width of a model, its training, the pattern and the number of steps. Windows of one kind are
-alike except those of the first blocks, so the one in the middle is tried for all. A search is a function of the errors
-alone: it knows no tensor and no trainer.
+The best rate depends on the width of a model, its training, the pattern and the number of steps. Windows of one kind
+are alike except those of the first blocks, so the one in the middle is tried for all. A search is a function of the
+errors alone: it knows no tensor and no trainer.
 """
 
 import math
