@@ -27,7 +27,7 @@ from recon.scopes.base import StartName
 from recon.scopes.exact import solve
 from recon.scopes.local.batches import Batch, shuffled
 from recon.scopes.local.module import LocalScope
-from recon.scopes.local.rate_search import FIRST, HELD_OUT, Budget, Choice, search
+from recon.scopes.local.rate_search import FIRST_TIMES_WIDTH, HELD_OUT, Budget, Choice, search
 from recon.scopes.local.schedule import require_dense_inputs, require_owners, require_propagation
 from recon.scopes.local.window_error import outputs
 from recon.scopes.local.window_progress import WindowProgress
@@ -88,7 +88,8 @@ class Distillation(LocalScope):
         self.loss: WindowLoss = loss
         self.which_parameters: Parameters = parameters
         self.lora = lora
-        self.lr, self.weight_decay, self.betas, self.warmup = lr, weight_decay, betas, warmup
+        self.lr: LearningRate = lr
+        self.weight_decay, self.betas, self.warmup = weight_decay, betas, warmup
         self._adapters: list[str] = []
         self._learning: list[str] = []  # names of the parameters that learn in the window under way
         self._steps = 0  # of a window
@@ -111,7 +112,7 @@ class Distillation(LocalScope):
         if not self.windows:
             return []
         first = self.model.get_parameter(self.windows[0].owned[0])  # in place of a window's, until one begins
-        lr = FIRST if self.lr == "auto" else self.lr  # of a search, each window sets its own
+        lr = 1.0 if self.lr == "auto" else self.lr  # each window sets its own
         optimizer = torch.optim.AdamW([first], lr=lr, betas=self.betas, weight_decay=self.weight_decay)
         steps_in_all = int(self.trainer.estimated_stepping_batches)  # an epoch's last batches make a step, however few
         self._steps = self.epochs * steps_in_all // max(1, self.max_epochs)
@@ -224,7 +225,7 @@ class Distillation(LocalScope):
                 self._optimizer().state.clear()
                 start.restore()
 
-        return search(error_of, FIRST, budget)
+        return search(error_of, FIRST_TIMES_WIDTH / self.calibration.hidden.shape[-1], budget)
 
     @property
     def _step_sequences(self) -> int:

@@ -116,7 +116,8 @@ class FullRetraining(Scope):
         self.loss: ModelLoss = loss
         self.temperature, self.train_what, self.lora = temperature, train, lora
         self.which_parameters: Parameters = parameters
-        self.lr, self.weight_decay, self.betas, self.warmup = lr, weight_decay, betas, warmup
+        self.lr: LearningRate = lr
+        self.weight_decay, self.betas, self.warmup = weight_decay, betas, warmup
         self.gradient_checkpointing, self.partitioned = gradient_checkpointing, partitioned
         self.logits_memory = in_bytes(logits_memory)
         self._chunk_rows: int | None = None  # predictions whose logits exist at a time; all if None

@@ -10,8 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-FIRST = 4e-3
-"""Rate that is tried first."""
+FIRST_TIMES_WIDTH = 0.5
+"""Rate that is tried first, times the width of the hidden states."""
+
+GROWTH = 0.25
+"""Power of a schedule's length with which its best rate grows: a long one decays what a high rate has upset."""
 
 FACTOR = 2.0
 """Ratio of neighbouring rates."""
@@ -42,10 +45,17 @@ class Budget:
     Args:
         trials: Largest number of rates to try, for each kind of window.
         steps: Optimizer steps of each.
+        in_fit: Optimizer steps of a window in the fit.
     """
 
     trials: int
     steps: int
+    in_fit: int
+
+    @property
+    def stretch(self) -> float:
+        """Factor from the best rate of a trial to that of the fit."""
+        return (self.in_fit / self.steps) ** GROWTH
 
     @classmethod
     def of(cls, steps: int, num_blocks: float, size: int, reach: int, of_step: int, num_held_out: int) -> "Budget":
@@ -65,7 +75,7 @@ class Budget:
             length = (left - trials * num_held_out * size) / (of_step * (BACKWARD * trials * size + reach))
             if length >= min(SHORTEST, longest):
                 break
-        return cls(trials, max(1, min(math.floor(length), longest)))
+        return cls(trials, max(1, min(math.floor(length), longest)), steps)
 
 
 @dataclass(frozen=True)
@@ -101,7 +111,7 @@ class Choice:
 
 
 def search(error_of: Callable[[float], float], first: float, budget: Budget) -> Choice:
-    """Walk from `first` towards lower errors on a geometric grid, and choose the rate at the bottom.
+    """Walk from `first` towards lower errors on a geometric grid, and choose the rate at the bottom, for the whole fit.
 
     The grid has no end in either direction. A rate that diverges is an infinite error, from which the walk turns back.
 
@@ -124,8 +134,12 @@ def search(error_of: Callable[[float], float], first: float, budget: Budget) -> 
             break
         try_at(untried[0])
     best = min(errors, key=lambda place: (errors[place], place))
-    lr = first * FACTOR ** (best + _vertex(*(errors.get(best + step, math.inf) for step in (-1, 0, 1))))
-    return Choice(lr, {first * FACTOR**place: errors[place] for place in sorted(errors)}, budget.steps)
+    lowest = best + _vertex(*(errors.get(best + step, math.inf) for step in (-1, 0, 1)))
+    return Choice(
+        first * FACTOR**lowest * budget.stretch,
+        {first * FACTOR**place: errors[place] for place in sorted(errors)},
+        budget.steps,
+    )
 
 
 def _vertex(below: float, best: float, above: float) -> float:
