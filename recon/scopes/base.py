@@ -198,7 +198,7 @@ class Scope(L.LightningModule, ABC):
 
         Args:
             share: Of the windows.
-            assembles: Whether this process has the windows of all others, too, when the fit ends.
+            assembles: Whether this process has all windows when the fit ends.
         """
 
     def missing(self, windows: Sequence[Window]) -> list[Window]:
