@@ -194,12 +194,7 @@ class Scope(L.LightningModule, ABC):
         """Refuse options that make windows depend on each other, which `what` needs; there are none here."""
 
     def divide(self, share: Share, assembles: bool) -> None:
-        """Say, before `prepare`, which windows this process recovers; nothing where there are none.
-
-        Args:
-            share: Of the windows.
-            assembles: Whether this process has all windows when the fit ends.
-        """
+        """Say, before `prepare`, which windows this process recovers, and whether it has all of them in the end."""
 
     def missing(self, windows: Sequence[Window]) -> list[Window]:
         """Those of `windows` that are not written yet."""

@@ -1,4 +1,4 @@
-"""Options that choose themselves: the learning rate of each kind of window, its start, and the rate of the full model."""
+"""Options that choose themselves: learning rates of windows, their starts, and the rate of the full model."""
 
 import json
 import logging
@@ -80,8 +80,8 @@ def test_a_longer_schedule_has_a_higher_rate() -> None:
 def test_a_search_takes_a_tenth_of_a_fit(blocks: int, size: int, of_step: int) -> None:
     steps, held_out, reach = 2 * 128 // of_step, 8, blocks // 2 + size
     budget = Budget.of(steps, float(blocks), size, reach, of_step, held_out)
-    passes = budget.trials * size * (3 * of_step * budget.steps + held_out) + reach * (of_step * budget.steps + held_out)
-    assert passes <= SHARE * 3 * of_step * steps * blocks
+    trial, walk = 3 * of_step * budget.steps + held_out, of_step * budget.steps + held_out
+    assert budget.trials * size * trial + reach * walk <= SHARE * 3 * of_step * steps * blocks
     assert 3 <= budget.trials <= 6
     assert 1 <= budget.steps <= steps / 4
 
