@@ -76,8 +76,7 @@ def test_values_of_literals_are_found_where_they_are_named():
     assert known is not None
     assert literals(known["loss"].module, known["loss"].type) == ("normalised", "mse", "cosine")
     assert literals(known["save_dtype"].module, known["save_dtype"].type) == ("float32", "bfloat16", "float16")
-    assert literals(known["lr"].module, known["lr"].type) == ("auto",)
-    assert literals(known["warmup"].module, known["warmup"].type) == ()
+    assert literals(known["lr"].module, known["lr"].type) == ()
 
 
 @pytest.mark.parametrize("command", COMMANDS)
