@@ -192,7 +192,7 @@ class Distillation(LocalScope):
         sequences = self.data.tokens("train")[chosen], self.data.tokens("validation")[:HELD_OUT]
         for window in self.aside(tried, *sequences):
             before = self._held_out_error(window)
-            choice = self._search(window, budget)
+            choice = self._search(window, budget, before)
             self.choices[window.kind] = choice
             log.info(f"learning rate of {window.kind} windows  {choice.summary} on {window.name}, before {before:.4g}")
         if (paths := self.paths) is not None:
@@ -209,7 +209,7 @@ class Distillation(LocalScope):
             num_held_out=min(HELD_OUT, len(self.data.tokens("validation"))),
         )
 
-    def _search(self, window: Window, budget: Budget) -> Choice:
+    def _search(self, window: Window, budget: Budget, before: float) -> Choice:
         """Try rates on `window`, whose weights are afterwards those that it began with."""
         start = StartCopies(self.model)
         start.keep(self._learning)
@@ -225,7 +225,7 @@ class Distillation(LocalScope):
                 self._optimizer().state.clear()
                 start.restore()
 
-        return search(error_of, FIRST_TIMES_WIDTH / self.calibration.hidden.shape[-1], budget)
+        return search(error_of, FIRST_TIMES_WIDTH / self.calibration.hidden.shape[-1], budget, before)
 
     @property
     def _step_sequences(self) -> int:

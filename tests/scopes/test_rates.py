@@ -86,6 +86,12 @@ def test_a_search_takes_a_tenth_of_a_fit(blocks: int, size: int, of_step: int) -
     assert 1 <= budget.steps <= steps / 4
 
 
+def test_a_rate_that_no_lower_one_bounds_stays_low() -> None:
+    budget = Budget(trials=3, steps=4, in_fit=64)
+    assert search(valley(1e-4), 4e-3, budget, before=1e9).lr == 1e-3
+    assert search(valley(1e-4), 4e-3, budget, before=0.1).lr == 5e-4
+
+
 class Searched(Exception):
     """The search has ended."""
 

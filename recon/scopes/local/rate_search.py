@@ -110,15 +110,17 @@ class Choice:
         return cls(found["lr"], errors, found["steps"])
 
 
-def search(error_of: Callable[[float], float], first: float, budget: Budget) -> Choice:
+def search(error_of: Callable[[float], float], first: float, budget: Budget, before: float = math.inf) -> Choice:
     """Walk from `first` towards lower errors on a geometric grid, and choose the rate at the bottom, for the whole fit.
 
     The grid has no end in either direction. A rate that diverges is an infinite error, from which the walk turns back.
+    Only a rate with a worse one on either side grows with the length of the fit: nothing else is known of the bottom.
 
     Args:
         error_of: Held-out error after a trial at a rate; infinite if it diverged.
         first: Rate to try first.
         budget: Number of trials.
+        before: Held-out error without training.
     """
     errors: dict[int, float] = {}
 
@@ -134,12 +136,13 @@ def search(error_of: Callable[[float], float], first: float, budget: Budget) -> 
             break
         try_at(untried[0])
     best = min(errors, key=lambda place: (errors[place], place))
-    lowest = best + _vertex(*(errors.get(best + step, math.inf) for step in (-1, 0, 1)))
-    return Choice(
-        first * FACTOR**lowest * budget.stretch,
-        {first * FACTOR**place: errors[place] for place in sorted(errors)},
-        budget.steps,
-    )
+    tried = {first * FACTOR**place: errors[place] for place in sorted(errors)}
+    lr = first * FACTOR**best
+    if best - 1 in errors and best + 1 in errors:
+        lr *= FACTOR ** _vertex(errors[best - 1], errors[best], errors[best + 1]) * budget.stretch
+    elif errors[best] > before:
+        lr /= FACTOR  # the lowest of all is too high already
+    return Choice(lr, tried, budget.steps)
 
 
 def _vertex(below: float, best: float, above: float) -> float:
