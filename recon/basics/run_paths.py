@@ -74,6 +74,11 @@ class RunPaths:
         return self.path / "windows.json"
 
     @property
+    def rates(self) -> Path:
+        """The learning rates that a local scope has chosen, and what it saw."""
+        return self.path / "rates.json"
+
+    @property
     def parts(self) -> Path:
         """The measurements of jobs that each recover one part of the windows."""
         return self.path / PARTS
@@ -137,6 +142,7 @@ class RunPaths:
             self.dense,
             self.windows,
             self.window_results,
+            self.rates,
             self.parts,
             self.checkpoints,
             self.best,

@@ -49,6 +49,7 @@ def _hyperparameters(scope: Scope, report: Report) -> dict[str, Any]:
         "seed": report.seed,
         "epochs": scope.epochs,
         **lr,
+        **{f"lr_{kind}": rate["lr"] for kind, rate in scope.rates.items()},
     }
 
 

@@ -41,6 +41,8 @@ def build_report(job: Job, training: Training, measured: Measurement) -> Report:
         ranks=training.peaks,
         prediction=dict(job.options.prediction),
         windows=_errors(scope),
+        starts={name: one["start"] for name, one in scope.results.items() if "start" in one},
+        rates=scope.rates,
         throughput=_throughput(job.trainer),
         drift=asdict(measured.drift) if measured.drift else {},
         peak_host_bytes=largest(training.peaks, "peak_host_bytes"),

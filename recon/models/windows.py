@@ -61,6 +61,11 @@ class Window(ABC):
         return [block.index for block in self.blocks]
 
     @property
+    def kind(self) -> str:
+        """See `kind_of`."""
+        return kind_of(self.name)
+
+    @property
     def facts(self) -> dict[str, Any]:
         """What a report says about the window beside its errors; JSON."""
         return {}
@@ -158,6 +163,11 @@ class Windows:
     def __post_init__(self) -> None:
         if not self.groups or not all(self.groups):
             raise ValueError(f"windows.groups needs at least one group of at least one pattern, got {self.groups}")
+
+
+def kind_of(name: str) -> str:
+    """The name that a window shares with those at the same place of other blocks: `attention` of `003.attention`."""
+    return name.partition(".")[2] or "block"
 
 
 def submodule_windows(replay: Replay) -> list[Window]:

@@ -3,16 +3,19 @@
 FLOPs of matrix products and attention count, as in `callbacks.flops`, but a product computed twice counts twice.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import Literal, get_args
 
 from recon.calibration import gram
+from recon.models.windows import Window
 from recon.planner.fake.model import FakeModel
 from recon.planner.full import steps_of
-from recon.planner.local import FakeModels, one_of_each
+from recon.planner.local import FakeModels, one_of_each, windows_to_recover
 from recon.planner.options import PlanOptions
 from recon.planner.snapshot import SOLVER_ITERATIONS, START_ITERATIONS, START_RESIDUALS
+from recon.scopes.local.rate_search import HELD_OUT, Budget
 
 Kind = Literal["walk", "gram", "solve", "start", "training", "held out", "rest"]
 """- `walk`: passes through dense or recovered blocks;
@@ -51,6 +54,36 @@ def local_flops(fakes: FakeModels, options: PlanOptions) -> Counter[Kind]:
             step = trained.window(window, options, stored.dtype)
             flops["training"] += round(count * options.epochs * batches * step.flops)
             flops["held out"] += round(count * (options.epochs + 1) * held_out * step.forward_flops)
+    if options.searches_rate:
+        flops += _search_flops(fakes, options)
+    return flops
+
+
+def _search_flops(fakes: FakeModels, options: PlanOptions) -> Counter[Kind]:
+    """Count the FLOPs of all trials that a search for learning rates may make."""
+    windows = windows_to_recover(fakes.stored, options)
+    kinds: dict[str, list[Window]] = {}
+    for window in windows:
+        kinds.setdefault(window.kind, []).append(window)
+    tried = [one[len(one) // 2] for one in kinds.values()]
+    size, reach = max(len(one.blocks) for one in tried), max(one.indices[-1] for one in tried) + 1
+    of_step, num_held_out = options.batch_size * options.accumulate, min(HELD_OUT, options.num_validation)
+    budget = Budget.of(
+        steps=options.epochs * math.ceil(options.num_sequences / of_step),
+        num_blocks=sum(len(window.blocks) for window in windows) / len(kinds),
+        size=size,
+        reach=reach,
+        of_step=of_step,
+        num_held_out=num_held_out,
+    )
+    batches, held_out = budget.steps * options.accumulate, num_held_out / options.batch_size
+    flops: Counter[Kind] = Counter()
+    for block in fakes.stored.anatomy.blocks[:reach]:
+        flops["walk"] += round((batches + held_out) * fakes.stored.passed(block, options).flops)
+    for window in tried:
+        step = fakes.trained.window(window, options, fakes.stored.dtype)
+        flops["training"] += round(budget.trials * batches * step.flops)
+        flops["held out"] += round(budget.trials * held_out * step.forward_flops)
     return flops
 
 

@@ -72,6 +72,7 @@ class PlanOptions:
         offload_parameters: ZeRO-3: the weights too.
         world_size: Processes; in the local scopes each recovers its share of the windows.
         num_nodes: Machines on which the processes run.
+        searches_rate: Whether learning rates are tried on the first window of each kind.
         offload: Place of the model while a window of it is recovered; in full retraining, outside the fit.
         dtype: Precision in which the model is loaded; that of the planned model if None.
         activations: Place of the hidden states of all sequences between two passes.
@@ -116,6 +117,7 @@ class PlanOptions:
     offload_parameters: bool = False
     world_size: int = 1
     num_nodes: int = 1
+    searches_rate: bool = False
     offload: Offload = "none"
     dtype: torch.dtype | None = None
     activations: Place = "device"
@@ -247,7 +249,7 @@ class PlanOptions:
             num_sequences=data.num["train"],  # pyright: ignore[reportArgumentType]
             num_validation=data.num["validation"],  # pyright: ignore[reportArgumentType]
             epochs=scope.epochs,
-            start=scope.start,  # pyright: ignore[reportArgumentType]
+            start="exact" if scope.start == "auto" else scope.start,  # pyright: ignore[reportArgumentType]
             exclude=exclude,
             masked=masked,
             num_test=data.num[data.evaluate_on],
@@ -264,6 +266,8 @@ def _of_scope(scope: Scope, data: TokenData) -> dict[str, Any]:
     found |= {"offload": scope.offload, **_of_storage(scope.storage)}
     if isinstance(scope, LocalScope):
         found["propagation"] = scope.propagation
+    if isinstance(scope, Distillation):
+        found["searches_rate"] = scope.lr == "auto"
     if isinstance(scope, BlockDistillation):
         found |= {"num_blocks": scope.num_blocks, "stride": scope.stride}
     if isinstance(scope, SubmoduleDistillation) and scope.groups is not None:

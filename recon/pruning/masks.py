@@ -97,6 +97,11 @@ class Masks(Mapping[str, Tensor]):
         self._packed |= others._packed
         self._shapes |= others._shapes
 
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove the masks of these parameters, in place, for all holders of this object."""
+        for name in names:
+            del self._packed[name], self._shapes[name]
+
     def packed(self, name: str) -> UInt8[Tensor, "num_bytes"]:
         """The mask of `name` as it is held, for `unpack`."""
         return self._packed[name]

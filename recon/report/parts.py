@@ -96,6 +96,23 @@ class TriedPoint(TypedDict):
     error: NotRequired[str]
 
 
+@with_config(OPEN)
+class TriedRate(TypedDict):
+    """One of the `tried` of a `SearchedRate`."""
+
+    lr: float
+    error: float | None
+
+
+@with_config(OPEN)
+class SearchedRate(TypedDict):
+    """One of a report's `rates`."""
+
+    lr: float
+    steps: int
+    tried: list[TriedRate]
+
+
 @with_config(ConfigDict(strict=True, extra="forbid"))
 class Reference(TypedDict, total=False):
     """One of a report's `references`: fields of the report of a model that the run was compared with."""
@@ -115,6 +132,7 @@ PARTS: dict[str, TypeAdapter[Any]] = {
     "references": TypeAdapter(dict[Literal["dense", "pruned"], Reference]),
     "drift": TypeAdapter(Nothing | MeasuredDrift),
     "prediction": TypeAdapter(Nothing | NotPredicted | Predicted),
+    "rates": TypeAdapter(dict[str, SearchedRate]),
     "tuning": TypeAdapter(list[TriedPoint]),
 }
 """Field of a report -> its form."""

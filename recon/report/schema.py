@@ -68,6 +68,9 @@ class Report(BaseModel):
             prediction; empty for what is not planned.
         windows: Name of each recovered window -> held-out error `before` and `after` of the weights that it has kept.
             One that ended worse than it began has kept its start, with the error of its end as `discarded`.
+        starts: Name of each recovered window -> `exact` or `pruned`, where `model.start: auto` has chosen.
+        rates: Kind of window -> the learning rate that `model.lr: auto` has chosen for it (`lr`), the `steps` of a
+            trial, and `tried`, each rate with its held-out `error`, None if it diverged.
         throughput: Tokens per second of all processes, model FLOP utilisation, and the tokens and seconds of their
             measurement; empty if not measured.
         tuning: The points tried to choose this cell's options: `options`, `perplexity` on the validation split (None if
@@ -108,6 +111,8 @@ class Report(BaseModel):
     ranks: list[dict[str, Any]] = []
     references: dict[str, dict[str, Any]] = {}
     windows: dict[str, dict[str, float]] = {}
+    starts: dict[str, Literal["exact", "pruned"]] = {}
+    rates: dict[str, dict[str, Any]] = {}
     throughput: dict[str, Any] = {}
     drift: dict[str, Any] = {}
     prediction: dict[str, Any] = {}

@@ -37,7 +37,7 @@ from recon.scopes.step_losses import StepLosses
 from recon.scopes.tally import Tally
 from recon.scopes.trainer_options import EVERYWHERE, IN_WINDOWS, TrainerOption, refuse
 
-StartName = Literal["pruned", "moved", "exact"]
+StartName = Literal["pruned", "moved", "exact", "auto"]
 
 NO_MOVED = (
     "model.start: moved needs weights that the criterion moved, {}; choose a criterion that moves weights "
@@ -66,7 +66,8 @@ class Scope(L.LightningModule, ABC):
         epochs: Passes over the calibration sequences; of each window in the local scopes.
         start: The surviving weights that recovery starts from: `pruned`, as they were in the dense model; `moved`, as
             a criterion that moves them (SparseGPT, ADMM, ALPS) left them; `exact`, those that best reproduce each
-            matrix's outputs by itself, as the matrix scope finds them, but to about 1 % of the least error.
+            matrix's outputs by itself, as the matrix scope finds them, but to about 1 % of the least error; `auto`, in
+            submodule and block, for each window the one of `exact` and `pruned` with the lower held-out error.
         offload: Where the model is: `none`, on the device; `host`, in the host's memory, its blocks on the device
             while needed; `disk`, in its safetensors files, from which blocks are read. With the last two local scopes
             need room for one window on the device, full retraining for the whole model only during the fit.
@@ -102,12 +103,11 @@ class Scope(L.LightningModule, ABC):
         self._storage = ON_DEVICE if offload == "none" else ON_HOST
         self.start_weights: Mapping[str, torch.Tensor] | None = None  # of every mask; None for the dense survivors
         self.start_seconds = 0.0  # what it took to solve for them, in this start of the run
-        self.tally, self.losses = Tally(), StepLosses()
+        self.tally, self.losses, self.phases, self.masks = Tally(), StepLosses(), Phases(), Masks({})
         self.model: PreTrainedModel
         self.dtype_to_save: torch.dtype
         self.data: TokenData
         self.directory: Path | None = None
-        self.phases, self.masks = Phases(), Masks({})
         self.evaluation: Evaluation | None = None  # of the recovered model, where only the fit holds it in parts
 
     @property
@@ -141,6 +141,11 @@ class Scope(L.LightningModule, ABC):
     @property
     def results(self) -> dict[str, dict[str, Any]]:
         """Held-out errors of each recovered window, and more; none in a scope without windows."""
+        return {}
+
+    @property
+    def rates(self) -> dict[str, dict[str, Any]]:
+        """Kind of window -> its searched learning rate and all that was tried; none by default."""
         return {}
 
     @property
@@ -186,22 +191,17 @@ class Scope(L.LightningModule, ABC):
             )
 
     def require_independent(self, what: str) -> None:
-        """Refuse options that make windows depend on each other, on behalf of `what`; there are none here."""
+        """Refuse options that make windows depend on each other, which `what` needs; there are none here."""
 
     def divide(self, share: Share, assembles: bool) -> None:
-        """Say, before `prepare`, which windows this process recovers; nothing where there are none.
-
-        Args:
-            share: Of the windows.
-            assembles: Whether this process has the windows of all others, too, when the fit ends.
-        """
+        """Say, before `prepare`, which windows this process recovers, and whether it has all of them in the end."""
 
     def missing(self, windows: Sequence[Window]) -> list[Window]:
-        """Those of `windows` that are not written yet; none where there are none."""
+        """Those of `windows` that are not written yet."""
         return []
 
     def recall(self, windows: Sequence[Window]) -> None:
-        """Take over the seconds that are recorded with those of `windows` that are written; there are none here."""
+        """Take over the seconds recorded with those of `windows` that are written; there are none here."""
 
     def settle(self, device: torch.device) -> None:
         """Settle options that depend on the device, before anything is loaded."""

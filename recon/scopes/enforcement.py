@@ -82,6 +82,11 @@ class MaskEnforcer(Callback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._detach()
 
+    def forget(self) -> None:
+        """Drop the unpacked masks; the next gradient unpacks them again."""
+        for _, unpacked in self._unpacked:
+            unpacked.clear()
+
     def _detach(self) -> None:
         while self._handles:
             self._handles.pop().remove()

@@ -30,11 +30,13 @@ from recon.pruning.masks import Masks
 from recon.scopes.base import Scope
 from recon.scopes.best import VALIDATES_NEXT, BestWeights, validate_now, validates_next
 from recon.scopes.enforcement import require_zero_keeping
+from recon.scopes.full_rate import rate_for
 from recon.scopes.full_requirements import require_clipping_by_norm, require_one_model, require_together
 from recon.scopes.lora import DEFAULT_LORA, Lora, attach, merge, merge_state, round_merged
 from recon.scopes.losses import ModelLoss, check_finite
 from recon.scopes.model_loss import LOGITS_MEMORY, chunk_rows, logits_bytes, model_loss
 from recon.scopes.optimization import (
+    LearningRate,
     LRSchedulerRecipe,
     OptimizerRecipe,
     adamw,
@@ -68,7 +70,7 @@ class FullRetraining(Scope):
         parameters: What learns there: `all`; `weights`, the matrices of linear maps in the blocks; `vectors`, norms and
             biases; `lora`, low-rank updates of the pruned matrices, which are merged into them in the end.
         lora: Rank and alpha of these updates.
-        lr: Peak learning rate of AdamW; another `--optimizer` has its own.
+        lr: Peak learning rate of AdamW, `auto` for one by the model's width; another `--optimizer` has its own.
         weight_decay: AdamW's weight decay.
         betas: AdamW's averaging coefficients.
         warmup: Share of the steps with a rising learning rate; it falls linearly to zero afterwards. Another
@@ -94,7 +96,7 @@ class FullRetraining(Scope):
         train: Literal["blocks", "all"] = "blocks",
         parameters: Parameters = "all",
         lora: Lora = DEFAULT_LORA,
-        lr: float = 1e-3,
+        lr: LearningRate = "auto",
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
         warmup: float = 0.1,
@@ -112,7 +114,8 @@ class FullRetraining(Scope):
         self.loss: ModelLoss = loss
         self.temperature, self.train_what, self.lora = temperature, train, lora
         self.which_parameters: Parameters = parameters
-        self.lr, self.weight_decay, self.betas, self.warmup = lr, weight_decay, betas, warmup
+        self.lr: LearningRate = lr
+        self.weight_decay, self.betas, self.warmup = weight_decay, betas, warmup
         self.gradient_checkpointing, self.partitioned = gradient_checkpointing, partitioned
         self.logits_memory = in_bytes(logits_memory)
         self._chunk_rows: int | None = None  # predictions whose logits exist at a time; all if None
@@ -384,6 +387,8 @@ class FullRetraining(Scope):
         """AdamW with warm-up and linear decay, or what was chosen."""
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if self._optimizer is None:
+            if self.lr == "auto":
+                self.lr = rate_for(Anatomy.of(self.model), self.loss)
             optimizer = adamw(trained, self._steps_fused, self.lr, betas=self.betas, weight_decay=self.weight_decay)
         else:
             optimizer = self._optimizer(trained)

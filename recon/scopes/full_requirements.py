@@ -18,6 +18,11 @@ def require_together(train: str, parameters: str, partitioned: bool, start: str,
             f"model.parameters: {parameters} learns matrices in the blocks, got model.train: all, which would add "
             f"embeddings and head; set model.train: blocks, or model.parameters: all"
         )
+    if start == "auto":
+        raise ValueError(
+            "model.start: auto compares the starts of each window, got full retraining, which has none; choose "
+            "model.start: pruned, moved or exact"
+        )
     if partitioned and start == "exact" and offload == "none":
         raise ValueError(
             "model.start: exact solves on the whole model, which model.partitioned never loads; choose "

@@ -42,7 +42,7 @@ class MatrixReconstruction(LocalScope):
         self, solver: Solver | GradientDescent | None = None, start: StartName = "pruned", **options: Any
     ) -> None:
         super().__init__(epochs=1, start=start, **options)
-        if start == "exact":
+        if start in ("exact", "auto"):
             raise ValueError(
                 "model.start: exact is what the matrix scope ends at; choose model.start: pruned, or moved with a "
                 "criterion that moves weights"

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import ReduceLROnPlateau
@@ -68,14 +68,18 @@ def adamw(parameters: Iterable[torch.nn.Parameter], fused: bool, lr: float, **op
     return optimizer
 
 
-def require_rates(lr: float, weight_decay: float, betas: tuple[float, float], warmup: float) -> None:
+LearningRate = float | Literal["auto"]
+"""A peak learning rate, or `auto` for a choice by the scope."""
+
+
+def require_rates(lr: LearningRate, weight_decay: float, betas: tuple[float, float], warmup: float) -> None:
     """Refuse options of a scope's own optimizer that it could not train with.
 
     Raises:
         ValueError: If one of them is out of range or no number.
     """
     rules = {
-        "lr": (lr, 0 < lr < math.inf, "above 0 and finite"),
+        "lr": (lr, lr == "auto" or 0 < lr < math.inf, "above 0 and finite, or auto"),
         "weight_decay": (weight_decay, 0 <= weight_decay < math.inf, "at least 0 and finite"),
         "betas": (list(betas), all(0 <= beta < 1 for beta in betas), "at least 0 and below 1, both of them"),
         "warmup": (warmup, 0 <= warmup <= 1, "from 0 to 1, a share of the steps"),
@@ -119,10 +123,20 @@ def warmup_and_linear_decay(
         warmup: Share of the steps that warm up.
         period: Start again after so many steps; never if None.
     """
-    rising = max(1, round(warmup * num_steps))
 
     def factor(step: int) -> float:
-        step = step % period if period else min(step, num_steps)
-        return min((step + 1) / rising, max(0.0, (num_steps - step) / max(1, num_steps - rising)))
+        return rise_and_fall(step % period if period else min(step, num_steps), num_steps, warmup)
 
     return {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}
+
+
+def rise_and_fall(step: int, num_steps: int, warmup: float) -> float:
+    """The learning rate of a step as a share of the peak: linear warm-up, then linear decay to zero.
+
+    Args:
+        step: Number of the step, from 0.
+        num_steps: Steps of the schedule.
+        warmup: Share of the steps that warm up.
+    """
+    rising = max(1, round(warmup * num_steps))
+    return min((step + 1) / rising, max(0.0, (num_steps - step) / max(1, num_steps - rising)))

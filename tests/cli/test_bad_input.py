@@ -48,7 +48,7 @@ def refused(args: list[str], capsys: pytest.CaptureFixture[str], *said: str) -> 
         (["--seed_everything=99999999999"], ["--seed_everything must be from 0", "got 99999999999"]),
         (["--pattern=-0.5"], ["--pattern needs a sparsity from 0 to below 100%", "got -0.5"]),
         (["--windows=3/2"], ["--windows needs one part of several", "got '3/2'", "give its number"]),
-        (["--model.lr=-1"], ["model.lr must be above 0 and finite, got -1"]),
+        (["--model.lr=-1"], ["model.lr must be above 0 and finite, or auto, got -1"]),
         (["--model.windows.groups=[['*.x']]", "--model.propagation=recovered"], ["choose model.propagation: dense"]),
         (["--trainer.max_steps=0"], ["trainer.max_steps, got 0", "nothing would be trained"]),
         (["--trainer.limit_train_batches=0"], ["trainer.limit_train_batches, got 0", "nothing would be trained"]),

@@ -56,7 +56,9 @@ def test_tensorboard_has_them_by_default(scope: str, tmp_path: Path) -> None:
     found, events = hparams_of(tmp_path / "run" / "logs")
     expected = {"scope": scope, "criterion": "wanda", "pattern": "60% per row", "seed": 3, "epochs": 1}
     assert expected.items() <= found.items()
-    assert found.get("lr") == {"submodule": 1.2e-2, "full": 2e-3, "matrix": None}[scope]
+    assert found.get("lr") == {"submodule": "auto", "full": 0.25 / LLAMA["hidden_size"], "matrix": None}[scope]
+    assert [found.get(f"lr_{kind}") for kind in report["rates"]] == [rate["lr"] for rate in report["rates"].values()]
+    assert list(report["rates"]) == (["attention", "mlp"] if scope == "submodule" else [])
     logged = {name: events.Scalars(name)[-1].value for name in METRICS}
     assert logged["perplexity"] == pytest.approx(report["perplexity"], rel=1e-6)
     assert logged["recovered"] == pytest.approx(report["recovered"], rel=1e-5)

@@ -229,7 +229,8 @@ def test_the_error_before_recovery_is_that_of_the_start(kind: str, tmp_path: Pat
     masks, moved = moved_of(tiny("llama"), tmp_path)
     before: dict[str, list[float]] = {}
     for start in ("pruned", "moved", *(["exact"] if kind != "matrix" else [])):
-        scope = SCOPES[kind](name=name, start=start)
+        rate = {} if kind == "matrix" else {"lr": 1e-3}
+        scope = SCOPES[kind](name=name, start=start, **rate)
         assert isinstance(scope, LocalScope)
         scope.load(data := data_of(num=64))
         scope.prepare(data, masks, moved=moved)

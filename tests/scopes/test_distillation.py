@@ -227,7 +227,7 @@ def _of(name: str) -> str:
 
 def test_a_group_that_holds_no_nonlinearity_ends_at_least_squares(tmp_path: Path) -> None:
     """From the exact start there is nothing left to learn for single matrices."""
-    scope = prepared(grouped(tmp_path, lr=1e-4, epochs=1))
+    scope = prepared(grouped(tmp_path, lr=1e-4, epochs=1, start="exact"))
     fit(scope)
     solver = ConjugateGradients(improvement=1e-2)
     exact = MatrixReconstruction(name=save_tiny("llama", tmp_path), batch_size=4, solver=solver)

@@ -33,5 +33,11 @@ class WindowBatches:
         return -(-self.num_sequences // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        order = torch.randperm(self.num_sequences, generator=torch.Generator().manual_seed(self.seed()))
-        yield from self.load(order)
+        yield from self.load(shuffled(self.num_sequences, self.num_sequences, self.seed()))
+
+
+def shuffled(num_sequences: int, count: int, seed: int) -> Int[Tensor, "count"]:
+    """Shuffle the sequences, again and again if `count` is larger than their number, and return the first `count`."""
+    generator = torch.Generator().manual_seed(seed)
+    rounds = [torch.randperm(num_sequences, generator=generator) for _ in range(-(-count // num_sequences))]
+    return torch.cat(rounds)[:count]

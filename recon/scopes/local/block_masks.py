@@ -84,6 +84,10 @@ class BlockMasks:
             if self.keeps_moved:
                 self.starts |= moved
 
+    def take_starts(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Hand over the weights to start from that were found for these parameters."""
+        return {name: self.starts.pop(name) for name in names if name in self.starts}
+
     def prune(self, names: Sequence[str]) -> None:
         """Prune these parameters and give their survivors the weights to start from."""
         start = self.starts if self.start_weights is None and self.starts else self.start_weights

@@ -29,6 +29,8 @@ from recon.profiling.ledger import followed
 from recon.profiling.phases import PhaseName, window_phase
 from recon.pruning.interleaved import Interleaved
 from recon.pruning.masks import Masks
+from recon.pruning.start_weights import apply
+from recon.scopes.enforcement import MaskEnforcer
 from recon.scopes.local.batches import Batch, WindowBatches
 from recon.scopes.local.block_masks import BlockMasks
 from recon.scopes.local.schedule import Schedule, require_recovered_inputs
@@ -56,7 +58,7 @@ class LocalScope(WindowedScope):
     @property
     def needs(self) -> Observation:
         """Statistics of the inputs of pruned matrices that this scope uses, beside the activations."""
-        return "start gram" if self.start == "exact" else "none"
+        return "start gram" if self.start in ("exact", "auto") else "none"
 
     def observe(self, statistics: dict[str, InputStatistics]) -> None:
         """Use the statistics of the inputs of some matrices, still dense, before their window begins."""
@@ -96,6 +98,8 @@ class LocalScope(WindowedScope):
         self.under_way = None
         self._withheld, self._start = WithheldWeights(self.model), StartCopies(self.model)
         self._precision = Upcast()
+        self._is_aside = False
+        self._started: dict[str, str] = {}  # which start the window under way has, where that was chosen
 
     def solve_start(self) -> None:
         """Solve nothing yet: each block is solved when its inputs are known."""
@@ -135,8 +139,12 @@ class LocalScope(WindowedScope):
 
     def _load(self, order: Tensor) -> Iterator[Batch]:
         assert self.window is not None
+        return self.batches(self.window, order)
+
+    def batches(self, window: Window, order: Tensor) -> Iterator[Batch]:
+        """Yield the calibration sequences of a window that has begun, in this order."""
         rows = Rows.split(order, self.batch_size, self.device)
-        batches = self.calibration.batches(rows, partial(self.calibration.batch, self.window))
+        batches = self.calibration.batches(rows, partial(self.calibration.batch, window))
         return (batch for _, batch in batches)
 
     def on_train_epoch_start(self) -> None:
@@ -218,9 +226,30 @@ class LocalScope(WindowedScope):
             self.observe(statistics)
         self.held_out.prepare(window)
         self._withheld.keep_dense(window)
-        self.block_masks.prune(self.schedule.begin(window, self.masks))
+        self._prune(window, self.schedule.begin(window, self.masks))
         self._start.keep(self.trained(window))
         self._precision.upcast(window.blocks)
+
+    def _prune(self, window: Window, names: Sequence[str]) -> None:
+        """Prune these parameters; with `start: auto` to the start of the lower held-out error, pruned or exact."""
+        if self.start != "auto":
+            return self.block_masks.prune(names)
+        starts, self._started = self.block_masks.take_starts(names), {}
+        apply(self.model, self.masks.subset(names), None)
+        if not starts:
+            return
+        pruned = self._held_out_error(window)
+        self._start.keep(starts)
+        apply(self.model, self.masks.subset(starts), starts)
+        exact = self._held_out_error(window)
+        self._started = {"start": "exact" if exact <= pruned else "pruned"}
+        if exact > pruned:
+            self._start.restore()
+            log.log(
+                logging.DEBUG if self._is_aside else logging.WARNING,
+                f"window {window.name} starts from its pruned weights, held-out error {pruned:.4g}, for that of the "
+                f"exact solution is {exact:.4g}: it fits the calibration tokens alone; give more of them",
+            )
 
     def trained(self, window: Window) -> list[str]:
         """Names of the parameters of `window` that recovery changes; the masked ones unless a scope has more."""
@@ -249,6 +278,50 @@ class LocalScope(WindowedScope):
         self.begin(window)
         return WindowProgress(window, before=self._held_out_error(window))
 
+    def aside(self, windows: Sequence[Window], train: Tensor, validation: Tensor) -> Iterator[Window]:
+        """Begin some windows on a few sequences, and leave no trace: weights and masks are then as they were.
+
+        The inputs are those of the dense model, whatever enters the windows in the fit.
+
+        Args:
+            windows: In the order of depth; their weights are dense.
+            train: Calibration sequences, int64[num_sequences, seq_len].
+            validation: Held-out sequences, likewise.
+
+        Yields:
+            Each window after it has begun.
+        """
+        names = ("calibration", "held_out", "schedule", "block_masks", "interleaved")
+        names += ("_start", "_withheld", "_precision", "_is_aside")
+        own, masked = {name: vars(self)[name] for name in names}, list(self.masks)
+        maskable = [name for window in windows for name in window.owned if name in self.maskable]
+        pruned = [name for name in self.block_masks.pruned() if name in maskable]
+        starts = [window.indices[0] for window in windows]
+        options = self.batch_size, self.device, "dense", self.taps, starts
+        dense = StartCopies(self.model)
+        try:
+            self.calibration, self.held_out = (Activations(self.replay, one, *options) for one in (train, validation))
+            self.schedule = Schedule(windows, maskable, pruned)
+            self.interleaved = self.interleaved and replace(self.interleaved, directory=None)
+            begun = self.block_masks.keeps_moved, self.block_masks.start_weights
+            self.block_masks = BlockMasks(self.model, self.masks, self.interleaved, *begun)
+            self._start, self._withheld = StartCopies(self.model), WithheldWeights(self.model)
+            self._precision, self._is_aside = Upcast(), True
+            for window in windows:
+                self._approach(window)
+                dense.keep(window.owned)
+                self.begin(window)
+                yield window
+                self.end(window)
+                self._precision.restore()
+                dense.restore()
+        finally:
+            vars(self).update(own)
+            self.masks.remove(self.masks.keys() - set(masked))
+            for one in self.trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+                if isinstance(one, MaskEnforcer):
+                    one.forget()
+
     def _held_out_error(self, window: Window) -> float:
         with self.trainer.precision_plugin.train_step_context():  # as the steps are computed
             return held_out_error(self.replay, window, self.held_out)
@@ -273,7 +346,8 @@ class LocalScope(WindowedScope):
         """Check, write and leave the window under way, with the better of its start and its end."""
         assert self.under_way is not None
         progress, window = self.under_way, self.under_way.window
-        result = {**progress.errors, "tokens": progress.tokens, "seconds": self.tally.seconds, **self.end(window)}
+        cost = {"tokens": progress.tokens, "seconds": self.tally.seconds}
+        result = {**progress.errors, **cost, **self._started, **self.end(window)}
         self._precision.restore()
         if progress.is_worse:
             self._start.restore()

@@ -1,0 +1,32 @@
+"""The learning rate of full retraining, where none is given: inversely proportional to the width of the model."""
+
+import logging
+
+import torch
+
+from recon.distributed.parameters import whole_shape
+from recon.models.anatomy import Anatomy
+from recon.models.linear import as_out_in
+from recon.scopes.losses import ModelLoss
+
+log = logging.getLogger("recon")
+
+TIMES_WIDTH: dict[ModelLoss, float] = {"cross_entropy": 0.25, "distillation": 0.5}
+"""Peak rate of AdamW times the width, by loss; measured in the README of the scopes."""
+
+
+def rate_for(anatomy: Anatomy, loss: ModelLoss) -> float:
+    """Choose the peak learning rate of AdamW.
+
+    An update of AdamW moves each weight by about the rate, and an output by about the rate times the number of inputs:
+    wider models need smaller ones (maximal update parametrisation, arXiv 2203.03466).
+
+    Args:
+        anatomy: Blocks of the model; its weights may be partitioned.
+        loss: Loss of the training.
+    """
+    first = next(iter(anatomy.prunable().values()))  # reads the hidden state
+    out_in = as_out_in(first, torch.empty(whole_shape(first.get_parameter("weight")), device="meta"))
+    rate = TIMES_WIDTH[loss] / out_in.shape[1]
+    log.info(f"learning rate {rate:.2e}, by the width of the model")
+    return rate
