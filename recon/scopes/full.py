@@ -179,10 +179,9 @@ class FullRetraining(Scope):
         Raises:
             ValueError: If the optimizer moves weights whose gradient is zero.
         """
-        if optimizer is not None:
-            require_zero_keeping(optimizer.kind)
         require_buildable(optimizer, lr_scheduler)
         if optimizer is not None:
+            require_zero_keeping(optimizer.kind)
             self.lr = optimizer.options.get("lr", self.lr)
             log.info(f"{optimizer} has its own options, in place of model.lr, model.weight_decay and model.betas")
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
@@ -379,9 +378,8 @@ class FullRetraining(Scope):
     def _steps_fused(self) -> bool:
         """On CUDA, and where ZeRO steps on the host. Elsewhere rounding would differ from that of the local scopes."""
         strategy = self.trainer.strategy
-        return (
-            isinstance(strategy, ZeroStrategy) and strategy.offloads_optimizer
-        ) or strategy.root_device.type == "cuda"
+        on_host = isinstance(strategy, ZeroStrategy) and strategy.offloads_optimizer
+        return on_host or strategy.root_device.type == "cuda"
 
     def configure_optimizers(self):
         """AdamW with warm-up and linear decay, or what was chosen."""
