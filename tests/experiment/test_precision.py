@@ -63,8 +63,9 @@ def test_a_bf16_model_comes_back_in_bf16_and_is_measured_as_written(case: str, b
 
 
 def test_save_dtype_wins_and_is_the_unrounded_model(bf16: str, tmp_path: Path) -> None:
-    rounded = fitted(bf16, "matrix", tmp_path / "bf16")
-    exact = fitted(bf16, "matrix", tmp_path / "fp32", "--model.save_dtype=float32")
+    enough = "--data.num_sequences=64"  # for windows that do not keep their start, which is in bf16
+    rounded = fitted(bf16, "matrix", tmp_path / "bf16", enough)
+    exact = fitted(bf16, "matrix", tmp_path / "fp32", enough, "--model.save_dtype=float32")
     assert {one.dtype for one in exact.values()} == {torch.float32}
     assert all(torch.equal(exact[name].bfloat16(), rounded[name]) for name in rounded)
     assert any((exact[name] != rounded[name].float()).any() for name in rounded)
