@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from lightning.fabric.plugins.environments import SLURMEnvironment
 
+from recon.basics.children import Children
 from recon.cli import main
 from recon.cli.quiet import quiet
 from recon.distributed import ranks
@@ -107,7 +108,7 @@ def test_children_of_a_comparison_are_no_tasks(tmp_path: Path, monkeypatch: pyte
     tell.write_text(f"#!/bin/sh\nenv > {tmp_path}/found\nexit 1\n")
     tell.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tell))
-    outcome(Cell("cell", ["fit"], tmp_path / "cell"), "cell")
+    outcome(Cell("cell", ["fit"], tmp_path / "cell"), "cell", Children(), {})
     found = (tmp_path / "found").read_text()
     assert "OTHER_VARIABLE=kept" in found
     assert "SLURM_" not in found

@@ -55,7 +55,7 @@ def killed(*_: Any) -> None:
     raise OSError("killed")
 
 
-def in_this_process(one: cell.Cell, prefix: str) -> str | None:
+def in_this_process(one: cell.Cell, *options: Any) -> str | None:
     """In place of the child process of a cell, whose imports take seconds."""
     return None if main(one.command) == 0 else "failed"
 
