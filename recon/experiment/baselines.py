@@ -19,8 +19,10 @@ from recon.experiment.directory import RunDirectory
 from recon.experiment.environment import environment
 from recon.experiment.opened import Opener, OpenModel
 from recon.experiment.options import RunOptions
+from recon.experiment.requirements import require_free
 from recon.experiment.sizes import source_size, sparsities, written_sizes
 from recon.experiment.writing import save_model
+from recon.models.anatomy import Anatomy
 from recon.models.linear import is_matrix
 from recon.models.loading import ModelSource
 from recon.models.offload.opening import Offload
@@ -146,6 +148,7 @@ def measure_pruned(
     model = opened(source)
     data.tokenizer = source.tokenizer_for(model.model)
     data.require(("train", "test", "validation") if options.drift else ("train", "test"), model.model)
+    require_free(run.path, _written(source, model.model, options, keep_model))
     started, resumed = time.monotonic(), run.has_masks
     masks = _masks(model, data, run, options)
     seconds = time.monotonic() - started
@@ -181,6 +184,19 @@ def measure_pruned(
     if offload == "disk" and not source.is_stored:
         run.clean()  # the dense weights that were written to be read
     return report
+
+
+def _written(source: ModelSource, model: PreTrainedModel, options: RunOptions, keep_model: bool) -> dict[str, int]:
+    """What pruning writes -> its bytes."""
+    prunable = Anatomy.of(model).prunable(options.pruning.exclude)
+    pruned = [module.get_parameter("weight") for module in prunable.values()]
+    moves = options.criterion is not None and options.criterion.moves_weights
+    stored = source.stored_dtype().itemsize if keep_model else 0
+    return {
+        "masks": sum(weight.numel() for weight in pruned) // 8,
+        "moved weights": sum(weight.nbytes for weight in pruned) if moves else 0,
+        "model": sum(weight.numel() for weight in model.parameters()) * stored,
+    }
 
 
 def _masks(model: OpenModel, data: TokenData, run: RunDirectory, options: RunOptions) -> Masks:

@@ -1,6 +1,7 @@
 """What a recovery needs of its options, asked before anything is loaded or, where the model decides, before pruning."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from recon.basics.units import readable
@@ -68,8 +69,21 @@ def require_room(job: Job) -> None:
         predicted["checkpoints"] = predicted["checkpoints"] // 2 * min(2, _num_checkpoints(job))
     if (part := job.options.part) is not None and "windows" in predicted:
         predicted = {**predicted, "windows": predicted["windows"] // part.of, "model": 0}
-    needed = sum(predicted.values()) - sum(one.stat().st_size for one in job.run.path.rglob("*") if one.is_file())
-    place = _existing(job.run.path)
+    require_free(job.run.path, predicted)
+
+
+def require_free(directory: Path, predicted: Mapping[str, int]) -> None:
+    """Refuse a disk with clearly too few free bytes, but for those that are in the directory already.
+
+    Args:
+        directory: Of the run; it need not exist.
+        predicted: What is written there -> its bytes.
+
+    Raises:
+        ValueError: Naming the directory, with both numbers.
+    """
+    needed = sum(predicted.values()) - sum(one.stat().st_size for one in directory.rglob("*") if one.is_file())
+    place = _existing(directory)
     free = shutil.disk_usage(place).free
     if free < CLEARLY * needed:
         largest = ", ".join(f"{name} {readable(size)}" for name, size in predicted.items() if size > 0)

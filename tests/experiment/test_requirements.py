@@ -8,21 +8,24 @@ from typing import Any
 
 import lightning as L
 import pytest
+import torch
 
 from recon.distributed.part import Share
+from recon.experiment.baselines import measure_pruned
 from recon.experiment.checkpoints import Checkpoints
 from recon.experiment.directory import RunDirectory
 from recon.experiment.job import Job
 from recon.experiment.options import RunOptions
 from recon.experiment.requirements import require_interleavable, require_room, require_suitable
+from recon.models.loading import ModelSource
 from recon.models.windows import Windows
-from recon.pruning.criteria import Magnitude
+from recon.pruning.criteria import Magnitude, SparseGPT
 from recon.pruning.masks import Masks
 from recon.pruning.patterns import NM, Pattern, Unstructured
 from recon.pruning.prune import Pruning
 from recon.scopes import BlockDistillation, FullRetraining, MatrixReconstruction, Scope, SubmoduleDistillation
 from tests.support.families import tiny
-from tests.support.scope_fixtures import IGNORED, QUIET, data_of
+from tests.support.scope_fixtures import IGNORED, QUIET, data_of, save_tiny
 
 pytestmark = [pytest.mark.filterwarnings(one) for one in IGNORED]
 
@@ -92,6 +95,26 @@ def test_without_a_prediction_no_disk_is_refused(
 ) -> None:
     free(monkeypatch, 0)
     require_room(job_of(FullRetraining(), tmp_path, prediction=prediction))
+
+
+def test_pruning_needs_room_for_masks_moved_weights_and_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = save_tiny("llama", tmp_path / "model")
+    weights = sum(one.numel() for n, one in tiny("llama").named_parameters() if "proj" in n)
+    disk = weights // 8 + 4 * weights + 4 * sum(one.numel() for one in tiny("llama").parameters())
+    options = RunOptions(SparseGPT(), NM(2, 4), baselines=False, drift=False)
+
+    def prune(place: str) -> None:
+        run = RunDirectory(tmp_path / place, {})
+        measure_pruned(ModelSource(name), data_of(), run, options, torch.device("cpu"), keep_model=True)
+
+    free(monkeypatch, round(0.89 * disk))
+    with pytest.raises(ValueError, match=r"room .* \(masks .*, moved weights .*, model .*\), got .* free in"):
+        prune("full")
+    assert not (tmp_path / "full" / "masks.safetensors").exists()
+    free(monkeypatch, disk)
+    prune("free")
 
 
 ATTENTION = ["*.q_proj", "*.k_proj", "*.v_proj", "*.o_proj"]
