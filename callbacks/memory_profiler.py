@@ -31,7 +31,7 @@ from recon.profiling.out_of_memory import (
     largest_owners,
     live_by_category,
 )
-from recon.profiling.phases import PhaseListener
+from recon.profiling.phases import PhaseListener, PhaseName
 from recon.profiling.process_memory import PeakMeter, resident_bytes
 from recon.report.memory_phases import MIB, SPLIT, Phase, everything_else, fold_windows
 from recon.scopes import FullRetraining
@@ -186,7 +186,7 @@ class MemoryProfiler(Callback, PhaseListener):
             }
         )
         self._write()
-        if self._trainer is not None and self._first_step is not None:
+        if self._trainer is not None and self._first_step is not None and name != PhaseName.SEARCH:
             self._log(self._trainer, found)
 
     @override

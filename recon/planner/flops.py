@@ -15,7 +15,7 @@ from recon.planner.full import steps_of
 from recon.planner.local import FakeModels, one_of_each, windows_to_recover
 from recon.planner.options import PlanOptions
 from recon.planner.snapshot import SOLVER_ITERATIONS, START_ITERATIONS, START_RESIDUALS
-from recon.scopes.local.rate_search import HELD_OUT, Budget
+from recon.scopes.local.rate_search import HELD_OUT, Budget, representatives
 
 Kind = Literal["walk", "gram", "solve", "start", "training", "held out", "rest"]
 """- `walk`: passes through dense or recovered blocks;
@@ -62,15 +62,12 @@ def local_flops(fakes: FakeModels, options: PlanOptions) -> Counter[Kind]:
 def _search_flops(fakes: FakeModels, options: PlanOptions) -> Counter[Kind]:
     """Count the FLOPs of all trials that a search for learning rates may make."""
     windows = windows_to_recover(fakes.stored, options)
-    kinds: dict[str, list[Window]] = {}
-    for window in windows:
-        kinds.setdefault(window.kind, []).append(window)
-    tried = [one[len(one) // 2] for one in kinds.values()]
+    tried = representatives(windows)
     size, reach = max(len(one.blocks) for one in tried), max(one.indices[-1] for one in tried) + 1
     of_step, num_held_out = options.batch_size * options.accumulate, min(HELD_OUT, options.num_validation)
     budget = Budget.of(
         steps=options.epochs * math.ceil(options.num_sequences / of_step),
-        num_blocks=sum(len(window.blocks) for window in windows) / len(kinds),
+        num_blocks=sum(len(window.blocks) for window in windows) / len(tried),
         size=size,
         reach=reach,
         of_step=of_step,

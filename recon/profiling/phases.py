@@ -24,6 +24,7 @@ class PhaseName(StrEnum):
     START = "start"
     TRAIN = "train"
     EMBED = "embed"
+    SEARCH = "search"
     WAIT = "wait"
     SAVE = "save"
     EVALUATE = "evaluate"

@@ -23,15 +23,17 @@ from recon.models.windows import (
     require_groups,
     submodule_windows,
 )
+from recon.profiling.ledger import followed
+from recon.profiling.phases import PhaseName
 from recon.scopes.base import StartName
 from recon.scopes.exact import solve
 from recon.scopes.local.batches import Batch, shuffled
 from recon.scopes.local.module import LocalScope
-from recon.scopes.local.rate_search import FIRST_TIMES_WIDTH, HELD_OUT, Budget, Choice, search
+from recon.scopes.local.rate_search import FIRST_TIMES_WIDTH, HELD_OUT, Budget, Choice, representatives, search
 from recon.scopes.local.schedule import require_dense_inputs, require_owners, require_propagation
 from recon.scopes.local.window_error import outputs
 from recon.scopes.local.window_progress import WindowProgress
-from recon.scopes.local.window_state import StartCopies, compiled
+from recon.scopes.local.window_state import compiled
 from recon.scopes.lora import DEFAULT_LORA, Lora, attach, merge
 from recon.scopes.losses import WindowLoss, window_loss
 from recon.scopes.optimization import LearningRate, require_rates, rise_and_fall, warmup_and_linear_decay
@@ -182,10 +184,8 @@ class Distillation(LocalScope):
 
         The choice depends on model, masks and data alone: every process makes the same.
         """
-        kinds: dict[str, list[Window]] = {}
-        for window in self.windows:
-            kinds.setdefault(window.kind, []).append(window)
-        tried = sorted((one[len(one) // 2] for one in kinds.values()), key=self.schedule.index)
+        self.phases.enter(PhaseName.SEARCH)
+        tried = representatives(self.windows)
         budget = self._budget(tried)
         num = min(budget.steps * self._step_sequences, len(self.data.tokens("train")))
         chosen = shuffled(len(self.data.tokens("train")), num, derived_seed(self.data.seed, 0, 0))
@@ -211,11 +211,11 @@ class Distillation(LocalScope):
 
     def _search(self, window: Window, budget: Budget, before: float) -> Choice:
         """Try rates on `window`, whose weights are afterwards those that it began with."""
-        start = StartCopies(self.model)
-        start.keep(self._learning)
+        self._start.keep(self._learning)
 
         def error_of(lr: float) -> float:
-            self._train_briefly(window, lr, budget.steps)
+            with followed("trial"):
+                self._train_briefly(window, lr, budget.steps)
             try:
                 return self._held_out_error(window)
             except FloatingPointError:
@@ -223,7 +223,7 @@ class Distillation(LocalScope):
             finally:
                 self._optimizer().zero_grad()
                 self._optimizer().state.clear()
-                start.restore()
+                self._start.restore()
 
         return search(error_of, FIRST_TIMES_WIDTH / self.calibration.hidden.shape[-1], budget, before)
 

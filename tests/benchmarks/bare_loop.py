@@ -60,7 +60,7 @@ def measure(directory: Path, quick: bool = False, scopes: tuple[str, ...] = SCOP
     for scope in scopes:
         epochs = [] if scope == "matrix" else ["--model.epochs", str(size.epochs)]
         epochs += ["--model.batch_size", str(BATCH_SIZE)]
-        epochs += [] if scope == "matrix" else ["--model.lr", str(LR)]
+        epochs += [] if scope == "matrix" else ["--model.lr", str(LR), "--model.start", "exact"]
         row: dict[str, Any] = {"scope": scope, "fit": [], "loop": [], "fit_cpu": [], "loop_cpu": []}
         for repeat in range(size.repeats):
             run = fit(

@@ -185,7 +185,7 @@ def told(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 def test_progress_of_a_local_scope(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: pytest.LogCaptureFixture
 ) -> None:
-    scope = prepared(SubmoduleDistillation(name=save_tiny("llama", tmp_path), epochs=2, batch_size=4))
+    scope = prepared(SubmoduleDistillation(name=save_tiny("llama", tmp_path), epochs=2, batch_size=4, lr=1e-3))
     trainer_of(MaskEnforcer(), Clock(monkeypatch), Progress(every_seconds=0.0)).fit(scope)
     lines = lines_of(told)
     assert len(lines) == 6 * 2 * 3  # windows, epochs, batches
@@ -232,7 +232,7 @@ def test_progress_of_the_matrix_scope(tmp_path: Path, told: pytest.LogCaptureFix
 
 
 def test_progress_says_little_unless_asked_and_always_the_end(tmp_path: Path, told: pytest.LogCaptureFixture) -> None:
-    scope = prepared(BlockDistillation(name=save_tiny("llama", tmp_path), epochs=2, batch_size=4))
+    scope = prepared(BlockDistillation(name=save_tiny("llama", tmp_path), epochs=2, batch_size=4, lr=1e-3))
     trainer_of(MaskEnforcer(), Progress(every_seconds=1e6)).fit(scope)
     (line,) = lines_of(told)
     assert line.startswith("window 3/3  002  epoch 2/2  100%")

@@ -94,7 +94,7 @@ def test_a_step_of_the_matrix_scope_and_of_adapters_waits_for_nothing(tmp_path: 
 def test_a_loss_is_waited_for_only_when_it_is_logged(tmp_path: Path) -> None:
     """Lightning asks for the value of a progress bar's metric after every batch, from its first log on."""
     name = save_tiny("llama", tmp_path, num_hidden_layers=1)
-    scope = BlockDistillation(name=name, epochs=1, batch_size=4, start="pruned")
+    scope = BlockDistillation(name=name, epochs=1, batch_size=4, start="pruned", lr=1e-3)
     steps = steps_of(scope, tmp_path, log_every_n_steps=2)
     assert [dict(step.waits) for step in steps] == [
         {("recon/scopes/step_losses.py finite", "transfer to host"): 1},

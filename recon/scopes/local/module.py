@@ -37,7 +37,7 @@ from recon.scopes.local.schedule import Schedule, require_recovered_inputs
 from recon.scopes.local.window_error import held_out_error
 from recon.scopes.local.window_files import WindowFiles
 from recon.scopes.local.window_progress import WindowProgress, say_if_reset
-from recon.scopes.local.window_state import StartCopies, Upcast, WithheldWeights, freeze
+from recon.scopes.local.window_state import StartCopies, Upcast, WithheldWeights, freeze, give
 from recon.scopes.local.window_writer import WindowWriter
 from recon.scopes.local.windowed import WindowedScope
 
@@ -240,7 +240,7 @@ class LocalScope(WindowedScope):
             return
         pruned = self._held_out_error(window)
         self._start.keep(starts)
-        apply(self.model, self.masks.subset(starts), starts)
+        give(self.model, starts)  # zero where pruned
         exact = self._held_out_error(window)
         self._started = {"start": "exact" if exact <= pruned else "pruned"}
         if exact > pruned:
@@ -297,7 +297,7 @@ class LocalScope(WindowedScope):
         maskable = [name for window in windows for name in window.owned if name in self.maskable]
         pruned = [name for name in self.block_masks.pruned() if name in maskable]
         starts = [window.indices[0] for window in windows]
-        options = self.batch_size, self.device, "dense", self.taps, starts
+        options = self.batch_size, self.device, "dense", self.taps, starts, self.storage
         dense = StartCopies(self.model)
         try:
             self.calibration, self.held_out = (Activations(self.replay, one, *options) for one in (train, validation))

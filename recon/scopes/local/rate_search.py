@@ -2,13 +2,15 @@
 
 The best rate depends on the width of a model, its training, the pattern and the number of steps. Windows of one kind
 are alike except those of the first blocks, so the one in the middle is tried for all. A search is a function of the
-errors alone: it knows no tensor and no trainer.
+errors alone: it holds no tensor and knows no trainer.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from recon.models.windows import Window
 
 FIRST_TIMES_WIDTH = 0.5
 """Rate that is tried first, times the width of the hidden states."""
@@ -108,6 +110,23 @@ class Choice:
         """The choice that `as_dict` wrote."""
         errors = {one["lr"]: math.inf if one["error"] is None else one["error"] for one in found["tried"]}
         return cls(found["lr"], errors, found["steps"])
+
+
+def representatives(windows: Sequence[Window]) -> list[Window]:
+    """The window of each kind that is tried for all of the kind: the middle one of those with the most blocks.
+
+    Args:
+        windows: All that the fit trains, in the order of depth, in which the chosen ones are returned, too.
+    """
+    kinds: dict[str, list[Window]] = {}
+    for window in windows:
+        kinds.setdefault(window.kind, []).append(window)
+    chosen = []
+    for kind in kinds.values():
+        most = max(len(window.blocks) for window in kind)
+        largest = [window for window in kind if len(window.blocks) == most]  # the last one may be shorter
+        chosen.append(largest[len(largest) // 2])
+    return sorted(chosen, key=windows.index)
 
 
 def search(error_of: Callable[[float], float], first: float, budget: Budget, before: float = math.inf) -> Choice:

@@ -1,6 +1,6 @@
 """Changes to the model while a window is recovered: withheld weights, fp32 precision, gradients, compiled code."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -46,11 +46,9 @@ class WithheldWeights:
             self._withheld[name] = parameter.detach().clone()
             parameter.copy_(self._dense.pop(name))
 
-    @torch.no_grad()
     def hand_over(self) -> None:
         """Give the model all recovered weights."""
-        for name, weight in self._withheld.items():
-            self.model.get_parameter(name).copy_(weight)
+        give(self.model, self._withheld)
         self._withheld.clear()
 
 
@@ -76,15 +74,20 @@ class StartCopies:
             there = {name: weight for name, weight in weights.items() if weight.device == device}
             self.weights |= zip(there, copies_on_host(list(there.values()), device), strict=True)
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Give the model the weights that the window began with."""
-        for name, weight in self.weights.items():
-            self.model.get_parameter(name).copy_(weight)
+        give(self.model, self.weights)
 
     def drop(self) -> None:
         """Free the copies."""
         self.weights.clear()
+
+
+@torch.no_grad()
+def give(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copy weights into the parameters of the same names."""
+    for name, weight in weights.items():
+        model.get_parameter(name).copy_(weight)
 
 
 class Upcast:
