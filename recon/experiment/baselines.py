@@ -134,7 +134,7 @@ def measure_pruned(
         masks, and its environment says `resumed`.
 
     Raises:
-        ValueError: If there is no criterion.
+        ValueError: If there is no criterion, or clearly no room on the disk for what is written.
     """
     if options.criterion is None or options.pattern is None:
         raise ValueError("recon prune needs a criterion and a pattern, got null")
@@ -190,11 +190,10 @@ def _written(source: ModelSource, model: PreTrainedModel, options: RunOptions, k
     """What pruning writes -> its bytes."""
     prunable = Anatomy.of(model).prunable(options.pruning.exclude)
     pruned = [module.get_parameter("weight") for module in prunable.values()]
-    moves = options.criterion is not None and options.criterion.moves_weights
     stored = source.stored_dtype().itemsize if keep_model else 0
     return {
         "masks": sum(weight.numel() for weight in pruned) // 8,
-        "moved weights": sum(weight.nbytes for weight in pruned) if moves else 0,
+        "moved weights": sum(weight.nbytes for weight in pruned) if options.moves_weights else 0,
         "model": sum(weight.numel() for weight in model.parameters()) * stored,
     }
 

@@ -54,6 +54,11 @@ class RunOptions:
         return self.criterion is not None
 
     @property
+    def moves_weights(self) -> bool:
+        """Whether the criterion moves the weights that survive."""
+        return self.criterion is not None and self.criterion.moves_weights
+
+    @property
     def interleaves(self) -> bool:
         """Whether masks are chosen block by block along with recovery."""
         return self.prunes and self.pruning.inputs == "recovered"

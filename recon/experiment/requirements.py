@@ -35,8 +35,7 @@ def require_feasible(job: Job) -> None:
             "model.partitioned needs masks made before, since pruning takes the whole model, and no baselines; choose "
             "model.offload: disk, or give --masks <masks.safetensors of recon prune> and --baselines false"
         )
-    moves = options.criterion is not None and options.criterion.moves_weights
-    if scope.start == "moved" and options.masks is None and not moves:
+    if scope.start == "moved" and options.masks is None and not options.moves_weights:
         raise ValueError(NO_MOVED.format(f"and {options.criterion or 'no criterion'} moves none"))
     require_room(job)
 
