@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Literal, get_args
 
 from recon.calibration import gram
-from recon.models.windows import Window
 from recon.planner.fake.model import FakeModel
 from recon.planner.full import steps_of
 from recon.planner.local import FakeModels, one_of_each, windows_to_recover

@@ -271,7 +271,7 @@ def test_memory_is_written_phase_by_phase(exact: bool, tmp_path: Path, monkeypat
         pytest.skip("needs a /proc/self/clear_refs that may be written")
     content = profiled_run(tmp_path, profiler)
     windows = [f"window {index:03d}.{part}" for index in range(3) for part in ("attention", "mlp")]
-    assert [phase["phase"] for phase in content["phases"]] == ["load", "train", "embed", *windows, "save"]
+    assert [phase["phase"] for phase in content["phases"]] == ["load", "train", "embed", "search", *windows, "save"]
     assert content["method"] == ("VmHWM, reset per phase" if exact else "resident size sampled every 5 ms")
     assert content["baseline_host_bytes"] > 0
     for phase in content["phases"]:
@@ -338,7 +338,7 @@ def sizes(parameters: Iterable[torch.Tensor]) -> tuple[int, int]:
 def test_each_window_is_split_into_all_weights_and_its_own_gradients_and_state(tmp_path: Path) -> None:
     scope = BlockDistillation(name=save_tiny("llama", tmp_path), epochs=1, batch_size=4)
     splits = splits_of(scope, tmp_path)
-    assert splits.pop("train") is splits.pop("embed") is None  # no steps
+    assert splits.pop("train") is splits.pop("embed") is splits.pop("search") is None  # no steps of the fit
     num_all, _ = sizes(scope.model.parameters())
     assert list(splits) == ["window 000", "window 001", "window 002"]
     for window, split in zip(scope.windows, splits.values(), strict=True):

@@ -135,7 +135,7 @@ class Passes:
 
 @pytest.mark.parametrize(("make", "num_more"), [(BlockDistillation, 0), (SubmoduleDistillation, 1)])
 def test_an_offloaded_recovery_moves_a_model_once_a_pass(make: Any, num_more: int, tmp_path: Path) -> None:
-    """Each block goes to the device once a pass; its start, its result and what changed come back once each.
+    """Each block goes to the device once a pass; its two starts, its result and what changed come back once each.
 
     Passes: the model's moves are tried (two, and block 0 once more to learn its form), pruning, the fit, the
     evaluation; of submodules one more, which finds the parameters that their outputs depend on.
@@ -143,10 +143,10 @@ def test_an_offloaded_recovery_moves_a_model_once_a_pass(make: Any, num_more: in
     name = save_tiny("llama", tmp_path, num_hidden_layers=4)
     options = replace(WANDA, baselines=False, drift=False)
     with simulated_cuda() as counts:
-        run(make(name=name, epochs=3, batch_size=4, offload="host"), tmp_path / "run", CUDA, options)
+        run(make(name=name, epochs=3, batch_size=4, lr=1e-3, offload="host"), tmp_path / "run", CUDA, options)
     moved = Passes(name, counts)
     assert moved.to_device() <= 2 + 1 / 4 + 3 + num_more + 0.6  # and embeddings and head, to evaluate
-    assert moved.to_host() <= 3
+    assert moved.to_host() <= 4
     waits = sum(number for (place, _), number in counts.waits.items() if "offload/blocks.py _copied" in place)
     assert waits == 5  # embeddings, head, last norm and two sets of frequencies, when it is evaluated
 
@@ -162,8 +162,8 @@ def test_a_mask_is_unpacked_at_most_four_times_a_run(tmp_path: Path, monkeypatch
     for place in ("recon.pruning.masks", "recon.scopes.enforcement", "recon.scopes.lora"):
         monkeypatch.setattr(f"{place}.unpack", counting)
     with simulated_cuda() as counts:
-        run(SubmoduleDistillation(name=name, epochs=4, batch_size=4), tmp_path / "run", CUDA, WANDA)
-    assert len(unpacked) == 3 * 2 * 7  # of the baseline, the start and the window
+        run(SubmoduleDistillation(name=name, epochs=4, batch_size=4, lr=1e-3), tmp_path / "run", CUDA, WANDA)
+    assert len(unpacked) == 4 * 2 * 7  # of the baseline, the two starts to choose from, and the window
     assert set(unpacked) == {"cuda"}
     num_bytes = sum(p.numel() // 8 for n, p in ModelSource(name).model().named_parameters() if "proj" in n)
     assert counts.total("to device", "masks.py on") <= 4 * num_bytes
@@ -180,7 +180,7 @@ def test_the_held_out_error_is_computed_in_the_trainers_precision(tmp_path: Path
 
     name = save_tiny("llama", tmp_path, num_hidden_layers=1)
     options = replace(WANDA, baselines=False, drift=False)
-    scope = BlockDistillation(name=name, epochs=1, batch_size=4, start="pruned")
+    scope = BlockDistillation(name=name, epochs=1, batch_size=4, lr=1e-3, start="pruned")
     with mock.patch.object(module, "held_out_error", watched), simulated_cuda() as counts:
         run(scope, tmp_path / "run", CUDA, options, precision="bf16-mixed")
     assert seen == {True: {torch.bfloat16}, False: set()}
