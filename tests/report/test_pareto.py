@@ -218,9 +218,9 @@ def test_device_peaks_are_preferred_and_their_absence_noted() -> None:
     results = cells({}, peak_device_bytes=2**30)
     results[2] = results[2].replace(peak_device_bytes=None)
     figure = drawn(results)
-    assert figure.axes[0].get_xlabel() == "peak device memory (MiB)"
+    assert figure.axes[0].get_xlabel() == "peak device memory, allocated (MiB)"
     assert "matrix" not in [text for text, _ in point_labels(figure)[0]]
-    assert "Without a measured peak device memory: matrix" in " ".join(text for text, _ in texts(figure))
+    assert "Without a measured peak device memory, allocated: matrix" in " ".join(text for text, _ in texts(figure))
     assert drawn(cells()).axes[0].get_xlabel() == "peak host memory (MiB)"
 
 

@@ -29,6 +29,14 @@ OFF_SCALE = 3.0
 """A pruned model farther above all else than this many of their spans is named, not drawn to scale."""
 
 
+MEMORY = {
+    "tracked_device_bytes": "peak device memory, live tensors",
+    "peak_device_bytes": "peak device memory, allocated",
+    "peak_host_bytes": "peak host memory",
+}
+"""Measures of memory, the one that shows most of the cost of a scope first -> their names."""
+
+
 @dataclass(frozen=True)
 class Point:
     """One row in one panel: what it costs and what perplexity that buys."""
@@ -88,11 +96,18 @@ def draw_group(group: Group) -> Figure | None:
     )
 
 
+def memory_axis(group: Group) -> tuple[str, str]:
+    """The quantity that memory is compared by, the device's live tensors where they were measured, and its name."""
+    for quantity, name in MEMORY.items():
+        if any(getattr(cell, quantity) is not None for cell in group.cells if cell.scope in LOOKS):
+            return quantity, name
+    return "peak_host_bytes", MEMORY["peak_host_bytes"]
+
+
 def _panels(group: Group) -> tuple[Panel, Panel]:
-    has_device = any(cell.peak_device_bytes is not None for cell in group.cells if cell.scope in LOOKS)
-    memory, device = ("peak_device_bytes", "device") if has_device else ("peak_host_bytes", "host")
+    memory, name = memory_axis(group)
     return (
-        Panel(f"peak {device} memory (MiB)", _points(group, memory, scale=2**-20)),
+        Panel(f"{name} (MiB)", _points(group, memory, scale=2**-20)),
         Panel("recovery time (seconds)", _points(group, "seconds")),
     )
 
