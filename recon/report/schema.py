@@ -178,14 +178,12 @@ class Report(BaseModel):
 
     @property
     def tracked_device_bytes(self) -> int | None:
-        """The largest sum of live tensors on the device during recovery, of the process that had most; None if unmeasured.
+        """The most bytes of live tensors on the device during recovery, of the largest process; None if unmeasured.
 
         Without an accelerator: of the tensors that would be on one.
         """
-        found = [
-            sum(rank["tracked"]["device"].values()) for rank in self.ranks if rank.get("tracked", {}).get("device")
-        ]
-        return max(found, default=None)
+        sides = [rank.get("tracked", {}).get("device") for rank in self.ranks]
+        return max((sum(sizes.values()) for sizes in sides if sizes), default=None)
 
     @property
     def reset_windows(self) -> list[str]:

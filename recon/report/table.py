@@ -15,6 +15,7 @@ from recon.report.drift import curves, drift_section, protocol
 from recon.report.groups import Group, Row, group_cells
 from recon.report.memory import memory_section
 from recon.report.prediction import prediction_section
+from recon.report.sampling import sampling_note, sampling_section
 from recon.report.schema import Results
 from recon.report.sections import MISSING, WIDEST, Section, show
 from recon.report.tuning import tuning_section
@@ -33,8 +34,9 @@ def table_sections(results: Results, verbose: bool = False, together: bool = Fal
         together: One section for all groups, with a column for each of model, criterion and pattern that differ.
 
     Returns:
-        The sections. Sparsity of the whole model, size on disk and memory on the device have a column only if a cell has
-        them. Over several seeds, perplexity and recovery are mean ± sample standard deviation, all other numbers means.
+        The sections. Sparsity of the whole model, size on disk and memory on the device have a column only if a cell
+        has them. Over several seeds, perplexity and recovery are mean ± sample standard deviation, all other numbers
+        means.
         The last column counts the seeds if there are several, or names failed rows if there are some, and is left out
         otherwise. The points tried to choose options follow a model's first group.
     """
@@ -44,8 +46,8 @@ def table_sections(results: Results, verbose: bool = False, together: bool = Fal
     if together and len(groups) > 1:
         sections.append(_of_all(groups, columns))
     for group in groups:
-        more = _more(group, verbose, tuned)
-        notes = group.failures + group.remarks + ([] if verbose else _drift_note(group))
+        more = further_sections(group, verbose, tuned)
+        notes = group.failures + group.remarks + sampling_note(group) + ([] if verbose else _drift_note(group))
         if together and len(groups) > 1:
             sections += [replace(section, title=f"{_title(group)}: {section.title}") for section in more if verbose]
             continue
@@ -123,9 +125,9 @@ def _of_all(groups: list[Group], columns: list[tuple[str, Callable[[Row], str]]]
     return Section(title, header, rows, together.failures + together.remarks, num_text=1 + len(names))
 
 
-def _more(group: Group, verbose: bool, tuned: set[str]) -> list[Section]:
+def further_sections(group: Group, verbose: bool, tuned: set[str]) -> list[Section]:
     """The tables that follow the results of a group; `tuned` are the models whose choices have been shown."""
-    found = [memory_section(group), prediction_section(group)] if verbose else []
+    found = [sampling_section(group), memory_section(group), prediction_section(group)] if verbose else []
     if verbose or len(curves(group)) > 1:
         found.append(drift_section(group))
     if group.model not in tuned and (tuning := tuning_section(group)) is not None:
