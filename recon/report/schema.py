@@ -121,7 +121,7 @@ class Report(BaseModel):
     prediction: dict[str, Any] = {}
     tuning: list[dict[str, Any]] = []
     densities: dict[str, float] = {}
-    losses: dict[Literal["model", "dense", "pruned"], list[float]] = {}
+    losses: dict[str, list[float]] = {}
 
     @model_validator(mode="before")
     @classmethod

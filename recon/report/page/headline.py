@@ -23,7 +23,7 @@ def headline(group: Group) -> list[str]:
     dense = next((row for row in group.rows if row.scope == "dense"), None)
     if dense is not None and (distance := difference(best, dense)) is not None:
         sentences.append(
-            f"{_named(best)} is {distance.text} nats per token from the dense model{_over_seeds(distance)}."
+            f"{_named(best)} is {_size(distance)} nats per token behind the dense model{_over_seeds(distance)}."
         )
     return sentences
 
@@ -41,7 +41,7 @@ def _best(group: Group, best: Row) -> str:
             parts.append(f"{link} {show(row.estimate('perplexity'), decimals=2)} {scope}")
     if (recovered := best.estimate("recovered")) is not None:
         parts.append(f": {show(recovered, scale=100.0)} % of what pruning cost")
-    if len(group.seeds) > 1:
+    if len(best.measured) > 1:
         parts.append(f", mean of {len(best.measured)} seeds")
     return "".join(parts) + "."
 
@@ -69,7 +69,7 @@ def _against(group: Group, row: Row, best: Row) -> str:
         )
     else:
         text = (
-            f"{_named(row)} is {distance.text} nats per token behind it on the same {distance.num_sequences} "
+            f"{_named(row)} is {_size(distance)} nats per token behind it on the same {distance.num_sequences} "
             f"sequences{_over_seeds(distance)}"
         )
     quantity, name = memory_axis(group)
@@ -84,6 +84,11 @@ def _against(group: Group, row: Row, best: Row) -> str:
 
 def _named(row: Row) -> str:
     return row.label[:1].upper() + row.label[1:]
+
+
+def _size(distance: Sampled) -> str:
+    """A distance that is known to be one, with its standard error."""
+    return f"{distance.mean:.4f} ± {distance.error:.4f}"
 
 
 def _over_seeds(distance: Sampled) -> str:

@@ -27,14 +27,19 @@ function inked(data) {
   return JSON.parse(JSON.stringify(data).replaceAll("#333333", ink));
 }
 
+const narrow = matchMedia("(max-width: 600px)");
+
 const charts = [];
 for (const place of document.querySelectorAll(".chart")) {
   const spec = JSON.parse(place.querySelector("script").textContent);
-  charts.push({ place, spec });
+  charts.push({ place, spec, height: parseInt(place.style.height) });
 }
 
 function draw() {
-  for (const { place, spec } of charts) {
+  for (const { place, spec, height } of charts) {
+    // On a narrow page the legend has one name a line.
+    const names = spec.data.filter((trace) => trace.showlegend !== false && trace.type !== "heatmap").length;
+    place.style.height = `${height + (narrow.matches && names > 2 ? 18 * names : 0)}px`;
     const options = { responsive: true, displaylogo: false, displayModeBar: false };
     Plotly.react(place, inked(spec.data), themed(spec.layout), options);
   }
@@ -42,7 +47,11 @@ function draw() {
 
 draw();
 dark.addEventListener("change", draw);
-printing.addEventListener("change", draw);
+printing.addEventListener("change", () => {
+  draw();
+  for (const { place } of charts) if (place.offsetWidth) Plotly.Plots.resize(place);
+});
+narrow.addEventListener("change", draw);
 for (const details of document.querySelectorAll("details")) {
   details.addEventListener("toggle", () => {
     for (const place of details.querySelectorAll(".chart")) Plotly.Plots.resize(place);

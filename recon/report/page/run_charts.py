@@ -15,6 +15,9 @@ from recon.report.schema import Report
 BAR, FRAME = 26, 170
 """Pixels of a bar, and of what stands around bars."""
 
+MOST_TEXTS = 16
+"""Blocks up to which their densities are written in the chart."""
+
 BARS = {
     "barmode": "stack",
     "xaxis": axis("MiB"),
@@ -115,7 +118,7 @@ def loss_charts(group: Group, logged: Mapping[str, Mapping[str, Curve]]) -> list
     """
     charts = []
     for held_out, title, what in (
-        ("held_out_error", "Training of windows", "relative squared error, window after window"),
+        ("held_out_error", "Training of windows", "relative squared error"),
         ("held_out_loss", "Training of the whole model", "loss in nats per token"),
     ):
         data = []
@@ -156,6 +159,7 @@ def density_charts(group: Group) -> list[Chart]:
             "zmin": 0,
             "zmax": 100,
             "colorbar": {"title": {"text": "kept (%)"}, "thickness": 12},
+            "texttemplate": "%{z:.0f}" if len(blocks) <= MOST_TEXTS else "",
             "hovertemplate": "block %{x}, %{y}: %{z:.2f} % kept<extra></extra>",
         }
     ]
