@@ -413,6 +413,16 @@ def test_proposals_fit_and_are_sorted(llama: Shape, scope: Any) -> None:
     assert propose(llama, options, 1000) == []
 
 
+@pytest.mark.parametrize("activations", ["auto", "host"])
+def test_a_model_whose_hidden_states_are_off_the_device_can_follow_them(llama: Shape, activations: Any) -> None:
+    options = PlanOptions("block", 2, 16, 8, 4, activations=activations)
+    memory = int(0.8 * predict(llama, options).peak.total)
+    found = [one.arguments for one in propose(llama, options, memory) if one.kind == "offload"]
+    assert found
+    assert all(any("model.offload" in argument for argument in one) for one in found)
+    assert not any("device" in " ".join(one) for one in found)
+
+
 # --- what is refused ---------------------------------------------------------------------------------
 
 

@@ -12,6 +12,9 @@ from recon.report.page.curves import Curve, read_curves
 from recon.report.parts import load_memory
 from recon.report.schema import Report
 
+REFERENCE = "the report.json of a run that was compared with it"
+"""Where the numbers of a model without a directory of its own come from."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -40,7 +43,7 @@ class Source:
     @property
     def report(self) -> str:
         """The file of the report, as a title names it."""
-        return f"{self.cell.run_dir}/report.json" if self.cell.run_dir else "results.json"
+        return f"{self.cell.run_dir}/report.json" if self.cell.run_dir else REFERENCE
 
     @property
     def config(self) -> str:
