@@ -128,7 +128,7 @@ def loss_charts(group: Group, logged: Mapping[str, Mapping[str, Curve]]) -> list
                 continue
             for name in ("loss", held_out):
                 if name in curves:
-                    data.append(_logged(row, name, curves[name], styled(group, row)[1]))
+                    data.append(_logged(row, name, curves[name], styled(group, row)))
         if data:
             of_windows = held_out == "held_out_error"
             values = axis(what, log=y_of(data) if of_windows else ())
@@ -218,7 +218,8 @@ def _curve(name: str, points: Iterable[tuple[float, float]], look: Mapping[str, 
     }
 
 
-def _logged(row: Row, name: str, curve: Curve, dash: str) -> dict[str, Any]:
+def _logged(row: Row, name: str, curve: Curve, style: tuple[str, str]) -> dict[str, Any]:
+    symbol, dash = style
     is_held_out = name != "loss"
     return {
         "type": "scatter",
@@ -228,7 +229,7 @@ def _logged(row: Row, name: str, curve: Curve, dash: str) -> dict[str, Any]:
         "x": curve.steps,
         "y": curve.values,
         "line": {"color": look_of(row).color, "width": 1, "dash": dash},
-        "marker": {"color": look_of(row).color, "size": 6},
+        "marker": {"color": look_of(row).color, "symbol": symbol, "size": 6},
         "hovertemplate": f"{row.label}, {name} at step %{{x}}: %{{y:.4g}}<extra></extra>",
     }
 
