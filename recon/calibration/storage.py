@@ -1,5 +1,6 @@
 """Storage of hidden states between two passes: on the device, in the host's memory, or in files."""
 
+import logging
 import math
 import shutil
 import tempfile
@@ -14,6 +15,9 @@ from torch import Tensor
 
 from recon.basics.mapped import mapped
 from recon.basics.units import in_bytes, readable
+from recon.profiling.host_memory import available_bytes
+
+log = logging.getLogger("recon")
 
 Place = Literal["device", "host", "disk", "auto"]
 """Place of a copy of the hidden states:
@@ -24,13 +28,16 @@ Place = Literal["device", "host", "disk", "auto"]
 - `auto`: in the first of these whose budget has room for it.
 """
 
+SHARE = 0.5
+"""Of the host's available memory, for a copy without a budget; the rest is for the model and for other processes."""
+
 
 class Budget:
     """Bytes that copies of the hidden states may take, for `auto`. A copy's bytes are free again when it is deleted.
 
     Args:
         device: Bytes on the device.
-        host: Bytes in the host's memory; no limit if None, and then nothing is stored on disk.
+        host: Bytes in the host's memory; no limit if None.
     """
 
     def __init__(self, device: int, host: int | None = None) -> None:
@@ -44,7 +51,7 @@ class Budget:
 
         Args:
             place: `model.activations`.
-            device: `model.activations_budget`, such as 4GiB.
+            device: `model.activations_budget`, such as 4GiB; nothing if None, so that the peak of a window is its own.
             host: `model.activations_host_budget`.
 
         Raises:
@@ -57,14 +64,8 @@ class Budget:
                     f"model.activations: {place}; leave them out, or choose auto"
                 )
             return None
-        if device is None:
-            raise ValueError(
-                "model.activations: auto needs to know what the hidden states may take on a device, got no "
-                "model.activations_budget; give one, such as 4GiB, or choose device, host or disk"
-            )
-        return cls(
-            _amount("activations_budget", device), None if host is None else _amount("activations_host_budget", host)
-        )
+        on_device = 0 if device is None else _amount("activations_budget", device)
+        return cls(on_device, None if host is None else _amount("activations_host_budget", host))
 
     def choose(self, nbytes: int) -> Place:
         """Return the first place with room for `nbytes` bytes."""
@@ -107,6 +108,11 @@ class Storage:
         """Whether copies may be elsewhere than on the compute device."""
         return self.place != "device"
 
+    @property
+    def may_be_on_device(self) -> bool:
+        """Whether copies may take the compute device's memory."""
+        return self.place == "device" or (self.budget is not None and self.budget.left["device"] > 0)
+
     def is_on_host(self, tensor: Tensor) -> bool:
         """Whether a copy is in the host's memory, or mapped into it, whichever device computes."""
         return self.budget.is_on_host(tensor) if self.budget is not None else self.place != "device"
@@ -125,7 +131,7 @@ class Storage:
         place = self.place
         if place == "auto":
             assert self.budget is not None
-            place = self.budget.choose(math.prod(shape) * dtype.itemsize)
+            place = self._chosen(self.budget, math.prod(shape) * dtype.itemsize)
         if place == "disk":
             tensor = self._on_disk(shape, dtype)
         elif place == "host":
@@ -135,6 +141,18 @@ class Storage:
         if self.budget is not None:
             self.budget.take(place, tensor)
         return tensor
+
+    @staticmethod
+    def _chosen(budget: Budget, nbytes: int) -> Place:
+        """Choose a place for `nbytes` bytes; a host without a budget has room as far as its memory is available."""
+        place = budget.choose(nbytes)
+        if place == "host" and budget.left["host"] == math.inf and nbytes > SHARE * (free := available_bytes()):
+            log.warning(
+                f"a copy of the hidden states ({readable(nbytes)}) goes to disk: it would take more than half of the "
+                f"{readable(int(free))} that the host has available; model.activations: host keeps it there"
+            )
+            return "disk"
+        return place
 
     def _on_disk(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         where = self.directory or Path(tempfile.gettempdir())

@@ -11,7 +11,7 @@ from recon.cli.resolver import CommandResolver
 from recon.experiment.comparison.compare import compare
 from recon.experiment.comparison.spec import Comparison
 from recon.experiment.comparison.workers import workers_of
-from recon.report import draw_drift, draw_pareto, print_table, table_console
+from recon.report import draw_drift, draw_page, draw_pareto, print_table, table_console
 
 OWN = ("config", "workers", "threads", "verbose")
 """Options of the command that are none of the comparison's."""
@@ -51,7 +51,7 @@ def main(args: list[str]) -> int:
     results = compare(comparison, CommandResolver(), workers_of(config.workers, config.threads))
     print_table(results, table_console(), config.verbose)
     pictures = draw_pareto(results, comparison.path) + draw_drift(results, comparison.path)
-    for file in [comparison.path / "results.json", *pictures]:
+    for file in [comparison.path / "results.json", *pictures, *draw_page(results, comparison.path)]:
         console.print(str(file))
     console.print(f"TensorBoard: tensorboard --logdir {comparison.path}")
     failed = [cell for cell in results.cells if cell.status == "failed"]

@@ -1,4 +1,4 @@
-"""`recon report`: print the results of any set of runs and comparisons, or the memory of a run phase by phase."""
+"""`recon report`: results of any set of runs and comparisons as a table or a page, or a run's memory by phase."""
 
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,17 @@ def build_parser() -> ArgumentParser:
         default=False,
         help="Print the live tensors of each run, phase by phase, instead, and draw memory.png beside its memory.json.",
     )
+    parser.add_argument(
+        "--html",
+        type=bool,
+        default=False,
+        help="Write page.html instead, one file with all that is known: beside the results, or here for several.",
+    )
     return parser
 
 
 def main(args: list[str]) -> int:
-    """Load, print."""
+    """Load, print or write."""
     with usage():
         config = build_parser().parse_args(arrange("report", args))
     if config.memory:
@@ -48,7 +54,13 @@ def main(args: list[str]) -> int:
             _memory(Path(path))
         return 0
     results, together = collect(config.paths), len(config.paths) > 1
-    if config.markdown:
+    if config.html:
+        from recon.report.page.build import NAME, write_page  # plotly costs half a second that only this should pay
+
+        place = Path(config.paths[0]) if len(config.paths) == 1 else Path()
+        file = write_page(results, (place if place.is_dir() else place.parent) / NAME)
+        table_console().print(str(file), soft_wrap=True)
+    elif config.markdown:
         print(markdown_table(results, config.verbose, together))
     else:
         print_table(results, table_console(), config.verbose, together)

@@ -1,7 +1,7 @@
 """Perplexity, measured one way everywhere, with the protocol named beside the number."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -27,11 +27,18 @@ class StablePerplexity(Perplexity):
     fp32's smallest number, as badly pruned models have them, and 0.1 % off on bf16 logits.
     """
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.losses: list[Tensor] = []  # of each sequence, summed over its tokens
+
     def update(self, preds: Tensor, target: Tensor) -> None:
-        """Add logits [token, vocabulary] and the tokens [token] that they should predict."""
+        """Add logits [token, vocabulary] of one sequence and the tokens [token] that they should predict."""
+        parts = []
         for logits, tokens in zip(preds.split(CHUNK), target.split(CHUNK), strict=True):
-            self.total_log_probs += F.cross_entropy(logits.float(), tokens, reduction="sum")
+            parts.append(F.cross_entropy(logits.float(), tokens, reduction="sum"))
+            self.total_log_probs += parts[-1]
             self.count += tokens.numel()
+        self.losses.append(torch.stack(parts).sum())
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,7 @@ class Evaluation:
         seq_len: Tokens per sequence; the first of each is context only.
         tokens_scored: Predicted tokens.
         logits: Precision in which the likelihood was computed.
+        losses: Negative log-likelihood of each sequence, in nats, summed over its predicted tokens; to four decimals.
     """
 
     perplexity: float
@@ -53,11 +61,12 @@ class Evaluation:
     seq_len: int
     tokens_scored: int
     logits: str = "float32"
+    losses: list[float] = field(default_factory=list, repr=False)
 
     @property
     def protocol(self) -> dict[str, str | int]:
-        """All but the number."""
-        return {name: value for name, value in asdict(self).items() if name != "perplexity"}
+        """All but the numbers."""
+        return {name: value for name, value in asdict(self).items() if name not in ("perplexity", "losses")}
 
 
 @torch.no_grad()
@@ -105,4 +114,5 @@ def score(batches: Iterable[tuple[Tensor, Tensor]], split: str, device: torch.de
         num_sequences, seq_len, scored = num_sequences + len(ids), ids.shape[1], scored + ids[:, 1:].numel()
         index += 1  # noqa: SIM113 -- `enumerate` holds a batch's logits while the next ones are computed
         del ids, logits, sequence, tokens
-    return Evaluation(float(metric.compute()), split, num_sequences, seq_len, scored)
+    losses = [round(one, 4) for one in torch.stack(metric.losses).tolist()] if metric.losses else []
+    return Evaluation(float(metric.compute()), split, num_sequences, seq_len, scored, losses=losses)

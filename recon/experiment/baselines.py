@@ -175,6 +175,7 @@ def measure_pruned(
         sparsity=masks.sparsity,
         mask_violations=model.violations(masks),
         seconds=seconds,
+        densities=masks.densities,
         run_dir=str(run.path),
         **sizes,
         **_compared(source, model, masks, data, opened, options),
@@ -250,6 +251,7 @@ class _Costs:
             peak_device_bytes=self._peaks.device_allocated_bytes,
             baseline_host_bytes=self._baseline,
             environment=environment(self._device) | known,
+            losses={"model": evaluation.losses} | more.pop("losses_of_others", {}),
             **more,
         )
 
@@ -268,7 +270,8 @@ def _compared(
         return fields
     dense = opened(source)
     if options.baselines:
-        fields["dense_perplexity"] = dense.evaluate(data).perplexity
+        measured = dense.evaluate(data)
+        fields["dense_perplexity"], fields["losses_of_others"] = measured.perplexity, {"dense": measured.losses}
         fields["references"] = {"dense": sparsities(dense.parameters(), masks) | source_size(source)}
     if options.drift:
         fields["drift"] = asdict(dense.drift_to(model, data))

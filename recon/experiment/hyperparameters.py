@@ -59,6 +59,7 @@ def _metrics(report: Report) -> dict[str, float]:
     measured = {
         "perplexity": report.perplexity,
         "recovered": report.recovered,
+        "device_gib": report.tracked_device_bytes and report.tracked_device_bytes / UNITS["GiB"],
         "peak_gib": None if peak is None else peak / UNITS["GiB"],
         "seconds": report.seconds,
     }

@@ -45,6 +45,8 @@ def build_report(job: Job, training: Training, measured: Measurement) -> Report:
         rates=scope.rates,
         throughput=_throughput(job.trainer),
         drift=asdict(measured.drift) if measured.drift else {},
+        densities=masks.densities if masks else {},
+        losses=_losses(measured),
         peak_host_bytes=largest(training.peaks, "peak_host_bytes"),
         peak_device_bytes=largest(training.peaks, "peak_device_bytes"),
         baseline_host_bytes=largest(training.peaks, "baseline_host_bytes"),
@@ -60,6 +62,13 @@ def _errors(scope: Scope) -> dict[str, dict[str, float]]:
     """The held-out errors of each window; none in a scope without windows."""
     kept = ("before", "after", "discarded")
     return {name: {key: one[key] for key in kept if key in one} for name, one in scope.results.items()}
+
+
+def _losses(measured: Measurement) -> dict[str, list[float]]:
+    """The losses of the recovered model, and of those that it is compared with, by sequence."""
+    baselines = measured.baselines
+    others = {"dense": baselines.dense.losses, "pruned": baselines.pruned.losses} if baselines else {}
+    return {"model": measured.recovered.losses, **others}
 
 
 def _throughput(trainer: L.Trainer) -> dict[str, float | None]:

@@ -114,7 +114,9 @@ def _measured_less(asked: PlanOptions, changed: Iterable[tuple[str, PlanOptions]
 def _of_local(asked: PlanOptions, shape: Shape) -> Iterator[tuple[str, PlanOptions]]:
     """Combine all changes that make a local scope smaller."""
     given = asked.offload, asked.activations
-    places = [given, *(place for place in PLACES if given in (("none", "device"), *PLACES[: PLACES.index(place)]))]
+    like = asked.offload, "host" if asked.activations == "auto" else asked.activations
+    slower = PLACES if asked.offload == "none" else PLACES[PLACES.index(like) + 1 :] if like in PLACES else ()
+    places = [given, *(place for place in slower if place[1] != "device" or like[1] == "device")]
     starts = dict.fromkeys([asked.start, "pruned" if asked.start == "exact" else asked.start])
     blocks = _halved(asked.num_blocks) if asked.stride is None else [asked.num_blocks]
     precisions = dict.fromkeys([asked.precision, "bf16-mixed" if asked.half is None else asked.precision])

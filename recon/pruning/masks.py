@@ -81,6 +81,11 @@ class Masks(Mapping[str, Tensor]):
         """The fraction pruned among the weights of the masked parameters; 0 without any."""
         return self.num_pruned / max(1, sum(math.prod(shape) for shape in self._shapes.values()))
 
+    @property
+    def densities(self) -> dict[str, float]:
+        """Parameter name -> the fraction of its weights that is kept."""
+        return {name: 1 - self._num_pruned(name) / math.prod(shape) for name, shape in self._shapes.items()}
+
     def subset(self, names: Iterable[str]) -> "Masks":
         """Select the masks of `names`, in that order.
 

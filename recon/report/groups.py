@@ -74,6 +74,11 @@ class Group:
                     f"{_name(cell)}: {len(reset)} of {len(cell.windows)} windows ended worse than they began and kept "
                     f"their start: the learning rate is too high for this data, or there is too little of it"
                 )
+        if tracked := [cell for cell in self.cells if cell.tracked_device_bytes is not None]:
+            device = any(cell.peak_device_bytes for cell in tracked)
+            place = "on the device" if device else "that would be on a device, if there were one"
+            allocated = "; peak allocated: by CUDA's allocator" if device else ""
+            notes.append(f"Peak device: live tensors {place}, measured during recovery{allocated}")
         if _num_protocols(self.cells) > 1:
             notes.append("These perplexities are not comparable: their protocols differ, see results.json")
         if baseline := estimate(cell.baseline_host_bytes for cell in self.cells):

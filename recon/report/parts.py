@@ -132,6 +132,7 @@ PARTS: dict[str, TypeAdapter[Any]] = {
     "references": TypeAdapter(dict[Literal["dense", "pruned"], Reference]),
     "drift": TypeAdapter(Nothing | MeasuredDrift),
     "prediction": TypeAdapter(Nothing | NotPredicted | Predicted),
+    "losses": TypeAdapter(dict[Literal["model", "dense", "pruned"], list[float]]),
     "rates": TypeAdapter(dict[str, SearchedRate]),
     "tuning": TypeAdapter(list[TriedPoint]),
 }

@@ -1,8 +1,14 @@
-"""Pictures of results on disk. matplotlib costs a second and 50 MiB, hence it is imported by those who draw only."""
+"""Pictures and pages of results on disk.
 
+matplotlib costs a second and 50 MiB, plotly half a second, hence they are imported by those who draw only.
+"""
+
+import logging
 from pathlib import Path
 
 from recon.report.schema import Results
+
+log = logging.getLogger("recon")
 
 
 def draw_pareto(results: Results, directory: Path | str) -> list[Path]:
@@ -38,3 +44,23 @@ def draw_drift(results: Results, directory: Path | str) -> list[Path]:
     from recon.report.plots.style import draw_groups
 
     return draw_groups(results, Path(directory), "drift", draw_depth)
+
+
+def draw_page(results: Results, directory: Path) -> list[Path]:
+    """Write the page of a comparison; a failure is a warning, for the comparison has ended well.
+
+    Args:
+        results: What was measured.
+        directory: Where `page.html` goes, and where the directories of the cells are.
+
+    Returns:
+        The file, if it was written.
+    """
+    try:
+        from recon.report.page.build import NAME, write_page
+
+        return [write_page(results, directory / NAME)]
+    except Exception as error:
+        reason = " ".join(f"{error}".split()) or type(error).__name__
+        log.warning(f"could not write the page ({reason}); `recon report {directory} --html` tries again")
+        return []

@@ -19,6 +19,8 @@ NOT_OF_REFERENCES: dict[str, Any] = {
     "windows": {},
     "throughput": {},
     "drift": {},
+    "losses": {},
+    "densities": {},
     "prediction": {},
     "tuning": [],
     "model_sparsity": None,
@@ -36,6 +38,8 @@ def with_references(report: Report) -> list[Report]:
         perplexity = getattr(report, f"{scope}_perplexity")
         if perplexity is not None and report.scope not in (scope, "dense"):
             measured = NOT_OF_REFERENCES | known | report.references.get(scope, {})
+            if scope in report.losses:
+                measured |= {"losses": {"model": report.losses[scope]}}
             rows.append(report.replace(scope=scope, label=scope, perplexity=perplexity, run_dir="", **measured))
     return [*rows, report]
 

@@ -77,6 +77,9 @@ class Report(BaseModel):
             it failed), `seconds`, `chosen`, and `error` if it failed.
         drift: Distance to the dense model, as `recon.evaluation.drift.Drift` has it: `hidden`, relative squared error
             after each block, `kl`, nats per predicted token, and the text; empty if not measured.
+        densities: Name of each pruned weight -> the share of it that is kept, 0 to 1.
+        losses: `model`, and `dense` and `pruned` if measured -> negative log-likelihood of each sequence of the
+            protocol, in its order: nats, summed over the sequence's predicted tokens.
 
     Raises:
         ValueError: If `scope` or `status` is unknown, a failed report lacks its reason, `seconds` is not finite, or a
@@ -117,6 +120,8 @@ class Report(BaseModel):
     drift: dict[str, Any] = {}
     prediction: dict[str, Any] = {}
     tuning: list[dict[str, Any]] = []
+    densities: dict[str, float] = {}
+    losses: dict[str, list[float]] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -170,6 +175,15 @@ class Report(BaseModel):
     def peaks(self) -> dict[str, int | None]:
         """Peak bytes on the `host` (resident memory, libraries included) and the `device`; None if unmeasured."""
         return {"host": self.peak_host_bytes, "device": self.peak_device_bytes}
+
+    @property
+    def tracked_device_bytes(self) -> int | None:
+        """The most bytes of live tensors on the device during recovery, of the largest process; None if unmeasured.
+
+        Without an accelerator: of the tensors that would be on one.
+        """
+        sides = [rank.get("tracked", {}).get("device") for rank in self.ranks]
+        return max((sum(sizes.values()) for sizes in sides if sizes), default=None)
 
     @property
     def reset_windows(self) -> list[str]:

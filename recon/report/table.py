@@ -15,6 +15,7 @@ from recon.report.drift import curves, drift_section, protocol
 from recon.report.groups import Group, Row, group_cells
 from recon.report.memory import memory_section
 from recon.report.prediction import prediction_section
+from recon.report.sampling import sampling_note, sampling_section
 from recon.report.schema import Results
 from recon.report.sections import MISSING, WIDEST, Section, show
 from recon.report.tuning import tuning_section
@@ -33,8 +34,9 @@ def table_sections(results: Results, verbose: bool = False, together: bool = Fal
         together: One section for all groups, with a column for each of model, criterion and pattern that differ.
 
     Returns:
-        The sections. Sparsity of the whole model, size on disk and peak device memory have a column only if a cell has
-        them. Over several seeds, perplexity and recovery are mean ± sample standard deviation, all other numbers means.
+        The sections. Sparsity of the whole model, size on disk and memory on the device have a column only if a cell
+        has them. Over several seeds, perplexity and recovery are mean ± sample standard deviation, all other numbers
+        means.
         The last column counts the seeds if there are several, or names failed rows if there are some, and is left out
         otherwise. The points tried to choose options follow a model's first group.
     """
@@ -44,8 +46,8 @@ def table_sections(results: Results, verbose: bool = False, together: bool = Fal
     if together and len(groups) > 1:
         sections.append(_of_all(groups, columns))
     for group in groups:
-        more = _more(group, verbose, tuned)
-        notes = group.failures + group.remarks + ([] if verbose else _drift_note(group))
+        more = further_sections(group, verbose, tuned)
+        notes = group.failures + group.remarks + sampling_note(group) + ([] if verbose else _drift_note(group))
         if together and len(groups) > 1:
             sections += [replace(section, title=f"{_title(group)}: {section.title}") for section in more if verbose]
             continue
@@ -67,19 +69,20 @@ def _columns(results: Results) -> list[tuple[str, Callable[[Row], str]]]:
         """The dense and the pruned model as they are have cost nothing."""
         return lambda row: MISSING if _is_free(row, quantity) else show(row.estimate(quantity), **options)
 
-    optional = {
-        "model_sparsity": ("model sparsity (%)", mean("model_sparsity", scale=100.0)),
-        "disk_bytes": ("disk (MiB)", mean("disk_bytes", scale=2**-20)),
-    }
+    def optional(quantity: str, header: str, **options: Any) -> list[tuple[str, Callable[[Row], str]]]:
+        measured = any(getattr(cell, quantity) is not None for cell in cells)
+        return [(header, mean(quantity, **options))] if measured else []
+
     columns = [
         ("perplexity", mean("perplexity", spread=True, decimals=2)),
         ("recovered (%)", mean("recovered", scale=100.0, spread=True)),
         ("sparsity (%)", mean("sparsity", scale=100.0)),
-        *(column for name, column in optional.items() if any(getattr(cell, name) is not None for cell in cells)),
+        *optional("model_sparsity", "model sparsity (%)", scale=100.0),
+        *optional("disk_bytes", "disk (MiB)", scale=2**-20),
+        *optional("tracked_device_bytes", "peak device (MiB)", scale=2**-20),
+        *optional("peak_device_bytes", "peak allocated (MiB)", scale=2**-20, decimals=0),
         ("peak host (MiB)", mean("peak_host_bytes", scale=2**-20, decimals=0)),
     ]
-    if any(cell.peak_device_bytes is not None for cell in cells):
-        columns.append(("peak device (MiB)", mean("peak_device_bytes", scale=2**-20, decimals=0)))
     tokens = spent("train_tokens", scale=1 / divisor, decimals=1 if divisor == 10**6 else 0)
     columns += [("seconds", spent("seconds")), (f"train tokens{unit}", tokens)]
     if any(len(row.cells) > 1 for group in group_cells(results) for row in group.rows):
@@ -122,9 +125,9 @@ def _of_all(groups: list[Group], columns: list[tuple[str, Callable[[Row], str]]]
     return Section(title, header, rows, together.failures + together.remarks, num_text=1 + len(names))
 
 
-def _more(group: Group, verbose: bool, tuned: set[str]) -> list[Section]:
+def further_sections(group: Group, verbose: bool, tuned: set[str]) -> list[Section]:
     """The tables that follow the results of a group; `tuned` are the models whose choices have been shown."""
-    found = [memory_section(group), prediction_section(group)] if verbose else []
+    found = [sampling_section(group), memory_section(group), prediction_section(group)] if verbose else []
     if verbose or len(curves(group)) > 1:
         found.append(drift_section(group))
     if group.model not in tuned and (tuning := tuning_section(group)) is not None:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,10 +125,11 @@ def test_each_copy_goes_where_there_is_room(tmp_path: Path) -> None:
 
 def test_options_that_do_not_go_together_are_refused() -> None:
     for options, message in (
-        ({"activations": "auto"}, "got no model.activations_budget; give one, such as 4GiB"),
-        ({"activations": "auto", "activations_host_budget": "1GiB"}, "got no model.activations_budget"),
         ({"activations": "host", "activations_budget": "1GiB"}, "are for model.activations: auto, got .*: host"),
-        ({"activations_host_budget": "1GiB"}, "are for model.activations: auto, got .*: device"),
+        (
+            {"activations": "device", "activations_host_budget": "1GiB"},
+            "are for model.activations: auto, got .*: device",
+        ),
         ({"activations": "auto", "activations_budget": "4"}, "model.activations_budget: an amount .* got '4'"),
         (
             {"activations": "auto", "activations_budget": "4MiB", "activations_host_budget": "many"},
@@ -136,6 +138,36 @@ def test_options_that_do_not_go_together_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             BlockDistillation(**options)
+
+
+def test_by_default_copies_are_off_the_device_and_on_disk_where_the_host_has_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage = replace(BlockDistillation().storage, directory=tmp_path)
+    assert not storage.may_be_on_device
+    monkeypatch.setattr("recon.calibration.storage.available_bytes", lambda: 4.0 * MIB)
+    copy = room(storage)  # of 2 MiB: half of it
+    assert storage.is_on_host(copy)
+    assert not is_mapped(tmp_path)
+    assert not caplog.records
+    larger = room(storage, MIB + 4)
+    assert storage.is_on_host(larger)
+    assert is_mapped(tmp_path)
+    assert "goes to disk: it would take more than half of the 4.0 MiB that the host has" in caplog.text
+    given = BlockDistillation(activations="auto", activations_host_budget="1GiB").storage
+    kept = room(given, 4 * MIB)  # what is available does not matter
+    assert given.is_on_host(kept)
+    assert given.budget is not None
+    assert given.budget.left["host"] == 2**30 - 8 * MIB
+
+
+def test_submodules_say_what_hidden_states_on_the_device_cost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    name = save_tiny("llama", tmp_path)
+    with caplog.at_level("INFO", logger="recon"):
+        fitted(SubmoduleDistillation(**SHORT, name=name), tmp_path / "host")
+        assert "may take the device" not in caplog.text
+        fitted(SubmoduleDistillation(**SHORT, name=name, activations="device"), tmp_path / "device")
+    assert "3 copies of 20.0 KiB, one more than windows of whole blocks need; model.activations: host" in caplog.text
 
 
 # --- walks and fits -----------------------------------------------------------------------------------

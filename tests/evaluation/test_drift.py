@@ -12,7 +12,6 @@ import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 from torch.utils.data import DataLoader
 
 from recon.cli import main
@@ -21,8 +20,9 @@ from recon.report import Report, Results, draw_drift, markdown_table
 from recon.report.drift import evenly_spaced, percent
 from recon.report.estimates import Estimate
 from recon.report.groups import group_cells
-from recon.report.plots.drift import draw_depth, spread_out
-from recon.report.plots.style import LOOKS, plain_style
+from recon.report.looks import LOOKS
+from recon.report.plots.drift import draw_depth
+from recon.report.plots.style import plain_style
 from recon.report.table import table_sections
 from tests.support.families import FAMILIES, VOCABULARY, tiny, token_ids
 from tests.support.scope_fixtures import random_masks
@@ -262,20 +262,23 @@ PICTURES = {
 
 
 @pytest.mark.parametrize("case", PICTURES)
-def test_every_row_is_named_once_beside_its_line_and_no_names_overlap(case: str) -> None:
+def test_every_row_is_named_once_beside_the_lines_in_the_order_of_their_ends(case: str) -> None:
     figure = drawn(PICTURES[case])
-    (axes,) = figure.axes
-    boxes = {text.get_text(): Text.get_window_extent(text) for text in axes.texts}
+    (axes,), (legend,) = figure.axes, figure.legends
+    names = [text.get_text() for text in legend.get_texts()]
     expected = {report.label for report in PICTURES[case] if report.drift}
-    assert {name.partition("  KL ")[0][:30] for name in boxes} == {label[:30] for label in expected}
-    for (one, box), (other, other_box) in itertools.combinations(boxes.items(), 2):
-        assert not box.overlaps(other_box), f"{one!r} overlaps {other!r}"
-    for name, box in boxes.items():
-        assert axes.bbox.x1 < box.x0, name
-        assert box.x1 <= figure.bbox.x1, name
-        assert figure.bbox.y0 <= box.y0, name
-        assert box.y1 <= figure.bbox.y1, name
+    assert {name.partition("  KL ")[0][:30] for name in names} == {label[:30] for label in expected}
+    assert len(names) == len(set(names))
+    box = legend.get_window_extent()
+    assert axes.bbox.x1 < box.x0
+    assert box.x1 <= figure.bbox.x1
+    assert figure.bbox.y0 <= box.y0
+    assert box.y1 <= figure.bbox.y1
     assert axes.get_window_extent().width > 0.3 * figure.bbox.width
+    ends = [float(np.asarray(line.get_ydata())[-1]) for line in axes.lines]
+    by_label = dict(zip([str(line.get_label()) for line in axes.lines], ends, strict=True))
+    found = [by_label[label] for name in names for label in by_label if label[:30] == name.partition("  KL ")[0][:30]]
+    assert found == sorted(ends, reverse=True)
     low, high = axes.get_ylim()
     ticks = [tick for tick in axes.get_yticks() if low <= tick <= high]
     assert len(ticks) >= 2
@@ -284,7 +287,7 @@ def test_every_row_is_named_once_beside_its_line_and_no_names_overlap(case: str)
 def test_lines_are_the_means_in_percent_with_the_scopes_looks() -> None:
     (axes,) = drawn(comparison(seeds=3)).axes
     assert axes.get_yscale() == "log"
-    lines = {line.get_color(): line for line in axes.lines if line.get_gid() != "leader"}
+    lines = {line.get_color(): line for line in axes.lines}
     assert len(lines) == 5
     for scope, level in (("matrix", 0.01), ("full", 0.03)):
         line = lines[LOOKS[scope].color]
@@ -297,7 +300,7 @@ def test_lines_are_the_means_in_percent_with_the_scopes_looks() -> None:
 
 def test_rows_of_one_scope_have_different_lines() -> None:
     (axes,) = drawn(many(["block", "block x2", "block x3"])).axes
-    dashes = {str(line._dash_pattern) for line in axes.lines if line.get_gid() != "leader"}  # pyright: ignore
+    dashes = {str(line._dash_pattern) for line in axes.lines}  # pyright: ignore
     assert len(dashes) == 3
 
 
@@ -323,24 +326,6 @@ def test_files_are_named_as_the_pareto_pictures_and_deterministic(tmp_path: Path
     groups = [*comparison(), *(cell("block", [0.1], criterion="ria"),)]
     names = [path.name for path in draw_drift(Results(groups), tmp_path) if path.suffix == ".png"]
     assert names == ["drift-distilgpt2-wanda-2-4.png", "drift-distilgpt2-ria-2-4.png"]
-
-
-def test_names_are_spread_out_as_little_as_possible() -> None:
-    assert spread_out(np.array([5.0, 1.0, 9.0]), 2.0, 0.0, 10.0).tolist() == [5.0, 1.0, 9.0]
-    assert spread_out(np.array([5.0, 5.0, 5.0]), 2.0, 0.0, 10.0).tolist() == [3.0, 5.0, 7.0]
-    assert spread_out(np.array([9.5, 9.5]), 2.0, 0.0, 10.0).tolist() == [8.0, 10.0]
-    random = np.random.default_rng(0)
-    for _ in range(50):
-        wanted = random.uniform(0, 10, 5)
-        placed = spread_out(wanted, 1.5, 0.0, 10.0)
-        rank = np.argsort(wanted)
-        assert np.diff(placed[rank]).min() >= 1.5 - 1e-9
-        assert 0 <= placed.min() <= placed.max() <= 10 + 1e-9
-        # every other way that keeps order, gaps and bounds is farther away: sampled around the one found
-        others = placed[rank] + random.normal(0, 0.3, (4000, 5))
-        allowed = (np.diff(others).min(1) >= 1.5) & (others.min(1) >= 0) & (others.max(1) <= 10)
-        distances = np.square(others[allowed] - wanted[rank]).sum(1)
-        assert (distances >= np.square(placed - wanted).sum() - 1e-9).all()
 
 
 # --- through the commands

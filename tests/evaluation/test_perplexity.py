@@ -41,6 +41,14 @@ def test_is_exp_of_the_mean_negative_log_likelihood(dtype, tolerance, batch_size
     }
 
 
+def test_losses_of_sequences_are_those_of_each_alone_and_add_up_to_the_perplexity():
+    model, ids = tiny("llama"), token_ids(batch=5, seq=9)
+    evaluation = evaluate(model, batches(ids, 2))
+    alone = [8 * math.log(by_hand(model, ids[i : i + 1])) for i in range(5)]
+    assert evaluation.losses == pytest.approx(alone, abs=1e-3)
+    assert math.exp(sum(evaluation.losses) / 40) == pytest.approx(evaluation.perplexity, rel=1e-5)
+
+
 def test_every_token_counts_the_same_in_a_ragged_last_batch():
     model, ids = tiny("llama"), token_ids(batch=5, seq=9)
     whole = evaluate(model, batches(ids, 5), "validation")

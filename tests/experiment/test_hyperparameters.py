@@ -31,7 +31,7 @@ SMALL = [
     *("--data.num_sequences=8", "--data.seq_len=32", "--data.num_validation=4", "--data.num_test=8"),
     *("--model.name=random", f"--model.shape={json.dumps(LLAMA)}", "--summary=false", "--drift=false"),
 ]
-METRICS = ("perplexity", "recovered", "peak_gib", "seconds")
+METRICS = ("perplexity", "recovered", "device_gib", "peak_gib", "seconds")
 
 
 def fit(scope: str, run_dir: Path, *more: str) -> dict[str, Any]:
@@ -64,6 +64,8 @@ def test_tensorboard_has_them_by_default(scope: str, tmp_path: Path) -> None:
     assert logged["recovered"] == pytest.approx(report["recovered"], rel=1e-5)
     assert logged["seconds"] == pytest.approx(report["seconds"], rel=1e-6)
     assert logged["peak_gib"] * 2**30 == pytest.approx(report["peak_host_bytes"], rel=1e-6)
+    tracked = [sum(rank["tracked"]["device"].values()) for rank in report["ranks"]]
+    assert logged["device_gib"] * 2**30 == pytest.approx(max(tracked), rel=1e-6)
     assert "hp_metric" not in events.Tags()["scalars"]
 
 

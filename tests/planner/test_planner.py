@@ -259,9 +259,9 @@ def test_what_backward_keeps_is_what_real_windows_keep(family: str, half: bool) 
 
 
 SCOPES = {
-    "matrix": lambda **options: MatrixReconstruction(**options),
-    "submodule": lambda **options: SubmoduleDistillation(epochs=2, **options),
-    "two blocks": lambda **options: BlockDistillation(epochs=2, num_blocks=2, **options),
+    "matrix": lambda **options: MatrixReconstruction(activations="device", **options),
+    "submodule": lambda **options: SubmoduleDistillation(epochs=2, activations="device", **options),
+    "two blocks": lambda **options: BlockDistillation(epochs=2, num_blocks=2, activations="device", **options),
     "full": lambda **options: FullRetraining(epochs=2, **options),
     "distilled": lambda **options: FullRetraining(
         epochs=1, loss="distillation", gradient_checkpointing=True, **options
@@ -411,6 +411,16 @@ def test_proposals_fit_and_are_sorted(llama: Shape, scope: Any) -> None:
         together = [each.batch_size * each.accumulate * each.world_size for each in (options, changed)]
         assert options.is_local or together[0] == together[1]
     assert propose(llama, options, 1000) == []
+
+
+@pytest.mark.parametrize("activations", ["auto", "host"])
+def test_a_model_whose_hidden_states_are_off_the_device_can_follow_them(llama: Shape, activations: Any) -> None:
+    options = PlanOptions("block", 2, 16, 8, 4, activations=activations)
+    memory = int(0.8 * predict(llama, options).peak.total)
+    found = [one.arguments for one in propose(llama, options, memory) if one.kind == "offload"]
+    assert found
+    assert all(any("model.offload" in argument for argument in one) for one in found)
+    assert not any("device" in " ".join(one) for one in found)
 
 
 # --- what is refused ---------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def bytes_of(tensors: Any) -> int:
 
 
 def test_windows_of_blocks_hold_what_is_counted_by_hand(tmp_path: Path) -> None:
-    scope = BlockDistillation(name=save_tiny("llama", tmp_path), epochs=1, batch_size=4)
+    scope = BlockDistillation(name=save_tiny("llama", tmp_path), epochs=1, batch_size=4, activations="device")
     phases = run(scope, tmp_path)
     for number, window in enumerate(scope.windows):
         found, moment = of(phases[f"window {number:03d}"]), phases[f"window {number:03d}"]["moment"]["device"]
@@ -117,7 +117,7 @@ def test_offloaded_windows_have_one_block_on_the_device(offload: Any, activation
 
 
 def test_all_phases_hold_the_weights_and_add_up(tmp_path: Path) -> None:
-    scope = SubmoduleDistillation(name=save_tiny("llama", tmp_path), epochs=1, batch_size=4)
+    scope = SubmoduleDistillation(name=save_tiny("llama", tmp_path), epochs=1, batch_size=4, activations="device")
     phases = run(scope, tmp_path)
     assert list(phases)[:4] == ["load", "prepare", "train", "embed"]
     for phase in phases.values():
@@ -137,7 +137,7 @@ def test_all_phases_hold_the_weights_and_add_up(tmp_path: Path) -> None:
 
 
 def test_the_matrix_scope_holds_gram_matrices_instead_of_gradients(tmp_path: Path) -> None:
-    scope = MatrixReconstruction(name=save_tiny("llama", tmp_path), batch_size=4)
+    scope = MatrixReconstruction(name=save_tiny("llama", tmp_path), batch_size=4, activations="device")
     phases = run(scope, tmp_path)
     for number in range(3):
         found = of(phases[f"window {number:03d}"])

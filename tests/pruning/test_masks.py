@@ -85,6 +85,10 @@ def test_violations_are_counted_and_named(model: Model, masks: Masks) -> None:
         masks.check(model)
 
 
+def test_densities(masks: Masks) -> None:
+    assert masks.densities == pytest.approx({name: float(keep.float().mean()) for name, keep in masks.items()})
+
+
 def test_counts(masks: Masks) -> None:
     num_pruned = sum(1 for keep in masks.values() for kept in keep.flatten().tolist() if not kept)
     assert masks.num_pruned == num_pruned

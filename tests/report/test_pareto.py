@@ -6,7 +6,6 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -14,10 +13,11 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 from recon.report import Report, Results, draw_pareto
+from recon.report.front import pareto_front
 from recon.report.groups import group_cells
-from recon.report.plots.geometry import boxes_overlap, segments_cross, segments_enter
-from recon.report.plots.pareto import draw_group, pareto_front
-from recon.report.plots.style import LOOKS, plain_style
+from recon.report.looks import LOOKS
+from recon.report.plots.pareto import draw_group
+from recon.report.plots.style import plain_style
 
 # perplexity, seconds, MiB
 REALISTIC = {
@@ -107,12 +107,10 @@ def _is_shown(figure: Figure, text: str, box: Bbox) -> bool:
     return True
 
 
-def point_labels(figure: Figure) -> list[list[tuple[str, Bbox]]]:
-    """Per panel, the labels inside its frame."""
-    return [
-        [(text.get_text(), Text.get_window_extent(text)) for text in axes.texts if text.get_text()]
-        for axes in figure.axes
-    ]
+def names(figure: Figure) -> list[str]:
+    """The entries of the legend."""
+    (legend,) = figure.legends
+    return [text.get_text() for text in legend.get_texts()]
 
 
 @pytest.mark.parametrize("case", HARD)
@@ -128,64 +126,28 @@ def test_no_text_overlaps_any_other(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", HARD)
-def test_every_point_and_line_is_labelled_inside_the_frame_and_off_the_markers(case: str) -> None:
+def test_every_point_and_line_is_named_once_and_no_two_look_alike(case: str) -> None:
     figure = picture(case)
     expected = {report.label for report in HARD[case] if report.scope in LOOKS}
-    for axes, labels in zip(figure.axes, point_labels(figure), strict=True):
-        names = [text for text, _ in labels]
-        assert expected <= set(names)
-        for reference in ("dense", "pruned"):
-            wanted = any(report.scope == reference for report in HARD[case])
-            assert sum(name.startswith(reference) for name in names) == wanted
-        markers = [line for line in axes.lines if line.get_marker() in {look.marker for look in LOOKS.values()}]
-        assert len(markers) == len(expected)
-        for line in markers:
-            half = line.get_markersize() / 2 * figure.dpi / 72
-            x, y = axes.transData.transform((line.get_xdata()[0], line.get_ydata()[0]))
-            for name, box in labels:
-                assert not box.overlaps(Bbox.from_extents(x - half, y - half, x + half, y + half)), name
-        for name, box in labels:
-            assert axes.bbox.x0 <= box.x0, name
-            assert box.x1 <= axes.bbox.x1, name
-            assert axes.bbox.y0 <= box.y0, name
-            assert box.y1 <= axes.bbox.y1, name
+    assert expected <= set(names(figure))
+    for reference in ("dense", "pruned"):
+        wanted = any(report.scope == reference for report in HARD[case])
+        assert sum(name.startswith(reference) for name in names(figure)) == wanted
+    assert len(names(figure)) == len(set(names(figure)))
+    (legend,) = figure.legends
+    for axes in figure.axes:
+        assert axes.bbox.x1 < legend.get_window_extent().x0
+        points = [line for line in axes.lines if line.get_marker() not in ("None", "", "|", "_")]
+        assert len(points) == len(expected)
+        assert len({(line.get_color(), str(line.get_marker())) for line in points}) == len(expected)
 
 
 def test_the_overlap_check_can_fail() -> None:
     figure = drawn(HARD["realistic"])
-    one, other = figure.axes[0].texts[:2]
+    one, other = figure.texts[:2]
     one.set_position(other.get_position())
     boxes = [box for _, box in texts(figure)]
     assert any(box.overlaps(other) for box, other in itertools.combinations(boxes, 2))
-
-
-def test_a_label_that_moved_away_has_a_leader_line() -> None:
-    def num_leaders(case: str) -> int:
-        return sum(line.get_gid() == "leader" for line in picture(case).axes[0].lines)
-
-    assert num_leaders("ten labels on one spot") == 10
-    assert num_leaders("realistic") == 0
-
-
-def test_geometry_agrees_with_sampling() -> None:
-    random = np.random.default_rng(0)
-    segments = random.integers(0, 8, (60, 4)).astype(float)  # integers: many vertical, horizontal, touching
-    corners = np.sort(random.integers(0, 8, (60, 2, 2)), axis=1).reshape(60, 4).astype(float)
-    steps = np.linspace(0, 1, 841)[:, None]  # 840 divides by all that integers up to 8 can divide by
-    found = segments_enter(segments, corners)
-    for i, j in itertools.product(range(60), range(60)):
-        points = segments[i, :2] + steps * (segments[i, 2:] - segments[i, :2])
-        slack = 1e-9
-        inside = (points >= corners[j, :2] - slack) & (points <= corners[j, 2:] + slack)
-        assert inside.all(1).any() == found[i, j], (segments[i], corners[j])
-    for i, j in itertools.product(range(60), range(60)):
-        sizes = np.minimum(corners[i, 2:], corners[j, 2:]) - np.maximum(corners[i, :2], corners[j, :2])
-        solid = (corners[[i, j], 2:] > corners[[i, j], :2]).all()
-        if solid:
-            assert boxes_overlap(corners[[i]], corners[[j]])[0, 0] == (sizes > 0).all()
-    cross, parallel, touching = [0.0, 0.0, 2.0, 2.0], [0.0, 1.0, 2.0, 3.0], [2.0, 2.0, 3.0, 0.0]
-    others = np.array([[0.0, 2.0, 2.0, 0.0], parallel, touching])
-    assert segments_cross(np.array([cross]), others).tolist() == [[True, False, False]]
 
 
 @pytest.mark.parametrize(("seconds", "scale"), [(120.0, "linear"), (120.1, "log")])
@@ -218,16 +180,16 @@ def test_device_peaks_are_preferred_and_their_absence_noted() -> None:
     results = cells({}, peak_device_bytes=2**30)
     results[2] = results[2].replace(peak_device_bytes=None)
     figure = drawn(results)
-    assert figure.axes[0].get_xlabel() == "peak device memory (MiB)"
-    assert "matrix" not in [text for text, _ in point_labels(figure)[0]]
-    assert "Without a measured peak device memory: matrix" in " ".join(text for text, _ in texts(figure))
+    assert figure.axes[0].get_xlabel() == "peak device memory, allocated (MiB)"
+    assert len(figure.axes[0].containers) == len(figure.axes[1].containers) - 1
+    assert "Without a measured peak device memory, allocated: matrix" in " ".join(text for text, _ in texts(figure))
     assert drawn(cells()).axes[0].get_xlabel() == "peak host memory (MiB)"
 
 
 def test_failed_cells_are_left_out_and_named() -> None:
     failed = cell("block", None, 0.0, 0.0, label="block x4", status="failed", error="out of memory", run_dir="runs/x")
     figure = drawn([*cells(), failed])
-    assert all("block x4" not in text for labels in point_labels(figure) for text, _ in labels)
+    assert "block x4" not in names(figure)
     footnotes = " ".join(text for text, _ in texts(figure))
     assert "Left out: block x4 (seed 0) failed in runs/x: out of memory" in footnotes
 
@@ -240,9 +202,7 @@ def test_the_title_says_what_is_compared() -> None:
 
 def test_references_are_lines_even_without_cells_of_their_own() -> None:
     rows = [report for report in cells(dense_perplexity=10.0, pruned_perplexity=16.0) if report.scope in LOOKS]
-    names = [text for text, _ in point_labels(drawn(rows))[1]]
-    assert "dense 10.00" in names
-    assert "pruned 16.00" in names
+    assert {"dense 10.00", "pruned 16.00"} <= set(names(drawn(rows)))
 
 
 def test_one_picture_a_group_and_no_name_twice(tmp_path: Path) -> None:

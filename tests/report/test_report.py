@@ -276,7 +276,7 @@ def test_no_number_is_ever_cut_or_wrapped(width: int) -> None:
     text = printed(Results(cells), width)
     assert "…" not in text
     for scope in SCOPES:
-        expected = rf"^{scope} +{PERPLEXITIES[scope]:.2f} ± 0\.00 .* 50\.0 +620 +9,216 +33\.0 +131 +2\s*$"
+        expected = rf"^{scope} +{PERPLEXITIES[scope]:.2f} ± 0\.00 .* 50\.0 +9,216 +620 +33\.0 +131 +2\s*$"
         assert re.search(expected, text, re.MULTILINE), text
 
 
@@ -338,6 +338,31 @@ def test_importing_the_package_is_light() -> None:
     code = f"import sys, recon.report; print([name for name in {heavy} if name in sys.modules])"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.strip() == "[]"
+
+
+# --- memory on the device
+
+
+def tracked(mib: float) -> list[dict[str, Any]]:
+    """Two processes of a run; the first has most."""
+    sizes = {"weights": int(mib * 2**20) - 2**20, "calibration": 2**20}
+    smaller = {"device": {name: size // 2 for name, size in sizes.items()}}
+    return [{"tracked": {"device": sizes, "host": {"calibration": 99 * 2**20}}}, {"tracked": smaller}, {}]
+
+
+def test_the_table_has_the_live_tensors_of_the_device_beside_the_host() -> None:
+    results = Results([report("pruned"), report("submodule", ranks=tracked(14.25)), report("full", ranks=tracked(107))])
+    text = printed(results)
+    rows = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
+    assert [rows[name][4:6] for name in ("pruned", "submodule", "full")] == [
+        ["-", "620"],
+        ["14.2", "620"],
+        ["107.0", "620"],
+    ]
+    assert "Peak device: live tensors that would be on a device, if there were one" in text
+    cuda = printed(Results([report("submodule", ranks=tracked(14), peak_device_bytes=15 * 2**20)]))
+    assert re.search(r"^submodule .* 14\.0 +15 +620 ", cuda, re.MULTILINE)
+    assert "Peak device: live tensors on the device, measured" in cuda
 
 
 # --- memory per process

@@ -8,32 +8,14 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from recon.profiling.entries import CATEGORIES, Category, Side
+from recon.profiling.entries import CATEGORIES, Side
+from recon.report.looks import CATEGORY_COLORS, CATEGORY_NAMES, DARK
 from recon.report.memory_phases import MIB, Phase, describe, fold_windows, sides_of, tracked
-from recon.report.plots.style import DARK, PNG_DPI, WIDTH, plain_style, save
+from recon.report.plots.style import PNG_DPI, WIDTH, plain_style, save
 from recon.report.sections import format_number
 
 MANY_WINDOWS = 12
 """Windows up to which each one is drawn."""
-
-# Okabe and Ito's colour-blind-safe colours; what training holds is warm, what calibration holds cold, the rest grey
-COLORS: dict[Category, str] = {
-    "weights": "#0072B2",
-    "gradients": "#F0E442",
-    "optimizer": "#E69F00",
-    "activations": "#D55E00",
-    "calibration": "#009E73",
-    "gram": "#56B4E9",
-    "masks": "#CC79A7",
-    "other": "#b5b5b5",
-}
-
-LEGEND: dict[Category, str] = {
-    "optimizer": "optimizer state",
-    "activations": "kept for backward",
-    "calibration": "calibration activations",
-    "gram": "Gram matrices",
-}
 
 ROW_INCHES, FRAME_INCHES, LEFT_INCHES = 0.27, 1.3, 2.3
 
@@ -65,7 +47,7 @@ def draw_memory(phases: Sequence[Phase], device: str, title: str, directory: Pat
         used = {name for phase in shown for sizes in phase["categories"].values() for name in sizes if sizes[name]}
         handles, labels = panels[0].get_legend_handles_labels()
         of = dict(zip(labels, handles, strict=True))
-        named = [LEGEND.get(name, name) for name in CATEGORIES if name in used]
+        named = [CATEGORY_NAMES[name] for name in CATEGORIES if name in used]
         named += [label for label in labels if label.startswith("allocator")]
         figure.text(0.1 / WIDTH, 1 - 0.1 / height, title, size=11, weight="bold", va="top", color=DARK)
         figure.legend(
@@ -90,8 +72,8 @@ def _draw_panel(axes: Axes, phases: Sequence[Phase], side: Side, device: str) ->
     left = [0.0] * len(phases)
     for name in CATEGORIES:
         sizes = [phase["categories"].get(side, {}).get(name, 0) / MIB for phase in phases]
-        label = LEGEND.get(name, name)
-        axes.barh(rows, sizes, left=left, height=0.72, color=COLORS[name], label=label, linewidth=0)
+        label = CATEGORY_NAMES[name]
+        axes.barh(rows, sizes, left=left, height=0.72, color=CATEGORY_COLORS[name], label=label, linewidth=0)
         left = [start + size for start, size in zip(left, sizes, strict=True)]
     if side == "device" and device != "cpu":
         for key, look, label in (

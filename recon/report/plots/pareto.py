@@ -1,7 +1,6 @@
 """The Pareto picture of one group: perplexity against peak memory, and against recovery time."""
 
 from dataclasses import dataclass
-from itertools import pairwise, product
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -9,16 +8,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
 from recon.report.estimates import Estimate
+from recon.report.front import memory_axis, pareto_front
 from recon.report.groups import Group
-from recon.report.plots.labels import LabelPlacer
-from recon.report.plots.style import DARK, GREY, LOOKS, PNG_DPI, WIDTH, frame
+from recon.report.looks import DARK, GREY, LOOKS
+from recon.report.plots.style import PNG_DPI, WIDTH, frame, height_of, legend, markers_of
 from recon.report.sections import format_number
-
-HEIGHTS = (4.8, 6.4, 8.5, 12.0)
-"""Inches. Labels that find no room get the next spread, then the next height."""
-
-SPREADS = (2.0, 25.0, 50.0, 80.0)
-"""Least points between a label and its marker."""
 
 LOG_RATIO = {"x": 20.0, "y": 5.0}
 """An axis is logarithmic if its largest value exceeds its smallest by this factor."""
@@ -60,39 +54,37 @@ class Panel:
     points: list[Point]
 
 
-def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The distinct (cost, perplexity) points that no other point beats, by rising cost; less is better."""
-    front: list[tuple[float, float]] = []
-    for cost, perplexity in sorted(set(points)):
-        if not front or perplexity < front[-1][1]:
-            front.append((cost, perplexity))
-    return front
-
-
 def draw_group(group: Group) -> Figure | None:
-    """Draw the picture of one group; None if no recovery of it was measured.
-
-    Raises:
-        ValueError: If there are more labels than the largest picture has room for.
-    """
-    memory, seconds = _panels(group)
-    if not memory.points and not seconds.points:
+    """Draw the picture of one group; None if no recovery of it was measured."""
+    panels = list(_panels(group))
+    if not any(panel.points for panel in panels):
         return None
-    for height, spread in product(HEIGHTS, SPREADS):
-        figure = _draw(group, [memory, seconds], height, spread)
-        if figure is not None:
-            return figure
-    raise ValueError(
-        f"a picture has room for some dozens of labels; got {len(group.rows)} rows for {group.model}, "
-        f"{group.criterion}, {group.pattern}. Split the comparison, or shorten its labels"
-    )
+    references = _references(group)
+    height = height_of(len({point.label for panel in panels for point in panel.points}) + len(references))
+    figure = Figure(figsize=(WIDTH, height), dpi=PNG_DPI)
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, sharey=True)
+    frame(figure, group, group.split, _notes(group, panels), height)
+    drawn = [reference for reference in references if not _is_off_scale(reference, panels)]
+    perplexities = [bound for panel in panels for point in panel.points for bound in _bounds(point.perplexity)]
+    _scale(left, "y", perplexities + [reference.perplexity for reference in drawn], margin=0.12)
+    markers = markers_of(group.rows)
+    for axes, panel in zip((left, right), panels, strict=True):
+        _scale(axes, "x", [bound for point in panel.points for bound in _bounds(point.cost)], margin=0.15)
+        axes.set_xlabel(panel.title)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#ececec", linewidth=0.6)
+        axes.set_axisbelow(True)
+        _draw_panel(axes, panel, references, drawn, markers)
+    left.set_ylabel(f"{group.split} perplexity (lower is better)")
+    legend(figure, [left, right])
+    return figure
 
 
 def _panels(group: Group) -> tuple[Panel, Panel]:
-    has_device = any(cell.peak_device_bytes is not None for cell in group.cells if cell.scope in LOOKS)
-    memory, device = ("peak_device_bytes", "device") if has_device else ("peak_host_bytes", "host")
+    memory, name = memory_axis(group)
     return (
-        Panel(f"peak {device} memory (MiB)", _points(group, memory, scale=2**-20)),
+        Panel(f"{name} (MiB)", _points(group, memory, scale=2**-20)),
         Panel("recovery time (seconds)", _points(group, "seconds")),
     )
 
@@ -121,35 +113,6 @@ def _references(group: Group) -> list[Reference]:
     return references
 
 
-def _draw(group: Group, panels: list[Panel], height: float, spread: float) -> Figure | None:
-    """The picture, `height` inches high; None if a label found no room `spread` points from its marker."""
-    figure = Figure(figsize=(WIDTH, height), dpi=PNG_DPI)
-    canvas = FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, sharey=True)
-    frame(figure, group, group.split, _notes(group, panels), height)
-
-    references = _references(group)
-    drawn = [reference for reference in references if not _is_off_scale(reference, panels)]
-    perplexities = [bound for panel in panels for point in panel.points for bound in _bounds(point.perplexity)]
-    _scale(left, "y", perplexities + [reference.perplexity for reference in drawn], margin=0.12)
-    for axes, panel in zip((left, right), panels, strict=True):
-        _scale(axes, "x", [bound for point in panel.points for bound in _bounds(point.cost)], margin=0.15)
-        axes.set_xlabel(panel.title)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#ececec", linewidth=0.6)
-        axes.set_axisbelow(True)
-        _draw_panel(axes, panel, drawn)
-    left.set_ylabel(f"{group.split} perplexity (lower is better)")
-
-    figure.draw_without_rendering()  # settles ticks and limits, which the labels are measured against
-    renderer = canvas.get_renderer()
-    for axes, panel in zip((left, right), panels, strict=True):
-        placer = LabelPlacer(axes, renderer, spread)
-        if not _label_panel(placer, panel, drawn, [ref for ref in references if ref not in drawn]):
-            return None
-    return figure
-
-
 def _notes(group: Group, panels: list[Panel]) -> list[str]:
     has_front = any(len(_front(panel)) > 1 for panel in panels)
     notes = ["Grey steps: nothing measured is both cheaper and better"] if has_front else []
@@ -160,10 +123,16 @@ def _notes(group: Group, panels: list[Panel]) -> list[str]:
     return notes + group.remarks
 
 
-def _draw_panel(axes: Axes, panel: Panel, references: list[Reference]) -> None:
+def _draw_panel(
+    axes: Axes, panel: Panel, references: list[Reference], drawn: list[Reference], markers: dict[str, str]
+) -> None:
     for reference in references:
         style = "-" if reference.name == "dense" else (0, (5, 3))
-        axes.axhline(reference.perplexity, color=DARK, linewidth=0.9, linestyle=style, zorder=1.5)
+        look = {"color": DARK, "linewidth": 0.9, "linestyle": style, "zorder": 1.5}
+        if reference in drawn:
+            axes.axhline(reference.perplexity, label=reference.text, **look)
+        else:
+            axes.plot([], [], label=f"{reference.text}, off scale ↑", **look)
     if len(front := _front(panel)) > 1:
         axes.plot(*zip(*front, strict=True), color=GREY, linewidth=0.9, drawstyle="steps-post", zorder=2)
     for point in panel.points:
@@ -174,38 +143,16 @@ def _draw_panel(axes: Axes, panel: Panel, references: list[Reference]) -> None:
             xerr=point.cost.std,
             yerr=point.perplexity.std,
             color=look.color,
-            marker=look.marker,
+            marker=markers[point.label],
             markersize=look.size,
             markeredgecolor="white",
             markeredgewidth=0.6,
             elinewidth=1.0,
             capsize=2.0,
             zorder=3,
+            linestyle="none",
+            label=point.label,
         )
-
-
-def _label_panel(placer: LabelPlacer, panel: Panel, references: list[Reference], off_scale: list[Reference]) -> bool:
-    """Label lines and points; False if one found no room."""
-    for point in panel.points:
-        x, y = point.cost.mean, point.perplexity.mean
-        (x0, x1), (y0, y1) = _bounds(point.cost), _bounds(point.perplexity)
-        placer.avoid_marker(x, y, LOOKS[point.scope].extent)
-        placer.avoid_line(x0, y, x1, y)
-        placer.avoid_line(x, y0, x, y1)
-    for (x0, y0), (x1, y1) in pairwise(_front(panel)):
-        placer.avoid_line(x0, y0, x1, y0)
-        placer.avoid_line(x1, y0, x1, y1)
-    x0, x1 = placer.axes.get_xlim()
-    for reference in references:
-        placer.avoid_line(float(x0), reference.perplexity, float(x1), reference.perplexity)
-
-    placed = [placer.label_line(ref.text, ref.perplexity, DARK) for ref in references]
-    placed += [placer.label_top(f"{ref.text}, off scale ↑", DARK) for ref in off_scale]
-    for point in reversed(panel.points):  # the smallest marker lies on top and has the first choice
-        look = LOOKS[point.scope]
-        x, y = point.cost.mean, point.perplexity.mean
-        placed.append(placer.label_marker(point.label, x, y, look.extent, look.ink))
-    return all(placed)
 
 
 def _front(panel: Panel) -> list[tuple[float, float]]:

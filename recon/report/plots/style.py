@@ -6,16 +6,18 @@ left behind in the process that draws.
 
 import re
 import textwrap
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from recon.basics.files import atomic_write
-from recon.report.groups import Group, group_cells
+from recon.report.groups import Group, Row, group_cells
+from recon.report.looks import DARK, LOOKS
 from recon.report.schema import Results
 
 WIDTH = 9.6
@@ -23,31 +25,57 @@ WIDTH = 9.6
 
 PNG_DPI = 150
 
-GREY, DARK = "#9a9a9a", "#333333"
+HEIGHT, MOST_NAMES = 4.8, 16
+"""Inches of a picture, and names that find room in its legend; more make it higher."""
+
+NAME_INCHES = 0.21
+
+LONGEST_NAME = 60
+"""Characters of a name in a legend; the table has all of it."""
+
+MARKERS = ("o", "s", "D", "^", "P", "*", "p", "h", "X", "v", "<", ">")
+"""Rows of one scope share its colour; their markers differ."""
 
 
-@dataclass(frozen=True)
-class Look:
-    """How a scope is drawn: Okabe and Ito's colour-blind-safe colours, a darker ink for its label."""
-
-    color: str
-    ink: str
-    marker: str
-    size: float
-
-    @property
-    def extent(self) -> float:
-        """Width and height in points; a diamond is a square of `size` on its tip."""
-        return self.size * 2**0.5 if self.marker == "D" else self.size
+def height_of(num_names: int) -> float:
+    """Inches of a picture whose legend has so many names."""
+    return HEIGHT + max(0, num_names - MOST_NAMES) * NAME_INCHES
 
 
-# larger scopes have larger markers and are drawn first: coinciding points all stay visible
-LOOKS = {
-    "full": Look("#CC79A7", "#8f3f6d", "^", 11.0),
-    "block": Look("#009E73", "#00664a", "D", 7.5),
-    "submodule": Look("#0072B2", "#00507d", "s", 7.0),
-    "matrix": Look("#D55E00", "#9c4500", "o", 6.0),
-}
+def markers_of(rows: Iterable[Row]) -> dict[str, str]:
+    """Label of each row -> its marker: that of the scope, others for further rows of the scope."""
+    found: dict[str, str] = {}
+    places: Counter[str] = Counter()
+    for row in rows:
+        own = LOOKS[row.scope].marker if row.scope in LOOKS else ""
+        all_markers = [own, *(marker for marker in MARKERS if marker != own)]
+        found[row.label] = all_markers[places[row.scope] % len(all_markers)]
+        places[row.scope] += 1
+    return found
+
+
+def legend(figure: Figure, axes: Sequence[Axes], behind: Mapping[str, str] | None = None) -> None:
+    """Name what is drawn, once, to the right of the axes, which make room for it.
+
+    Args:
+        figure: The picture, with its panels in place.
+        axes: The panels.
+        behind: Label of each line -> what the legend has behind it, in that order; nothing, in order, if None.
+    """
+    pairs = [zip(*one.get_legend_handles_labels(), strict=True) for one in axes]
+    handles = {label: handle for one in pairs for handle, label in one}
+    shown = dict.fromkeys(handles, "") if behind is None else behind
+    found = figure.legend(
+        [handles[label] for label in shown],
+        [f"{textwrap.shorten(label, LONGEST_NAME)}{text}" for label, text in shown.items()],
+        loc="upper right",
+        bbox_to_anchor=(1 - 0.1 / WIDTH, figure.subplotpars.top + 0.1 / figure.get_figheight()),
+        frameon=False,
+        fontsize=8.5,
+    )
+    figure.draw_without_rendering()  # measures the text
+    width = found.get_window_extent().width / figure.bbox.width
+    figure.subplots_adjust(right=1 - width - 0.25 / WIDTH)
 
 
 def frame(figure: Figure, group: Group, split: str, notes: list[str], height: float) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from recon.basics.files import write_json
 from recon.basics.seeds import derived_seed
+from recon.basics.units import readable
 from recon.calibration.activations import Activations, Observation
 from recon.calibration.rows import Rows
 from recon.calibration.statistics import InputStatistics
@@ -123,6 +124,12 @@ class LocalScope(WindowedScope):
         if self.offloaded is not None:
             self.offloaded.move_to(self.device)
         self.calibration, self.held_out = self._embed("train"), self._embed("validation")
+        if self.storage.may_be_on_device:
+            copies, more = (3, ", one more than windows of whole blocks need") if self.taps else (2, "")
+            log.info(
+                f"hidden states of all sequences may take the device: {copies} copies of "
+                f"{readable(self.calibration.hidden.nbytes)}{more}; model.activations: host keeps them off it"
+            )
 
     def _embed(self, split: Split) -> Activations:
         tokens, starts = self.data.tokens(split), self.schedule.starts()

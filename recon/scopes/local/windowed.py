@@ -35,9 +35,11 @@ class WindowedScope(Scope):
         activations: Storage of hidden states between two passes: `device`; `host`, from which each batch is copied (to
             a CUDA device from pinned memory, while the batch in front trains); `disk`, unnamed files in the run
             directory, mapped into memory; `auto`, the first of these with room for a copy. The results are the same.
-            At most two copies exist at a time, and one of attention's outputs.
-        activations_budget: Memory for copies on the device of each process, for `auto`, such as 4GiB.
-        activations_host_budget: Memory for copies on the host, in each process, for `auto`; no limit if null.
+            At most two copies exist at a time, and one of attention's outputs: on the device, they would be most of a
+            small window's peak, and a submodule would need more of it than a block.
+        activations_budget: Memory for copies on the device of each process, for `auto`, such as 4GiB; none if null.
+        activations_host_budget: Memory for copies on the host, in each process, for `auto`; if null, each copy may
+            take half of what is available.
         activations_dtype: Dtype of the copies; that of the model if null.
         **options: Which model: see `Scope`.
 
@@ -53,7 +55,7 @@ class WindowedScope(Scope):
         epochs: int = 4,
         batch_size: int = 8,
         propagation: Propagation = "dense",
-        activations: Place = "device",
+        activations: Place = "auto",
         activations_budget: str | None = None,
         activations_host_budget: str | None = None,
         activations_dtype: Literal["float32", "bfloat16"] | None = None,
