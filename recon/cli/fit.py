@@ -27,7 +27,17 @@ from torch.optim import Optimizer
 
 from recon.basics.locks import owned
 from recon.basics.run_paths import RunPaths
-from recon.cli.arguments import add_pruning_arguments, default_data, keep_own_defaults, plain_data, require_seed
+from recon.cli.arguments import (
+    TASK_OPTIONS,
+    add_pruning_arguments,
+    add_task_arguments,
+    default_data,
+    identity_of_tasks,
+    keep_own_defaults,
+    plain_data,
+    require_seed,
+    tasks_of,
+)
 from recon.cli.arrange import arrange
 from recon.cli.building import packages, trainer_of
 from recon.cli.configs import config_directory
@@ -39,6 +49,7 @@ from recon.data import TokenData
 from recon.data.texts import Texts
 from recon.distributed import ranks
 from recon.distributed.part import Share
+from recon.evaluation.tasks.suite import Suite
 from recon.experiment.checkpoints import STOPPED, Checkpoints
 from recon.experiment.directory import RunDirectory, digest
 from recon.experiment.environment import versions
@@ -61,6 +72,7 @@ NOT_FINGERPRINTED = (
     "baselines",
     "evaluate_on",
     "drift",
+    *TASK_OPTIONS,
     "summary",
     "verbose",
     "trainer",
@@ -159,6 +171,7 @@ class FitCLI(LightningCLI):
         )
         parser.add_argument("--summary", type=bool, default=True, help="Print the report as a table in the end.")
         parser.add_argument("--verbose", type=bool, default=False, help="Add tables of memory, predictions and drift.")
+        add_task_arguments(parser)
         add_pruning_arguments(parser)
         default_data(parser)
         parser.link_arguments("seed_everything", "data.init_args.seed")
@@ -187,7 +200,8 @@ class FitCLI(LightningCLI):
                 del options[name]  # the scope's own
         for name in NOT_FINGERPRINTED_OF_MODEL:
             options["model"]["init_args"].pop(name, None)
-        self.fingerprint: dict[str, Any] = {"options": with_short_paths(options), "versions": versions()}
+        tasks = identity_of_tasks(self.config)
+        self.fingerprint: dict[str, Any] = {"options": with_short_paths(options), "versions": versions(), **tasks}
         if masks is not None and Path(masks).is_file():
             self.fingerprint["masks"] = identity_of(Path(masks))
         scope = self.config.model.class_path.rpartition(".")[2]
@@ -387,6 +401,7 @@ def _options(cli: FitCLI, masks: Masks | None, merge: bool) -> RunOptions:
         drift=config.drift,
         part=cli.share,
         merge=merge,
+        suite=Suite(tasks_of(config)),
     )
 
 

@@ -1,4 +1,4 @@
-"""`recon test`: the perplexity of any model or run."""
+"""`recon test`: the perplexity of any model or run, and its scores on tasks."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,15 +17,19 @@ from recon.cli.arguments import (
     DEFAULT_DATA,
     add_data_arguments,
     add_offload_argument,
+    add_task_arguments,
     choose_device,
+    identity_of_tasks,
     parse,
     plain_data,
+    tasks_of,
 )
 from recon.cli.arrange import arrange
 from recon.cli.configs import load_options
 from recon.cli.errors import usage
 from recon.cli.quiet import quiet
 from recon.data import TokenData
+from recon.evaluation.tasks.suite import Suite
 from recon.experiment.baselines import measure
 from recon.experiment.data_hooks import begin
 from recon.experiment.directory import RunDirectory
@@ -126,7 +130,7 @@ class Subject:
 def build_parser() -> ArgumentParser:
     """The parser of `recon test`."""
     parser = ArgumentParser(
-        prog="recon test", exit_on_error=False, description="Measure the perplexity of a model or run directory."
+        prog="recon test", exit_on_error=False, description="Measure a model or run: perplexity, and --tasks."
     )
     parser.add_argument("-c", "--config", action="config", help="YAML file or name of a shipped configuration.")
     parser.add_argument("path", type=str, help="A run directory, a model directory, a hub name, or `bundled`.")
@@ -136,6 +140,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--masks", type=str | None, default=None, help="Masks to apply first.")
     parser.add_class_arguments(ModelSource, "model", skip={"name"}, instantiate=False)
     add_offload_argument(parser)
+    add_task_arguments(parser)
     parser.add_argument("--summary", type=bool, default=True, help="Print the report as a table.")
     parser.add_argument("--verbose", type=bool, default=False, help="Add tables of memory, predictions and drift.")
     add_data_arguments(parser, skip={"seed"})
@@ -160,11 +165,12 @@ def main(args: list[str]) -> int:
         report = _measured(subject, source, built.data, config, device)
     else:
         options = {"data": plain_data(config.data.as_dict()), "device": config.device, "masks": config.masks}
-        identity = {"model": source.identity(), "text": built.data.identity()}
+        identity = {"model": source.identity(), "text": built.data.identity(), **identity_of_tasks(config)}
         with owned(Path(config.run_dir)):
             run = RunDirectory(Path(config.run_dir), {**options, **identity, "versions": versions()})
-            report = _measured(subject, source, built.data, config, device)
+            report = _measured(subject, source, built.data, config, device, run)
             report.replace(run_dir=str(run.path)).save(run.report, run.manifest.writing)
+            run.clean()
     console = Console(highlight=False, soft_wrap=True)
     if config.summary:
         print_table(Results(with_references(report)), table_console(), config.verbose)
@@ -172,7 +178,14 @@ def main(args: list[str]) -> int:
     return 0
 
 
-def _measured(subject: Subject, source: ModelSource, data: TokenData, config: Any, device: torch.device) -> Report:
+def _measured(
+    subject: Subject,
+    source: ModelSource,
+    data: TokenData,
+    config: Any,
+    device: torch.device,
+    run: RunDirectory | None = None,
+) -> Report:
     """The report of the model: under its run's masks if the run wrote no model, and named as the run is."""
     file = subject.run and subject.run / MASKS
     masks, promised, moved = None, None, None
@@ -185,7 +198,8 @@ def _measured(subject: Subject, source: ModelSource, data: TokenData, config: An
             moved = moved_with(file, masks)
         else:
             promised = Masks.load(file)
-    report = measure(source, data, device, masks, promised, moved, config.model.offload)
+    suite = Suite(tasks_of(config))
+    report = measure(source, data, device, masks, promised, moved, config.model.offload, suite, run)
     if subject.run is not None and config.masks is None and (subject.run / REPORT).is_file():
         return _named(report, Report.load(subject.run / REPORT), recovered=subject.model is not None)
     return report

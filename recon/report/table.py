@@ -17,6 +17,7 @@ from recon.report.memory import memory_section
 from recon.report.prediction import prediction_section
 from recon.report.schema import Results
 from recon.report.sections import MISSING, WIDEST, Section, show
+from recon.report.tasks import task_column, tasks_section
 from recon.report.tuning import tuning_section
 
 PIPE_WIDTH = 100
@@ -35,6 +36,7 @@ def table_sections(results: Results, verbose: bool = False, together: bool = Fal
     Returns:
         The sections. Sparsity of the whole model, size on disk and peak device memory have a column only if a cell has
         them. Over several seeds, perplexity and recovery are mean ± sample standard deviation, all other numbers means.
+        Scores on tasks have a column, too, and a table, with their standard error over documents.
         The last column counts the seeds if there are several, or names failed rows if there are some, and is left out
         otherwise. The points tried to choose options follow a model's first group.
     """
@@ -74,6 +76,7 @@ def _columns(results: Results) -> list[tuple[str, Callable[[Row], str]]]:
     columns = [
         ("perplexity", mean("perplexity", spread=True, decimals=2)),
         ("recovered (%)", mean("recovered", scale=100.0, spread=True)),
+        *([column] if (column := task_column(cells)) else []),
         ("sparsity (%)", mean("sparsity", scale=100.0)),
         *(column for name, column in optional.items() if any(getattr(cell, name) is not None for cell in cells)),
         ("peak host (MiB)", mean("peak_host_bytes", scale=2**-20, decimals=0)),
@@ -125,6 +128,7 @@ def _of_all(groups: list[Group], columns: list[tuple[str, Callable[[Row], str]]]
 def _more(group: Group, verbose: bool, tuned: set[str]) -> list[Section]:
     """The tables that follow the results of a group; `tuned` are the models whose choices have been shown."""
     found = [memory_section(group), prediction_section(group)] if verbose else []
+    found.append(tasks_section(group))
     if verbose or len(curves(group)) > 1:
         found.append(drift_section(group))
     if group.model not in tuned and (tuning := tuning_section(group)) is not None:
