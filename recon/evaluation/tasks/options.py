@@ -104,7 +104,7 @@ def harness_version() -> str:
     except PackageNotFoundError:
         raise ValueError(
             "--tasks needs lm-evaluation-harness (the package lm-eval), which is not installed; install the extra "
-            "`eval` (pip install 'recon-llm[eval]', in a clone pip install -e '.[eval]'), or ask for no tasks: --tasks null"
+            "`eval` (pip install 'recon-llm[eval]'; in a clone -e '.[eval]'), or ask for no tasks: --tasks null"
         ) from None
 
 
