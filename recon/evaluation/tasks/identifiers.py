@@ -41,9 +41,10 @@ def questions(text: str) -> list[dict[str, Any]]:
     """At most `PER_FILE` questions about a file, the same whenever they are asked for.
 
     The wrong choices are identifiers of the file too, and at most one character longer or shorter than the right one.
+    None begins with an underscore, which tokenizers join with a dot in front: such a choice has no tokens of its own.
     """
-    found = [(place, name) for place, name in identifiers(text) if len(name) >= SHORTEST and place >= CONTEXT]
-    known = sorted({name for _, name in found})
+    long = [(place, name) for place, name in identifiers(text) if len(name) >= SHORTEST and not name.startswith("_")]
+    found, known = [one for one in long if one[0] >= CONTEXT], sorted({name for _, name in long})
     chance = random.Random(0)
     chance.shuffle(found)
     rows = []

@@ -88,6 +88,15 @@ def file_of(name: str) -> Path | None:
     return file
 
 
+def group_in(file: Path) -> str | None:
+    """The name of the group of tasks that a YAML file defines; None if it defines a task.
+
+    Raises:
+        ValueError: If it is no YAML file, or holds no options.
+    """
+    return _content(file).get("group")
+
+
 def shipped() -> list[str]:
     """The names of the tasks that ship."""
     return sorted(file.stem for file in SHIPPED.glob("*.yaml"))
@@ -118,20 +127,25 @@ _Loader.add_multi_constructor("!", lambda loader, suffix, node: None)
 def _read_by(file: Path) -> Iterator[Path]:
     """The YAML file of a task, with the files that it includes, and its local data."""
     yield file
-    try:
-        content = yaml.load(file.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"--tasks needs YAML files in the format of lm-evaluation-harness, got {file}: {error}; correct it"
-        ) from error
-    if not isinstance(content, dict):
-        return
+    content = _content(file)
     for name in _texts(content.get("include")):
         if (included := file.parent / name).is_file():
             yield from _read_by(included)
     kwargs = content.get("dataset_kwargs")
     data = _texts(kwargs.get("data_files")) if isinstance(kwargs, dict) else []
     yield from (Path(name) for name in data if Path(name).is_file())
+
+
+def _content(file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = " ".join(str(error).split())
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"--tasks needs YAML files in the format of lm-evaluation-harness, got {file}: {content}; correct it"
+        )
+    return content
 
 
 def _texts(value: Any) -> list[str]:

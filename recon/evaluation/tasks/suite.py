@@ -19,7 +19,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from recon.evaluation.tasks.options import TaskOptions, file_of, harness_version, shipped
+from recon.evaluation.tasks.options import TaskOptions, file_of, group_in, harness_version, shipped
 from recon.profiling.out_of_memory import full_side
 
 SEED = 1234
@@ -54,15 +54,18 @@ class Suite:
             return
         harness_version()
         files = {name: file_of(name) for name in self.options.names}
+        groups = {name: group for name, file in files.items() if file and (group := group_in(file))}
         from lm_eval.tasks import TaskManager
 
-        manager = TaskManager(include_defaults=not all(files.values()))
+        # A group may have the tasks in the files beside its own.
+        beside: Any = [files[name].absolute().parent for name in groups]
+        manager = TaskManager(include_path=beside, include_defaults=not all(files.values()))
         loaded: dict[str, Loaded] = {}
         for name, file in files.items():
             if file is None and name not in manager.all_tasks:
                 raise ValueError(_unknown(name, manager.all_tasks))
             with _explained(name):
-                one: Any = manager.load([name if file is None else str(file)])
+                one: Any = manager.load([groups.get(name) or (name if file is None else str(file))])
             for other, held in loaded.items():
                 if both := one["tasks"].keys() & held["tasks"].keys():
                     raise ValueError(f"--tasks needs different tasks, got {min(both)} in {other} and {name}; drop one")
