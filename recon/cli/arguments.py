@@ -2,7 +2,6 @@
 
 import re
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +13,6 @@ from recon.cli.arrange import arrange
 from recon.cli.errors import usage
 from recon.data import TokenData
 from recon.data.module import LARGEST_SEED
-from recon.evaluation.tasks.options import TaskOptions
 from recon.pruning.criteria import Criterion
 from recon.pruning.patterns import Pattern
 from recon.pruning.prune import Pruning
@@ -23,9 +21,6 @@ from recon.pruning.refinement import Refinement
 DEFAULT_CRITERION = {"class_path": "recon.criteria.Wanda"}
 DEFAULT_PATTERN = {"class_path": "recon.patterns.Unstructured"}
 DEFAULT_DATA = {"class_path": "recon.data.TokenData"}
-
-TASK_OPTIONS = tuple(field.name for field in fields(TaskOptions))
-"""Names of the options of tasks."""
 
 
 def add_pruning_arguments(parser: ArgumentParser) -> None:
@@ -60,32 +55,6 @@ def add_offload_argument(parser: ArgumentParser) -> None:
         help="Where the model is: on the device (none), or on the host or disk, with one block on the device at a "
         "time and the hidden states of all sequences on the host.",
     )
-
-
-def add_task_arguments(parser: ArgumentParser) -> None:
-    """Add `tasks` and the options of how they are asked."""
-    parser.add_class_arguments(TaskOptions)
-
-
-def tasks_of(config: Any) -> TaskOptions:
-    """The options that `add_task_arguments` has added.
-
-    Raises:
-        UsageError: If a number is too small, or a task is named twice.
-    """
-    with usage():
-        return TaskOptions(**{name: config[name] for name in TASK_OPTIONS})
-
-
-def identity_of_tasks(config: Any) -> dict[str, Any]:
-    """The tasks of a command, for a fingerprint: nothing without tasks, so that older runs keep theirs.
-
-    Raises:
-        UsageError: If lm-evaluation-harness is not installed, or the file of a task is not there.
-    """
-    with usage():
-        options = tasks_of(config)
-        return {"tasks": options.identity()} if options.names else {}
 
 
 def default_data(parser: ArgumentParser) -> None:

@@ -5,9 +5,10 @@ from typing import Literal
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from recon.cli.arguments import TASK_OPTIONS, add_task_arguments, parse, tasks_of
+from recon.cli.arguments import parse
 from recon.cli.quiet import quiet
 from recon.cli.resolver import CommandResolver
+from recon.cli.tasks import TASK_OPTIONS, add_task_arguments, tasks_of
 from recon.experiment.comparison.compare import compare
 from recon.experiment.comparison.spec import Comparison
 from recon.experiment.comparison.workers import workers_of

@@ -27,17 +27,7 @@ from torch.optim import Optimizer
 
 from recon.basics.locks import owned
 from recon.basics.run_paths import RunPaths
-from recon.cli.arguments import (
-    TASK_OPTIONS,
-    add_pruning_arguments,
-    add_task_arguments,
-    default_data,
-    identity_of_tasks,
-    keep_own_defaults,
-    plain_data,
-    require_seed,
-    tasks_of,
-)
+from recon.cli.arguments import add_pruning_arguments, default_data, keep_own_defaults, plain_data, require_seed
 from recon.cli.arrange import arrange
 from recon.cli.building import packages, trainer_of
 from recon.cli.configs import config_directory
@@ -45,11 +35,11 @@ from recon.cli.errors import usage
 from recon.cli.loggers import in_run_directory
 from recon.cli.names import with_short_paths
 from recon.cli.quiet import quiet
+from recon.cli.tasks import TASK_OPTIONS, add_task_arguments, identity_of_tasks, suite_of
 from recon.data import TokenData
 from recon.data.texts import Texts
 from recon.distributed import ranks
 from recon.distributed.part import Share
-from recon.evaluation.tasks.suite import Suite
 from recon.experiment.checkpoints import STOPPED, Checkpoints
 from recon.experiment.directory import RunDirectory, digest
 from recon.experiment.environment import versions
@@ -401,7 +391,7 @@ def _options(cli: FitCLI, masks: Masks | None, merge: bool) -> RunOptions:
         drift=config.drift,
         part=cli.share,
         merge=merge,
-        suite=Suite(tasks_of(config)),
+        suite=suite_of(config),
     )
 
 

@@ -10,20 +10,16 @@ from rich.console import Console
 
 from recon.basics.locks import owned
 from recon.cli.arguments import (
-    TASK_OPTIONS,
     add_data_arguments,
     add_offload_argument,
     add_pruning_arguments,
-    add_task_arguments,
     choose_device,
-    identity_of_tasks,
     parse,
     plain_data,
-    tasks_of,
 )
 from recon.cli.names import CHOICES, with_short_paths
 from recon.cli.quiet import quiet
-from recon.evaluation.tasks.suite import Suite
+from recon.cli.tasks import TASK_OPTIONS, add_task_arguments, identity_of_tasks, suite_of
 from recon.experiment.baselines import measure_pruned
 from recon.experiment.data_hooks import begin
 from recon.experiment.directory import RunDirectory, digest
@@ -88,7 +84,7 @@ def main(args: list[str]) -> int:
     fingerprint = {"options": with_short_paths(options), "versions": versions(), **identity}
     path = Path(config.run_dir or f"runs/prune-{digest(fingerprint)[:8]}")
     console = Console(highlight=False, soft_wrap=True)
-    measured = {"drift": config.drift, "baselines": config.baselines, "suite": Suite(tasks_of(config))}
+    measured = {"drift": config.drift, "baselines": config.baselines, "suite": suite_of(config)}
     chosen = RunOptions(criterion, built.pattern, built.pruning, **measured)
     begin(built.data)
     with owned(path):

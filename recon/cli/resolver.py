@@ -5,9 +5,10 @@ from typing import Any
 from jsonargparse import Namespace
 
 from recon.cli import prune, test
-from recon.cli.arguments import TASK_OPTIONS, describe, identity_of_tasks, parse
+from recon.cli.arguments import describe, parse
 from recon.cli.building import require_devices
 from recon.cli.fit import choose_optimizer, parse_options
+from recon.cli.tasks import TASK_OPTIONS, identity_of_tasks
 from recon.experiment.comparison.spec import Resolver
 
 NOT_DECISIVE = ("config", "run_dir", "summary", "verbose", "masks")

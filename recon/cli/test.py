@@ -17,19 +17,16 @@ from recon.cli.arguments import (
     DEFAULT_DATA,
     add_data_arguments,
     add_offload_argument,
-    add_task_arguments,
     choose_device,
-    identity_of_tasks,
     parse,
     plain_data,
-    tasks_of,
 )
 from recon.cli.arrange import arrange
 from recon.cli.configs import load_options
 from recon.cli.errors import usage
 from recon.cli.quiet import quiet
+from recon.cli.tasks import add_task_arguments, identity_of_tasks, suite_of
 from recon.data import TokenData
-from recon.evaluation.tasks.suite import Suite
 from recon.experiment.baselines import measure
 from recon.experiment.data_hooks import begin
 from recon.experiment.directory import RunDirectory
@@ -120,8 +117,19 @@ class Subject:
         Args:
             options: Of the model, as given on the command line; a run's source has those of the run instead.
         """
-        if self.model is not None:
-            return ModelSource(self.model, **options)
+        return ModelSource(self.model, **options) if self.model is not None else self.dense()
+
+    def dense(self) -> ModelSource:
+        """The dense model of the run.
+
+        Raises:
+            ValueError: If the model is no run's.
+        """
+        if self.run is None:
+            raise ValueError(
+                f"--baselines needs a run, whose dense model is known, got {self.model}; leave it out, and test the "
+                f"dense model by itself"
+            )
         held = self.options()["model"]
         held = held.get("init_args", held)
         return ModelSource(**{name: held[name] for name in ModelSource.__dataclass_fields__ if name in held})
@@ -138,6 +146,9 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--seed_everything", type=int, default=0, help="Reported; test sequences do not depend on it.")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N.")
     parser.add_argument("--masks", type=str | None, default=None, help="Masks to apply first.")
+    parser.add_argument(
+        "--baselines", type=bool, default=False, help="Measure the dense model of a run too, and the distance to it."
+    )
     parser.add_class_arguments(ModelSource, "model", skip={"name"}, instantiate=False)
     add_offload_argument(parser)
     add_task_arguments(parser)
@@ -157,6 +168,9 @@ def main(args: list[str]) -> int:
     with usage():
         parser.set_defaults(_data_of_run(subject))
     config, built = parse(parser, args)
+    if config.baselines:
+        with usage():
+            subject.dense()
     source = subject.source({name: one for name, one in config.model.as_dict().items() if name != "offload"})
     device = choose_device(config.device)
     source = source.on(device)
@@ -165,6 +179,7 @@ def main(args: list[str]) -> int:
         report = _measured(subject, source, built.data, config, device)
     else:
         options = {"data": plain_data(config.data.as_dict()), "device": config.device, "masks": config.masks}
+        options |= {"baselines": True} if config.baselines else {}
         identity = {"model": source.identity(), "text": built.data.identity(), **identity_of_tasks(config)}
         with owned(Path(config.run_dir)):
             run = RunDirectory(Path(config.run_dir), {**options, **identity, "versions": versions()})
@@ -198,10 +213,14 @@ def _measured(
             moved = moved_with(file, masks)
         else:
             promised = Masks.load(file)
-    suite = Suite(tasks_of(config))
+    suite = suite_of(config)
     report = measure(source, data, device, masks, promised, moved, config.model.offload, suite, run)
     if subject.run is not None and config.masks is None and (subject.run / REPORT).is_file():
-        return _named(report, Report.load(subject.run / REPORT), recovered=subject.model is not None)
+        report = _named(report, Report.load(subject.run / REPORT), recovered=subject.model is not None)
+    if config.baselines:
+        dense = measure(subject.dense().on(device), data, device, offload=config.model.offload, suite=suite)
+        of_dense = {"sparsity": dense.sparsity, "model_sparsity": dense.model_sparsity, "tasks": dense.tasks}
+        return report.replace(dense_perplexity=dense.perplexity, references=report.references | {"dense": of_dense})
     return report
 
 

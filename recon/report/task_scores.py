@@ -49,3 +49,10 @@ def deltas(tasks: Tasks, dense: Tasks) -> dict[str, float]:
 def protocol_of(score: Mapping[str, Any]) -> dict[str, Any]:
     """How a task was asked: everything but the metrics."""
     return {name: value for name, value in score.items() if name != "metrics"}
+
+
+def shown(value: float | None, stderr: float | None) -> str:
+    """A score with its standard error, in per cent, for a page that shows one model."""
+    if value is None:
+        return "-"
+    return f"{value:.2%}" + ("" if stderr is None else f" ± {stderr:.2%}")

@@ -54,12 +54,13 @@ class Suite:
             return
         harness_version()
         files = {name: file_of(name) for name in self.options.names}
-        groups = {name: group for name, file in files.items() if file and (group := group_in(file))}
+        local = {name: file for name, file in files.items() if file is not None}
+        groups = {name: group for name, file in local.items() if (group := group_in(file))}
         from lm_eval.tasks import TaskManager
 
         # A group may have the tasks in the files beside its own.
-        beside: Any = [files[name].absolute().parent for name in groups]
-        manager = TaskManager(include_path=beside, include_defaults=not all(files.values()))
+        beside: Any = [local[name].absolute().parent for name in groups]
+        manager = TaskManager(include_path=beside, include_defaults=len(local) < len(files))
         loaded: dict[str, Loaded] = {}
         for name, file in files.items():
             if file is None and name not in manager.all_tasks:
