@@ -4,5 +4,5 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/install.sh
-recon_install
+recon_install eval    # the demo scores a task of lm-evaluation-harness
 exec recon compare -c comparisons/demo "$@"

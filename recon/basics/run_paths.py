@@ -119,6 +119,11 @@ class RunPaths:
         return self.model / "README.md"
 
     @property
+    def task_scores(self) -> Path:
+        """The scores on tasks that are measured already, of a run without a report."""
+        return self.path / "tasks.json"
+
+    @property
     def report(self) -> Path:
         """The report of the finished run."""
         return self.path / "report.json"
@@ -150,6 +155,7 @@ class RunPaths:
             self.log,
             self.logs,
             self.model,
+            self.task_scores,
             self.report,
             self.memory(),
         )
@@ -162,4 +168,4 @@ class RunPaths:
     @property
     def temporary(self) -> tuple[Path, ...]:
         """Products without a use once the run has its report."""
-        return self.block_masks, self.start, self.dense, self.checkpoints, self.best, self.begun
+        return self.block_masks, self.start, self.dense, self.checkpoints, self.best, self.begun, self.task_scores

@@ -8,6 +8,7 @@ from rich.console import Console
 from recon.cli.arguments import parse
 from recon.cli.quiet import quiet
 from recon.cli.resolver import CommandResolver
+from recon.cli.tasks import TASK_OPTIONS, add_task_arguments, tasks_of
 from recon.experiment.comparison.compare import compare
 from recon.experiment.comparison.spec import Comparison
 from recon.experiment.comparison.workers import workers_of
@@ -23,7 +24,8 @@ def build_parser() -> ArgumentParser:
         prog="recon compare", exit_on_error=False, description="Compare scopes, criteria, patterns and seeds."
     )
     parser.add_argument("-c", "--config", action="config", help="YAML file or name of a shipped comparison.")
-    parser.add_class_arguments(Comparison)
+    parser.add_class_arguments(Comparison, skip={"tasks"})
+    add_task_arguments(parser)
     parser.add_argument(
         "--workers",
         type=int | Literal["gpus"],
@@ -45,8 +47,8 @@ def main(args: list[str]) -> int:
     quiet()
     parser = build_parser()
     config, built = parse(parser, args)
-    options = {key: value for key, value in built.as_dict().items() if key not in OWN}
-    comparison = Comparison(**options)
+    options = {key: value for key, value in built.as_dict().items() if key not in (*OWN, *TASK_OPTIONS)}
+    comparison = Comparison(**options, tasks=tasks_of(config))
     console = Console(highlight=False, soft_wrap=True, markup=False)
     results = compare(comparison, CommandResolver(), workers_of(config.workers, config.threads))
     print_table(results, table_console(), config.verbose)

@@ -35,6 +35,7 @@ from recon.cli.errors import usage
 from recon.cli.loggers import in_run_directory
 from recon.cli.names import with_short_paths
 from recon.cli.quiet import quiet
+from recon.cli.tasks import TASK_OPTIONS, add_task_arguments, identity_of_tasks, suite_of
 from recon.data import TokenData
 from recon.data.texts import Texts
 from recon.distributed import ranks
@@ -61,6 +62,7 @@ NOT_FINGERPRINTED = (
     "baselines",
     "evaluate_on",
     "drift",
+    *TASK_OPTIONS,
     "summary",
     "verbose",
     "trainer",
@@ -159,6 +161,7 @@ class FitCLI(LightningCLI):
         )
         parser.add_argument("--summary", type=bool, default=True, help="Print the report as a table in the end.")
         parser.add_argument("--verbose", type=bool, default=False, help="Add tables of memory, predictions and drift.")
+        add_task_arguments(parser)
         add_pruning_arguments(parser)
         default_data(parser)
         parser.link_arguments("seed_everything", "data.init_args.seed")
@@ -187,7 +190,8 @@ class FitCLI(LightningCLI):
                 del options[name]  # the scope's own
         for name in NOT_FINGERPRINTED_OF_MODEL:
             options["model"]["init_args"].pop(name, None)
-        self.fingerprint: dict[str, Any] = {"options": with_short_paths(options), "versions": versions()}
+        tasks = identity_of_tasks(self.config)
+        self.fingerprint: dict[str, Any] = {"options": with_short_paths(options), "versions": versions(), **tasks}
         if masks is not None and Path(masks).is_file():
             self.fingerprint["masks"] = identity_of(Path(masks))
         scope = self.config.model.class_path.rpartition(".")[2]
@@ -387,6 +391,7 @@ def _options(cli: FitCLI, masks: Masks | None, merge: bool) -> RunOptions:
         drift=config.drift,
         part=cli.share,
         merge=merge,
+        suite=suite_of(config),
     )
 
 

@@ -19,6 +19,7 @@ from recon.cli.arguments import (
 )
 from recon.cli.names import CHOICES, with_short_paths
 from recon.cli.quiet import quiet
+from recon.cli.tasks import TASK_OPTIONS, add_task_arguments, identity_of_tasks, suite_of
 from recon.experiment.baselines import measure_pruned
 from recon.experiment.data_hooks import begin
 from recon.experiment.directory import RunDirectory, digest
@@ -51,6 +52,7 @@ def build_parser() -> ArgumentParser:
         default=True,
         help="Measure on the validation split how far hidden states and predictions are from the dense model's.",
     )
+    add_task_arguments(parser)
     parser.add_argument("--summary", type=bool, default=True, help="Print the report as a table in the end.")
     parser.add_argument("--verbose", type=bool, default=False, help="Add tables of memory, predictions and drift.")
     parser.add_class_arguments(ModelSource, "model", instantiate=False)
@@ -72,17 +74,18 @@ def main(args: list[str]) -> int:
     options = {
         key: value
         for key, value in config.as_dict().items()
-        if key not in ("config", "run_dir", "device", "drift", "baselines", "summary", "verbose")
+        if key not in ("config", "run_dir", "device", "drift", "baselines", "summary", "verbose", *TASK_OPTIONS)
     }
     options["data"] = plain_data(options["data"])
     offload = options["model"].pop("offload")
     device = choose_device(config.device)
     source = ModelSource(**options["model"]).on(device)
-    identity = {"model": source.identity(), "data": built.data.identity()}
+    identity = {"model": source.identity(), "data": built.data.identity(), **identity_of_tasks(config)}
     fingerprint = {"options": with_short_paths(options), "versions": versions(), **identity}
     path = Path(config.run_dir or f"runs/prune-{digest(fingerprint)[:8]}")
     console = Console(highlight=False, soft_wrap=True)
-    chosen = RunOptions(criterion, built.pattern, built.pruning, drift=config.drift, baselines=config.baselines)
+    measured = {"drift": config.drift, "baselines": config.baselines, "suite": suite_of(config)}
+    chosen = RunOptions(criterion, built.pattern, built.pruning, **measured)
     begin(built.data)
     with owned(path):
         run = RunDirectory(path, fingerprint)

@@ -12,8 +12,9 @@ CHATTY = (
     "lightning.pytorch.strategies",
     "lightning.pytorch.trainer.connectors",
     "lightning.fabric",
+    "lm_eval",
 )
-"""Loggers of Lightning with tips and notices."""
+"""Loggers of Lightning and lm-evaluation-harness with tips and notices."""
 
 SEEDED = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
 """Variables of the environment that Lightning sets with a seed."""

@@ -8,6 +8,7 @@ from recon.cli import prune, test
 from recon.cli.arguments import describe, parse
 from recon.cli.building import require_devices
 from recon.cli.fit import choose_optimizer, parse_options
+from recon.cli.tasks import TASK_OPTIONS, identity_of_tasks
 from recon.experiment.comparison.spec import Resolver
 
 NOT_DECISIVE = ("config", "run_dir", "summary", "verbose", "masks")
@@ -40,8 +41,8 @@ class CommandResolver(Resolver):
 
 def _resolved(name: str, *args: str) -> dict[str, Any]:
     config, data = _fit([*args]) if name == "fit" else _other(name, [*args])
-    options = {key: value for key, value in config.as_dict().items() if key not in NOT_DECISIVE}
-    return {"options": options, "text": data.identity()}
+    options = {key: value for key, value in config.as_dict().items() if key not in (*NOT_DECISIVE, *TASK_OPTIONS)}
+    return {"options": options, "text": data.identity(), **identity_of_tasks(config)}
 
 
 def _fit(args: list[str]) -> tuple[Namespace, Any]:

@@ -1,4 +1,4 @@
-"""`recon test`: the perplexity of any model or run."""
+"""`recon test`: the perplexity of any model or run, and its scores on tasks."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ from recon.cli.arrange import arrange
 from recon.cli.configs import load_options
 from recon.cli.errors import usage
 from recon.cli.quiet import quiet
+from recon.cli.tasks import add_task_arguments, identity_of_tasks, suite_of
 from recon.data import TokenData
 from recon.experiment.baselines import measure
 from recon.experiment.data_hooks import begin
@@ -116,8 +117,19 @@ class Subject:
         Args:
             options: Of the model, as given on the command line; a run's source has those of the run instead.
         """
-        if self.model is not None:
-            return ModelSource(self.model, **options)
+        return ModelSource(self.model, **options) if self.model is not None else self.dense()
+
+    def dense(self) -> ModelSource:
+        """The dense model of the run.
+
+        Raises:
+            ValueError: If the model is no run's.
+        """
+        if self.run is None:
+            raise ValueError(
+                f"--baselines needs a run, whose dense model is known, got {self.model}; leave it out, and test the "
+                f"dense model by itself"
+            )
         held = self.options()["model"]
         held = held.get("init_args", held)
         return ModelSource(**{name: held[name] for name in ModelSource.__dataclass_fields__ if name in held})
@@ -126,7 +138,7 @@ class Subject:
 def build_parser() -> ArgumentParser:
     """The parser of `recon test`."""
     parser = ArgumentParser(
-        prog="recon test", exit_on_error=False, description="Measure the perplexity of a model or run directory."
+        prog="recon test", exit_on_error=False, description="Measure a model or run: perplexity, and --tasks."
     )
     parser.add_argument("-c", "--config", action="config", help="YAML file or name of a shipped configuration.")
     parser.add_argument("path", type=str, help="A run directory, a model directory, a hub name, or `bundled`.")
@@ -134,8 +146,12 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--seed_everything", type=int, default=0, help="Reported; test sequences do not depend on it.")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N.")
     parser.add_argument("--masks", type=str | None, default=None, help="Masks to apply first.")
+    parser.add_argument(
+        "--baselines", type=bool, default=False, help="Measure the dense model of a run too, and the distance to it."
+    )
     parser.add_class_arguments(ModelSource, "model", skip={"name"}, instantiate=False)
     add_offload_argument(parser)
+    add_task_arguments(parser)
     parser.add_argument("--summary", type=bool, default=True, help="Print the report as a table.")
     parser.add_argument("--verbose", type=bool, default=False, help="Add tables of memory, predictions and drift.")
     add_data_arguments(parser, skip={"seed"})
@@ -152,6 +168,9 @@ def main(args: list[str]) -> int:
     with usage():
         parser.set_defaults(_data_of_run(subject))
     config, built = parse(parser, args)
+    if config.baselines:
+        with usage():
+            subject.dense()
     source = subject.source({name: one for name, one in config.model.as_dict().items() if name != "offload"})
     device = choose_device(config.device)
     source = source.on(device)
@@ -160,11 +179,13 @@ def main(args: list[str]) -> int:
         report = _measured(subject, source, built.data, config, device)
     else:
         options = {"data": plain_data(config.data.as_dict()), "device": config.device, "masks": config.masks}
-        identity = {"model": source.identity(), "text": built.data.identity()}
+        options |= {"baselines": True} if config.baselines else {}
+        identity = {"model": source.identity(), "text": built.data.identity(), **identity_of_tasks(config)}
         with owned(Path(config.run_dir)):
             run = RunDirectory(Path(config.run_dir), {**options, **identity, "versions": versions()})
-            report = _measured(subject, source, built.data, config, device)
+            report = _measured(subject, source, built.data, config, device, run)
             report.replace(run_dir=str(run.path)).save(run.report, run.manifest.writing)
+            run.clean()
     console = Console(highlight=False, soft_wrap=True)
     if config.summary:
         print_table(Results(with_references(report)), table_console(), config.verbose)
@@ -172,7 +193,14 @@ def main(args: list[str]) -> int:
     return 0
 
 
-def _measured(subject: Subject, source: ModelSource, data: TokenData, config: Any, device: torch.device) -> Report:
+def _measured(
+    subject: Subject,
+    source: ModelSource,
+    data: TokenData,
+    config: Any,
+    device: torch.device,
+    run: RunDirectory | None = None,
+) -> Report:
     """The report of the model: under its run's masks if the run wrote no model, and named as the run is."""
     file = subject.run and subject.run / MASKS
     masks, promised, moved = None, None, None
@@ -185,9 +213,14 @@ def _measured(subject: Subject, source: ModelSource, data: TokenData, config: An
             moved = moved_with(file, masks)
         else:
             promised = Masks.load(file)
-    report = measure(source, data, device, masks, promised, moved, config.model.offload)
+    suite = suite_of(config)
+    report = measure(source, data, device, masks, promised, moved, config.model.offload, suite, run)
     if subject.run is not None and config.masks is None and (subject.run / REPORT).is_file():
-        return _named(report, Report.load(subject.run / REPORT), recovered=subject.model is not None)
+        report = _named(report, Report.load(subject.run / REPORT), recovered=subject.model is not None)
+    if config.baselines:
+        dense = measure(subject.dense().on(device), data, device, offload=config.model.offload, suite=suite)
+        of_dense = {"sparsity": dense.sparsity, "model_sparsity": dense.model_sparsity, "tasks": dense.tasks}
+        return report.replace(dense_perplexity=dense.perplexity, references=report.references | {"dense": of_dense})
     return report
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from recon.data import TokenData
 from recon.evaluation.perplexity import Evaluation
+from recon.evaluation.tasks.suite import Suite
 from recon.experiment.carding import write_card
 from recon.experiment.directory import RunDirectory
 from recon.experiment.environment import environment
@@ -21,6 +22,7 @@ from recon.experiment.opened import Opener, OpenModel
 from recon.experiment.options import RunOptions
 from recon.experiment.requirements import require_free
 from recon.experiment.sizes import source_size, sparsities, written_sizes
+from recon.experiment.tasks import require_scorable, score_tasks
 from recon.experiment.writing import save_model
 from recon.models.anatomy import Anatomy
 from recon.models.linear import is_matrix
@@ -45,8 +47,10 @@ def measure(
     promised: Masks | None = None,
     moved: Mapping[str, torch.Tensor] | None = None,
     offload: Offload = "none",
+    suite: Suite | None = None,
+    run: RunDirectory | None = None,
 ) -> Report:
-    """Perplexity of a model as it is, or under masks, and the peak memory of measuring it.
+    """Perplexity of a model as it is, or under masks, its scores on tasks, and the peak memory of measuring it.
 
     The report calls the model pruned if masks are given, sparse if there are zeros in its linear maps, dense otherwise.
 
@@ -58,10 +62,14 @@ def measure(
         promised: Masks that the model should keep as it is; the report counts their violations.
         moved: The weights that survive `masks`, where a criterion has moved them.
         offload: Place of the model; with `host` and `disk` it is measured block by block.
+        suite: Tasks to score it on.
+        run: Keeps scores on tasks for a start that follows a killed one.
 
     Raises:
-        ValueError: If the masks belong to another model.
+        ValueError: If the masks belong to another model, or the tasks cannot be scored.
     """
+    if suite is not None:
+        require_scorable(suite, offload)
     costs = _Costs(device)
     with _opener(offload, device) as opened:
         model = opened(source)
@@ -72,6 +80,7 @@ def measure(
             model.apply(masks, moved)
         evaluation = model.evaluate(data)
         costs.stop()
+        tasks = {} if suite is None else score_tasks(suite, model, data.tokenizer, "model", run)
         kept = masks if masks is not None else promised
         violations = 0 if kept is None else model.violations(kept)
         sizes = sparsities(model.parameters(), matrices(model.model))
@@ -87,6 +96,7 @@ def measure(
         model_sparsity=sizes["model_sparsity"],
         **(source_size(source) if masks is None else {}),
         mask_violations=violations,
+        tasks=tasks,
     )
 
 
@@ -134,7 +144,8 @@ def measure_pruned(
         masks, and its environment says `resumed`.
 
     Raises:
-        ValueError: If there is no criterion, or clearly no room on the disk for what is written.
+        ValueError: If there is no criterion, clearly no room on the disk for what is written, or no way to score the
+            tasks.
     """
     if options.criterion is None or options.pattern is None:
         raise ValueError("recon prune needs a criterion and a pattern, got null")
@@ -142,6 +153,7 @@ def measure_pruned(
         log.info(f"{run.path} holds this run, finished: nothing to do")
         write_card(run)  # that of a start which was killed before it had written it
         return Report.load(run.report)
+    require_scorable(options.suite, offload)
     costs = _Costs(device)
     log.info(f"load {source.name}")
     opened = Opener(offload, device, dense=run.dense)
@@ -177,13 +189,13 @@ def measure_pruned(
         seconds=seconds,
         densities=masks.densities,
         run_dir=str(run.path),
+        tasks=score_tasks(options.suite, model, data.tokenizer, "pruned", run),
         **sizes,
-        **_compared(source, model, masks, data, opened, options),
+        **_compared(source, model, masks, data, opened, options, run),
     )
     report.save(run.report, run.manifest.writing)
     write_card(run, masks)
-    if offload == "disk" and not source.is_stored:
-        run.clean()  # the dense weights that were written to be read
+    run.clean()  # scores on tasks, and the dense weights that were written to be read
     return report
 
 
@@ -263,6 +275,7 @@ def _compared(
     data: TokenData,
     opened: Opener,
     options: RunOptions,
+    run: RunDirectory,
 ) -> dict[str, Any]:
     """The fields of a report that compare a pruned model with the dense one, which is loaded for that."""
     fields: dict[str, Any] = {}
@@ -273,6 +286,9 @@ def _compared(
         measured = dense.evaluate(data)
         fields["dense_perplexity"], fields["losses_of_others"] = measured.perplexity, {"dense": measured.losses}
         fields["references"] = {"dense": sparsities(dense.parameters(), masks) | source_size(source)}
+        assert data.tokenizer is not None
+        if tasks := score_tasks(options.suite, dense, data.tokenizer, "dense", run):
+            fields["references"]["dense"]["tasks"] = tasks
     if options.drift:
         fields["drift"] = asdict(dense.drift_to(model, data))
     return fields

@@ -8,6 +8,7 @@ from lightning.pytorch.loggers import Logger
 
 from recon.basics.units import UNITS
 from recon.report import Report
+from recon.report.task_scores import main_of
 from recon.scopes import FullRetraining, Scope
 from recon.scopes.distillation import Distillation
 
@@ -62,5 +63,6 @@ def _metrics(report: Report) -> dict[str, float]:
         "device_gib": report.tracked_device_bytes and report.tracked_device_bytes / UNITS["GiB"],
         "peak_gib": None if peak is None else peak / UNITS["GiB"],
         "seconds": report.seconds,
+        **{f"task/{name}": main_of(score)[0] for name, score in report.tasks.items()},
     }
     return {name: float(value) for name, value in measured.items() if value is not None}

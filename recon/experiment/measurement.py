@@ -7,7 +7,9 @@ from typing import Any
 from recon.evaluation.drift import Drift
 from recon.evaluation.perplexity import Evaluation
 from recon.experiment.job import Job
+from recon.experiment.opened import OpenModel
 from recon.experiment.sizes import source_size, sparsities
+from recon.experiment.tasks import Scores, Subject, score_tasks
 from recon.profiling.phases import PhaseName
 from recon.pruning.masks import Masks
 from recon.pruning.start_weights import Start
@@ -22,12 +24,13 @@ class Baselines:
     Args:
         dense: Before pruning.
         pruned: After pruning, with the weights as the criterion left them.
-        sizes: The zeros of both, and the size of the dense model on disk, as `Report.references` has them.
+        references: The zeros of both, their scores on tasks, and the size of the dense model on disk, as
+            `Report.references` has them.
     """
 
     dense: Evaluation
     pruned: Evaluation
-    sizes: dict[str, dict[str, Any]]
+    references: dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,14 @@ class Measurement:
     Args:
         recovered: Its perplexity, as it was written.
         violations: Number of its pruned weights that are not zero.
+        tasks: Its scores on tasks.
         drift: Its distance from the dense model; None if not measured.
         baselines: None if not measured.
     """
 
     recovered: Evaluation
     violations: int
+    tasks: Scores
     drift: Drift | None
     baselines: Baselines | None
 
@@ -57,12 +62,13 @@ def measure_baselines(job: Job, masks: Masks, moved: Start | None = None) -> Bas
         return None
     job.scope.phases.enter(PhaseName.BASELINES)
     split, model = job.data.evaluate_on, job.reopened(job.scope.source)
-    dense, zeros = model.evaluate(job.data), [sparsities(model.parameters(), masks)]
+    dense = model.evaluate(job.data)
+    of_dense = sparsities(model.parameters(), masks) | source_size(job.scope.source) | _reference(job, model, "dense")
     model.apply(masks, moved)
     pruned = model.evaluate(job.data)
-    zeros.append(sparsities(model.parameters(), masks))
+    of_pruned = sparsities(model.parameters(), masks) | _reference(job, model, "pruned")
     log.info(f"{split} perplexity  dense {dense.perplexity:.3f}  pruned {pruned.perplexity:.3f}")
-    return Baselines(dense, pruned, {"dense": zeros[0] | source_size(job.scope.source), "pruned": zeros[1]})
+    return Baselines(dense, pruned, {"dense": of_dense, "pruned": of_pruned})
 
 
 def measure(job: Job, baselines: Baselines | None) -> Measurement:
@@ -76,20 +82,32 @@ def measure(job: Job, baselines: Baselines | None) -> Measurement:
     if job.options.interleaves:
         baselines = measure_baselines(job, masks)
     job.scope.phases.enter(PhaseName.EVALUATE)
-    recovered, violations = _measure_written(job, masks)
+    recovered, violations, tasks = _measure_written(job, masks)
     drift = None
     if job.options.drift and masks and (job.is_offloaded or job.scope.evaluation is None):
         job.scope.phases.enter(PhaseName.DRIFT)
         drift = _drift(job)
-    return Measurement(recovered, violations, drift, baselines)
+    return Measurement(recovered, violations, tasks, drift, baselines)
 
 
-def _measure_written(job: Job, masks: Masks) -> tuple[Evaluation, int]:
+def _measure_written(job: Job, masks: Masks) -> tuple[Evaluation, int, Scores]:
     if job.scope.evaluation is not None:  # too large to be loaded by one process: measured before it was gathered
-        return job.scope.evaluation, masks.violations_in(job.run.model)
+        return job.scope.evaluation, masks.violations_in(job.run.model), {}
     model = job.reopened(job.written)
     recovered = model.evaluate(job.data)
-    return recovered, masks.violations_in(job.run.model) if job.is_offloaded else model.violations(masks)
+    violations = masks.violations_in(job.run.model) if job.is_offloaded else model.violations(masks)
+    return recovered, violations, _scores(job, model, "recovered")
+
+
+def _scores(job: Job, model: OpenModel, subject: Subject) -> Scores:
+    assert job.data.tokenizer is not None
+    return score_tasks(job.options.suite, model, job.data.tokenizer, subject, job.run)
+
+
+def _reference(job: Job, model: OpenModel, subject: Subject) -> dict[str, Scores]:
+    """The scores on tasks as one of `Report.references` has them."""
+    tasks = _scores(job, model, subject)
+    return {"tasks": tasks} if tasks else {}
 
 
 def _drift(job: Job) -> Drift:

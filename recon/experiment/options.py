@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from recon.distributed.part import Share
+from recon.evaluation.tasks.suite import Suite
 from recon.pruning.criteria import Criterion
 from recon.pruning.masks import Masks
 from recon.pruning.patterns import Pattern
@@ -27,6 +28,7 @@ class RunOptions:
             nothing was pruned, and where the model is too large for one process and not offloaded.
         part: Recover these windows only, and end: nothing is saved or evaluated.
         merge: Train nothing: all windows have to be there.
+        suite: The tasks that the written model, and with `baselines` the dense and the pruned one, are scored on.
         prediction: The predicted needs of the run, for the report.
     """
 
@@ -39,6 +41,7 @@ class RunOptions:
     drift: bool = True
     part: Share | None = None
     merge: bool = False
+    suite: Suite = field(default_factory=Suite)
     prediction: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

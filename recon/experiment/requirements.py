@@ -8,6 +8,7 @@ from recon.basics.units import readable
 from recon.distributed.part import Share
 from recon.experiment.checkpoints import Checkpoints
 from recon.experiment.job import Job
+from recon.experiment.tasks import require_scorable
 from recon.models.anatomy import Anatomy
 from recon.pruning.prune import require_fit
 from recon.scopes.base import NO_MOVED
@@ -38,6 +39,8 @@ def require_feasible(job: Job) -> None:
     if scope.start == "moved" and options.masks is None and not options.moves_weights:
         raise ValueError(NO_MOVED.format(f"and {options.criterion or 'no criterion'} moves none"))
     require_room(job)
+    if job.is_first and options.part is None:
+        require_scorable(options.suite, scope.offload, scope.loads_whole)
 
 
 def require_suitable(job: Job) -> None:

@@ -12,6 +12,7 @@ from recon.report.card_recipe import recipe
 from recon.report.card_settings import calibration, method
 from recon.report.markdown import one_line, rows, table
 from recon.report.schema import Report
+from recon.report.task_scores import main_of, shown
 
 SUBJECTS = {
     "this model": "perplexity",
@@ -97,6 +98,17 @@ def _results(facts: Facts) -> Iterator[EvalResult]:
                 metric_name="perplexity" if subject == "this model" else f"perplexity ({subject})",
                 metric_value=value,
             )
+    for name, score in facts.report.tasks.items():
+        value, stderr = main_of(score)
+        if value is not None:
+            yield EvalResult(
+                task_type="text-generation",
+                dataset_type=name,
+                dataset_name=name,
+                dataset_args={one: score[one] for one in ("num_documents", "num_fewshot")} | {"stderr": stderr},
+                metric_type=str(score["main"]),
+                metric_value=value,
+            )
 
 
 def _sections(facts: Facts) -> Iterator[str]:
@@ -112,6 +124,8 @@ def _sections(facts: Facts) -> Iterator[str]:
         yield "## Sparsity\n\n" + _sparsity(facts)
     yield "## Calibration data\n\n" + rows("setting", "value", calibration(facts.made_with))
     yield "## Perplexity\n\n" + _perplexity(report)
+    if report.tasks:
+        yield "## Tasks\n\n" + _tasks(report)
     yield "## Size on disk\n\n" + _size(facts)
     yield "## Reproduction\n\n" + recipe(report, facts.made_with)
     yield "## Verification\n\n" + _verification(facts)
@@ -143,6 +157,20 @@ def _perplexity(report: Report) -> str:
     share = None if report.scope == "pruned" else report.recovered
     closed = "" if share is None else f" Recovery closed {share:.1%} of the gap between pruned and dense."
     return table(["model", "perplexity"], lines, num_text=1) + f"\n\n{measured}{closed}"
+
+
+def _tasks(report: Report) -> str:
+    def of_dense(name: str) -> str:
+        delta = report.task_deltas.get(name)
+        return "" if delta is None else f"{delta:+.2%}"
+
+    lines = [[name, str(one["main"]), shown(*main_of(one)), of_dense(name)] for name, one in report.tasks.items()]
+    if len(lines) > 1 and (mean := report.task_mean) is not None:
+        delta = mean["delta"]
+        lines.append(["mean", "", shown(mean["value"], mean["stderr"]), "" if delta is None else f"{delta:+.2%}"])
+    return table(["task", "metric", "score ± standard error", "distance to dense"], lines, num_text=2) + (
+        "\n\nMeasured with lm-evaluation-harness; the standard error is that over documents."
+    )
 
 
 def _size(facts: Facts) -> str:

@@ -113,6 +113,24 @@ class SearchedRate(TypedDict):
     tried: list[TriedRate]
 
 
+@with_config(OPEN)
+class Metric(TypedDict):
+    """One of the `metrics` of a `TaskScore`."""
+
+    value: float | None
+    stderr: float | None
+
+
+@with_config(OPEN)
+class TaskScore(TypedDict):
+    """One of a report's `tasks`."""
+
+    main: str | None
+    metrics: dict[str, Metric]
+    num_documents: int
+    num_fewshot: int | None
+
+
 @with_config(ConfigDict(strict=True, extra="forbid"))
 class Reference(TypedDict, total=False):
     """One of a report's `references`: fields of the report of a model that the run was compared with."""
@@ -120,6 +138,7 @@ class Reference(TypedDict, total=False):
     sparsity: float | None
     model_sparsity: float | None
     disk_bytes: int | None
+    tasks: dict[str, TaskScore]
 
 
 @with_config(ConfigDict(extra="forbid"))
@@ -135,6 +154,7 @@ PARTS: dict[str, TypeAdapter[Any]] = {
     "losses": TypeAdapter(dict[Literal["model", "dense", "pruned"], list[float]]),
     "rates": TypeAdapter(dict[str, SearchedRate]),
     "tuning": TypeAdapter(list[TriedPoint]),
+    "tasks": TypeAdapter(dict[str, TaskScore]),
 }
 """Field of a report -> its form."""
 

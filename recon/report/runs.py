@@ -21,6 +21,7 @@ NOT_OF_REFERENCES: dict[str, Any] = {
     "drift": {},
     "losses": {},
     "densities": {},
+    "tasks": {},
     "prediction": {},
     "tuning": [],
     "model_sparsity": None,
@@ -37,7 +38,9 @@ def with_references(report: Report) -> list[Report]:
     for scope in ("dense", "pruned"):
         perplexity = getattr(report, f"{scope}_perplexity")
         if perplexity is not None and report.scope not in (scope, "dense"):
-            measured = NOT_OF_REFERENCES | known | report.references.get(scope, {})
+            dense = {"dense": report.references["dense"]} if "dense" in report.references else {}
+            compared = {"references": dense} if scope == "pruned" else {}
+            measured = NOT_OF_REFERENCES | known | compared | report.references.get(scope, {})
             if scope in report.losses:
                 measured |= {"losses": {"model": report.losses[scope]}}
             rows.append(report.replace(scope=scope, label=scope, perplexity=perplexity, run_dir="", **measured))

@@ -26,6 +26,7 @@ from pydantic.dataclasses import dataclass
 from recon.basics.files import Writer, atomic_write, write_json
 from recon.basics.manifest import require_unchanged
 from recon.report.parts import PARTS, first_fault
+from recon.report.task_scores import deltas, mean_of
 
 SCOPES = ("dense", "sparse", "pruned", "matrix", "submodule", "block", "full")
 """Subjects of reports, in the order of tables: three models without recovery, then the recovery scopes."""
@@ -80,6 +81,8 @@ class Report(BaseModel):
         densities: Name of each pruned weight -> the share of it that is kept, 0 to 1.
         losses: `model`, and `dense` and `pruned` if measured -> negative log-likelihood of each sequence of the
             protocol, in its order: nats, summed over the sequence's predicted tokens.
+        tasks: Name of each task -> its scores, as `recon.evaluation.tasks.suite.Suite.score` has them; empty if there
+            are none.
 
     Raises:
         ValueError: If `scope` or `status` is unknown, a failed report lacks its reason, `seconds` is not finite, or a
@@ -122,6 +125,7 @@ class Report(BaseModel):
     tuning: list[dict[str, Any]] = []
     densities: dict[str, float] = {}
     losses: dict[str, list[float]] = {}
+    tasks: dict[str, dict[str, Any]] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -171,6 +175,25 @@ class Report(BaseModel):
             return None
         return (pruned - self.perplexity) / (pruned - dense)
 
+    @computed_field
+    @property
+    def task_mean(self) -> dict[str, float | None] | None:
+        """The mean over tasks of their main metrics: `value`, `stderr` and `delta`, the distance to the dense model's.
+
+        None without tasks, or if a task has no value; a delta of None if the dense model was not asked the same tasks.
+        """
+        return mean_of(self.tasks, self._tasks_of_dense)
+
+    @computed_field
+    @property
+    def task_deltas(self) -> dict[str, float]:
+        """Each task -> its main metric minus the dense model's, where both are known."""
+        return deltas(self.tasks, self._tasks_of_dense)
+
+    @property
+    def _tasks_of_dense(self) -> dict[str, Any]:
+        return self.tasks if self.scope == "dense" else self.references.get("dense", {}).get("tasks", {})
+
     @property
     def peaks(self) -> dict[str, int | None]:
         """Peak bytes on the `host` (resident memory, libraries included) and the `device`; None if unmeasured."""
@@ -195,12 +218,12 @@ class Report(BaseModel):
         return Report(**(dict(self) | changes))
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields and `recovered`, ready for strict JSON: numbers that are not finite are None."""
+        """All fields and what is computed of them, ready for strict JSON: numbers that are not finite are None."""
         return json.loads(self.model_dump_json())
 
     @classmethod
     def from_dict(cls, payload: dict[str, Any], source: str = "the report") -> "Report":
-        """The report that `to_dict` wrote; `recovered` is computed anew.
+        """The report that `to_dict` wrote; what is computed of its fields is computed anew.
 
         Args:
             payload: Names and values; the fields that have a default may be missing.
@@ -209,7 +232,7 @@ class Report(BaseModel):
         Raises:
             ValueError: If a name is unknown, a required one missing, or a value of another type.
         """
-        return _validated(cls, _without_recovered(payload), source)
+        return _validated(cls, _without_computed(payload), source)
 
     def save(self, path: Path | str, writing: Writer = atomic_write) -> None:
         """Write the report to `path`, atomically.
@@ -273,7 +296,7 @@ class Results:
         if "cells" not in payload:
             return cls([Report.from_dict(payload, source=str(file))], name=file.parent.name)
         if isinstance(payload["cells"], list):
-            payload["cells"] = [_without_recovered(cell) for cell in payload["cells"]]
+            payload["cells"] = [_without_computed(cell) for cell in payload["cells"]]
         return _validated(cls, {"created": ""} | payload, str(file))
 
 
@@ -311,10 +334,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     return payload
 
 
-def _without_recovered(payload: Any) -> Any:
+def _without_computed(payload: Any) -> Any:
     if not isinstance(payload, dict):
         return payload
-    return {name: value for name, value in payload.items() if name != "recovered"}
+    return {name: value for name, value in payload.items() if name not in Report.model_computed_fields}
 
 
 def _validated(kind: Any, payload: Any, source: str) -> Any:

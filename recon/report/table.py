@@ -18,6 +18,7 @@ from recon.report.prediction import prediction_section
 from recon.report.sampling import sampling_note, sampling_section
 from recon.report.schema import Results
 from recon.report.sections import MISSING, WIDEST, Section, show
+from recon.report.tasks import task_column, tasks_section
 from recon.report.tuning import tuning_section
 
 PIPE_WIDTH = 100
@@ -37,6 +38,7 @@ def table_sections(results: Results, verbose: bool = False, together: bool = Fal
         The sections. Sparsity of the whole model, size on disk and memory on the device have a column only if a cell
         has them. Over several seeds, perplexity and recovery are mean ± sample standard deviation, all other numbers
         means.
+        Scores on tasks have a column, too, and a table, with their standard error over documents.
         The last column counts the seeds if there are several, or names failed rows if there are some, and is left out
         otherwise. The points tried to choose options follow a model's first group.
     """
@@ -76,6 +78,7 @@ def _columns(results: Results) -> list[tuple[str, Callable[[Row], str]]]:
     columns = [
         ("perplexity", mean("perplexity", spread=True, decimals=2)),
         ("recovered (%)", mean("recovered", scale=100.0, spread=True)),
+        *([column] if (column := task_column(cells)) else []),
         ("sparsity (%)", mean("sparsity", scale=100.0)),
         *optional("model_sparsity", "model sparsity (%)", scale=100.0),
         *optional("disk_bytes", "disk (MiB)", scale=2**-20),
@@ -128,6 +131,7 @@ def _of_all(groups: list[Group], columns: list[tuple[str, Callable[[Row], str]]]
 def further_sections(group: Group, verbose: bool, tuned: set[str]) -> list[Section]:
     """The tables that follow the results of a group; `tuned` are the models whose choices have been shown."""
     found = [sampling_section(group), memory_section(group), prediction_section(group)] if verbose else []
+    found.append(tasks_section(group))
     if verbose or len(curves(group)) > 1:
         found.append(drift_section(group))
     if group.model not in tuned and (tuning := tuning_section(group)) is not None:

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from recon.cli.resolver import CommandResolver
 from recon.experiment.comparison.spec import Comparison, Entry, plan
 from recon.pruning.masks import Masks
 
+TASKS = ["--tasks=identifiers", "--limit=8"] if find_spec("lm_eval") else []
 SMOKE = [sys.executable, "-m", "recon", "compare", "-c", "comparisons/smoke"]
 NAMES = {
     "scope",
@@ -34,7 +36,7 @@ NAMES = {
 
 
 def run(*args):
-    return subprocess.run([*SMOKE, *args], capture_output=True, text=True)
+    return subprocess.run([*SMOKE, *TASKS, *args], capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +68,20 @@ def test_results(smoke):
             assert cell["pruned_perplexity"] == cells[1]["perplexity"]
             assert Path(cell["run_dir"], "report.json").exists()
             assert isinstance(cell["peak_host_bytes"], int)
+
+
+@pytest.mark.skipif(not TASKS, reason="needs lm-evaluation-harness: the extra `eval`")
+def test_every_row_is_scored_on_tasks_beside_the_dense_one(smoke):
+    cells = json.loads((smoke[0] / "results.json").read_text())["cells"]
+    dense = cells[0]["task_mean"]["value"]
+    for cell in cells:
+        if cell["status"] == "ok":
+            assert cell["tasks"]["identifiers"]["num_documents"] == 8
+            assert cell["task_deltas"]["identifiers"] == pytest.approx(cell["task_mean"]["value"] - dense)
+    table = smoke[2].stdout.partition("\ntasks\n")[2]
+    assert [line.split()[0] for line in table.splitlines() if "±" in line][:5] == [
+        *("dense", "pruned", "matrix", "submodule", "full")
+    ]
 
 
 def test_a_failed_cell_is_shown_and_stops_nothing(smoke):
@@ -102,7 +118,7 @@ def test_second_run_keeps_finished_cells_and_draws_again(smoke):
 def test_two_comparisons_in_one_directory_share_its_cells(smoke, tmp_path):
     """One of them with two workers."""
     recoveries = [{"scope": "matrix"}, {"scope": "submodule", "options": {"model.epochs": 1}}]
-    command = [*SMOKE, "--directory", str(tmp_path), f"--recoveries={json.dumps(recoveries)}"]
+    command = [*SMOKE, *TASKS, "--directory", str(tmp_path), f"--recoveries={json.dumps(recoveries)}"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     both = [subprocess.Popen([*command, *more], **pipes) for more in ([], ["--workers=2", "--threads=1"])]
     said = [process.communicate()[0] for process in both]

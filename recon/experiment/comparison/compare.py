@@ -164,7 +164,15 @@ def _row(
         )
     return measured.replace(
         label=measured.label if label is None else label,
+        references=_references(measured, dense, pruned),
         dense_perplexity=dense.perplexity if isinstance(dense, Report) else None,
         pruned_perplexity=pruned.perplexity if isinstance(pruned, Report) else None,
         **known,
     )
+
+
+def _references(measured: Report, dense: Report | str | None, pruned: Report | str) -> dict[str, dict[str, Any]]:
+    """What a row says of the models that it is compared with, and their scores on tasks, which their cells measured."""
+    rows = {"dense": dense, "pruned": pruned}
+    known = {name: {"tasks": row.tasks} for name, row in rows.items() if isinstance(row, Report) and row.tasks}
+    return measured.references | {name: measured.references.get(name, {}) | tasks for name, tasks in known.items()}

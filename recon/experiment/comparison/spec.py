@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from recon.evaluation.tasks.options import TaskOptions
 from recon.experiment.comparison.cell import Cell
 from recon.experiment.comparison.tuning import grid
 from recon.experiment.directory import digest
@@ -92,6 +93,7 @@ class Comparison:
         data: Options of the data, the same for every cell.
         options: Options of every `recon fit`.
         directory: Where to write instead.
+        tasks: The tasks that every row is scored on.
     """
 
     name: str
@@ -105,6 +107,7 @@ class Comparison:
     data: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     directory: str | None = None
+    tasks: TaskOptions = field(default_factory=TaskOptions)
 
     def __post_init__(self) -> None:
         for name in ("recoveries", "criteria", "refinements", "patterns", "allocations", "models", "seeds"):
@@ -196,22 +199,25 @@ def plan(comparison: Comparison, model: dict[str, Any], resolver: Resolver) -> I
     text = [f"--data={json.dumps(comparison.data)}"] if comparison.data else []
     identity = {"model": ModelSource(**model).identity(), "versions": versions()}
     # One precision for all rows: on a GPU local scopes would have that of the files, full retraining float32.
+    of_tasks = _of_tasks(comparison.tasks)
     of_model = _options({"dtype": "float32"} | model if torch.cuda.is_available() else model, "model")
 
-    def cell(title: str, command: list[str]) -> Cell:
+    def cell(title: str, command: list[str], tasks: list[str] = of_tasks) -> Cell:
         slug = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
-        key = digest([command, resolver.resolved(command), identity])[:8]
+        # Of tasks, what decides their scores: a cell goes on with smaller batches after memory ran out.
+        key = digest([command, resolver.resolved([*command, *tasks]), identity])[:8]
         # A title is only what people read: the cell is found again under another one.
         found = sorted(comparison.path.glob(f"*-{key}"))
         directory = found[0] if found else comparison.path / f"{slug}-{key}"
-        return Cell(title, [*command, "--run_dir", str(directory)], directory)
+        return Cell(title, [*command, *tasks, "--run_dir", str(directory)], directory)
 
     def fit(common: list[str], masks: list[str], title: str, entry: Entry, chosen: dict[str, Any]) -> Cell:
         configs = [arg for name in ["cell", *entry.config] for arg in ("-c", name)]
         options = comparison.options | entry.options | chosen
         if options.get("pruning.inputs") == "recovered":  # chooses its own along with recovery
             masks = []
-        return cell(title, ["fit", *configs, *common, *masks, "--baselines", "false", *_options(options)])
+        command = ["fit", *configs, *common, *masks, "--baselines", "false", *_options(options)]
+        return cell(title, command, [] if TRIAL.items() <= chosen.items() else of_tasks)
 
     named = [option for option in of_model if not option.startswith("--model.name=")]
     dense = cell("dense", ["test", model.get("name", "bundled"), *named, *text, *silent])
@@ -230,6 +236,12 @@ def plan(comparison: Comparison, model: dict[str, Any], resolver: Resolver) -> I
         pruned = cell("pruned", ["prune", *common, "--baselines", "false", *silent])
         masks = ["--masks", str(pruned.directory / "masks.safetensors")]
         yield Group(model, of_criterion, of_pattern, seed, dense, pruned, partial(fit, common, masks))
+
+
+def _of_tasks(tasks: TaskOptions) -> list[str]:
+    """Command-line options for tasks; none without tasks."""
+    given = {name: value for name, value in vars(tasks).items() if value is not None}
+    return _options(given | {"tasks": list(tasks.names)}) if tasks.names else []
 
 
 def _options(options: dict[str, Any], prefix: str = "") -> list[str]:

@@ -1,0 +1,1 @@
+"""Zero-shot and generation tasks, scored by lm-evaluation-harness on a model in memory."""
