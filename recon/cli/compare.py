@@ -1,6 +1,6 @@
 """`recon compare`: compare scopes, criteria, patterns and seeds, and draw what each buys and costs."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
 from rich.console import Console
@@ -9,7 +9,7 @@ from recon.cli.arguments import parse
 from recon.cli.quiet import quiet
 from recon.cli.resolver import CommandResolver
 from recon.experiment.comparison.compare import compare
-from recon.experiment.comparison.spec import Comparison
+from recon.experiment.comparison.spec import Comparison, Entry, Text
 from recon.experiment.comparison.workers import workers_of
 from recon.report import draw_drift, draw_pareto, print_table, table_console
 
@@ -40,13 +40,21 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
+def comparison_of(options: dict[str, Any]) -> Comparison:
+    """The comparison of a parsed configuration; classes in the options of its cells stay as they were written."""
+    built: dict[str, Any] = {
+        "recoveries": [Entry(**entry) for entry in options["recoveries"]],
+        "texts": [Text(**text) for text in options["texts"]],
+    }
+    return Comparison(**options | built)
+
+
 def main(args: list[str]) -> int:
     """Parse, run the cells, print the table, draw the pictures."""
     quiet()
     parser = build_parser()
-    config, built = parse(parser, args)
-    options = {key: value for key, value in built.as_dict().items() if key not in OWN}
-    comparison = Comparison(**options)
+    config, _ = parse(parser, args)
+    comparison = comparison_of({key: value for key, value in config.as_dict().items() if key not in OWN})
     console = Console(highlight=False, soft_wrap=True, markup=False)
     results = compare(comparison, CommandResolver(), workers_of(config.workers, config.threads))
     print_table(results, table_console(), config.verbose)
