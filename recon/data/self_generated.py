@@ -25,7 +25,7 @@ from recon.data.token_source import Draw, Sampling, Split, TokenSource
 log = logging.getLogger("recon")
 
 MOST = 8
-"""Texts written per sequence wanted before a run gives up: filters that drop more leave hardly any choice."""
+"""Texts dropped per text kept before a run gives up, with a batch kept in its favour."""
 
 GRAM = 4
 """Tokens of the pieces whose repetition is counted."""
@@ -139,25 +139,23 @@ class SelfGenerated(TokenSource):
                 f"{draw.seq_len}, {self.min_tokens} and {self.prompt_tokens}; a text is no longer than a sequence"
             )
         counts: Counter[str] = Counter()
-        tokens = packed(
-            self._kept(self._texts(draw), draw.num_sequences, counts), draw.seq_len, draw.num_sequences, str(self)
-        )
+        tokens = packed(self._kept(self._texts(draw), counts), draw.seq_len, draw.num_sequences, str(self))
         log.info(
             f"{draw.num_sequences} sequences of {self}: {counts['kept']} texts, {counts['short']} dropped as shorter "
             f"than {self.min_tokens} tokens, {counts['repetitive']} as repetitive"
         )
         return tokens
 
-    def _kept(self, texts: Iterator[list[int]], num_sequences: int, counts: Counter[str]) -> Iterator[list[int]]:
+    def _kept(self, texts: Iterator[list[int]], counts: Counter[str]) -> Iterator[list[int]]:
         """The texts that pass the filters.
 
         Raises:
             ValueError: If hardly any do.
         """
         for ids in texts:
-            if sum(counts.values()) == MOST * max(num_sequences, self.batch_size):
+            if counts["short"] + counts["repetitive"] >= MOST * (counts["kept"] + self.batch_size):
                 raise ValueError(
-                    f"the filters of {self} must keep more than one text in {MOST}, got {counts['short']} of "
+                    f"the filters of {self} must keep more than one text of {MOST}, got {counts['short']} of "
                     f"{sum(counts.values())} shorter than data.source.min_tokens {self.min_tokens} and "
                     f"{counts['repetitive']} with more repetition than data.source.max_repetition "
                     f"{self.max_repetition}; loosen them, or give data.source.prompts or another temperature"

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from recon.cli import main
-from recon.data import Mixture, StandardLibrary, TextFiles, TokenData
+from recon.data import Mixture, TextFiles, TokenData
 from recon.data.mixture import _shares, apportion
-from recon.data.token_source import SPLITS, Draw
+from recon.data.token_source import SPLITS, Draw, TokenSource
 from tests.data.test_data import END, WORDS, _cache_of_ones_own, tokenizer, write  # noqa: F401
 
 LENGTH = 11  # ten words and the end: a sequence is a document
@@ -29,7 +29,7 @@ def rows(tokens) -> set[tuple[int, ...]]:
 
 
 def num_odd(tokens) -> int:
-    is_odd = tokens[tokens != END].view(len(tokens), -1) % 2 == 1
+    is_odd = torch.where(tokens == END, tokens[:, :1], tokens) % 2 == 1
     assert torch.equal(is_odd.all(1), is_odd.any(1))  # a sequence is of one source
     return int(is_odd.all(1).sum())
 
@@ -50,15 +50,34 @@ def test_shares_are_exact():
     assert apportion([Fraction(1, 2), Fraction(1, 2)], 3) == [2, 1]
 
 
-@pytest.mark.parametrize(("weights", "expected"), [(None, 8), ([3.0, 1.0], 12), ([1.0, 3.0], 4), ([0.7, 0.3], 11)])
-def test_each_source_has_its_share_of_the_sequences(sources, tokenizer, weights, expected):  # noqa: F811
-    mixture, draw = Mixture(sources, weights), Draw(tokenizer, LENGTH, 16, seed=3)
+class Rows(TokenSource):
+    """Sequences of even or of odd numbers, as many as asked for, different for each seed; 30 in all."""
+
+    def __init__(self, parity: int) -> None:
+        self.parity = parity
+
+    def identity(self):
+        return {"parity": self.parity}
+
+    def sequences(self, split, draw):
+        generator = torch.Generator().manual_seed(draw.seed)
+        num = 30 if draw.num_sequences is None else draw.num_sequences
+        return 2 * torch.randint(1000, (num, draw.seq_len), generator=generator) + self.parity
+
+
+@pytest.mark.parametrize(("weights", "expected"), [(None, 8), ([3.0, 1.0], 4), ([1.0, 3.0], 12), ([0.7, 0.3], 5)])
+def test_each_source_has_its_share_of_the_sequences(tokenizer, weights, expected):  # noqa: F811
+    mixture, draw = Mixture([Rows(0), Rows(1)], weights), Draw(tokenizer, LENGTH, 16, seed=3)
     tokens = mixture.sequences("train", draw)
     assert tokens.shape == (16, LENGTH)
     assert num_odd(tokens) == expected
     assert torch.equal(tokens, mixture.sequences("train", draw))
     assert rows(tokens) != rows(mixture.sequences("train", Draw(tokenizer, LENGTH, 16, seed=4)))
-    assert 0 < num_odd(tokens[:8]) < 8  # mixed, not one source behind the other
+    assert 0 < num_odd(tokens[-expected:]) < expected  # mixed, not one source behind the other
+    everything = mixture.sequences("train", Draw(tokenizer, LENGTH, None, seed=0))
+    shares = _shares(weights or [1.0, 1.0])
+    assert len(everything) == int(30 / max(shares))
+    assert [len(everything) - num_odd(everything), num_odd(everything)] == apportion(shares, len(everything))
 
 
 def test_splits_are_those_of_the_sources(sources, tokenizer):  # noqa: F811
@@ -75,23 +94,24 @@ def test_splits_are_those_of_the_sources(sources, tokenizer):  # noqa: F811
     assert not found["validation"] & found["test"]
 
 
-def test_what_is_no_mixture(sources, tokenizer):  # noqa: F811
-    one = sources[0]
+def test_what_is_no_mixture(tokenizer):  # noqa: F811
+    one, other = Rows(0), Rows(1)
     with pytest.raises(ValueError, match="at least two sources to mix, got 1"):
         Mixture([one])
     with pytest.raises(ValueError, match="one weight for each of 2 sources, got 1"):
-        Mixture(sources, [1.0])
+        Mixture([one, other], [1.0])
     with pytest.raises(ValueError, match=r"numbers above 0, got \[1.0, 0.0\]; leave a source out"):
-        Mixture(sources, [1.0, 0.0])
+        Mixture([one, other], [1.0, 0.0])
     with pytest.raises(ValueError, match="every source once"):
-        Mixture([one, TextFiles(one.paths)]).identity()
+        Mixture([one, Rows(0)]).identity()
     with pytest.raises(ValueError, match=r"a sequence of every source, got 4 sequences in shares of 0.9, 0.1; ask for"):
-        Mixture(sources, [9.0, 1.0]).sequences("train", Draw(tokenizer, LENGTH, 4, seed=0))
+        Mixture([one, other], [9.0, 1.0]).sequences("train", Draw(tokenizer, LENGTH, 4, seed=0))
 
 
-def test_the_identity_tells_sources_and_weights(sources):
-    known = [Mixture(sources).identity(), Mixture(sources, [1.0, 2.0]).identity(), Mixture(sources[::-1]).identity()]
-    known.append(Mixture([sources[0], StandardLibrary()]).identity())
+def test_the_identity_tells_sources_and_weights():
+    pairs = [(0, 1), (1, 0), (0, 2)]
+    known = [Mixture([Rows(one), Rows(other)]).identity() for one, other in pairs]
+    known.append(Mixture([Rows(0), Rows(1)], [1.0, 2.0]).identity())
     assert all(known.count(one) == 1 for one in known)
 
 
@@ -109,5 +129,5 @@ def test_calibration_on_a_mixture_and_test_on_one_source(sources, tokenizer):  #
 
 def test_sources_by_their_short_names_on_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["prune", "--data.source=Mixture", "--data.source.sources=[StandardLibrary]"]) == 2
+    assert main(["test", "bundled", "--data.source=Mixture", "--data.source.sources=[StandardLibrary]"]) == 2
     assert "data.source.sources needs at least two sources to mix, got 1" in capsys.readouterr().err
