@@ -65,7 +65,7 @@ def author(model) -> DenseAuthor:
 
 
 def written(cache: Path, author, num=6, seed=0, **options) -> torch.Tensor:
-    source = SelfGenerated(batch_size=4, cache=str(cache), **{"min_tokens": 2, "max_repetition": 1.0, **options})
+    source = SelfGenerated(**{"batch_size": 4, "cache": str(cache), "min_tokens": 2, "max_repetition": 1.0, **options})
     tokenizer = getattr(author, "author", author).tokenizer
     return source.sequences("train", Draw(tokenizer, LENGTH, num, seed, author))
 
