@@ -2,10 +2,11 @@
 
 from typing import Any, Literal
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
-from recon.cli.arguments import parse
+from recon.cli.arrange import arrange
+from recon.cli.errors import usage
 from recon.cli.quiet import quiet
 from recon.cli.resolver import CommandResolver
 from recon.experiment.comparison.compare import compare
@@ -40,21 +41,26 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def comparison_of(options: dict[str, Any]) -> Comparison:
-    """The comparison of a parsed configuration; classes in the options of its cells stay as they were written."""
-    built: dict[str, Any] = {
-        "recoveries": [Entry(**entry) for entry in options["recoveries"]],
-        "texts": [Text(**text) for text in options["texts"]],
-    }
-    return Comparison(**options | built)
+def parsed(args: list[str]) -> tuple[Namespace, Comparison]:
+    """The options of the command, and the comparison; classes in the options of its cells stay as they were written.
+
+    Raises:
+        UsageError: If they cannot be understood.
+    """
+    with usage():
+        config = build_parser().parse_args(arrange("compare", args))
+        options = {name: value for name, value in config.as_dict().items() if name not in OWN}
+        built: dict[str, Any] = {
+            "recoveries": [Entry(**entry) for entry in options["recoveries"]],
+            "texts": [Text(**text) for text in options["texts"]],
+        }
+        return config, Comparison(**options | built)
 
 
 def main(args: list[str]) -> int:
     """Parse, run the cells, print the table, draw the pictures."""
     quiet()
-    parser = build_parser()
-    config, _ = parse(parser, args)
-    comparison = comparison_of({key: value for key, value in config.as_dict().items() if key not in OWN})
+    config, comparison = parsed(args)
     console = Console(highlight=False, soft_wrap=True, markup=False)
     results = compare(comparison, CommandResolver(), workers_of(config.workers, config.threads))
     print_table(results, table_console(), config.verbose)
