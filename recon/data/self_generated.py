@@ -20,7 +20,7 @@ from recon.basics.manifest import Manifest
 from recon.basics.seeds import derived_seed
 from recon.data.checks import require_tokenizer
 from recon.data.packing import packed
-from recon.data.token_source import Draw, Sampling, Split, TokenSource
+from recon.data.token_source import Author, Draw, Sampling, Split, TokenSource
 
 log = logging.getLogger("recon")
 
@@ -175,20 +175,7 @@ class SelfGenerated(TokenSource):
                 f"{self} needs that model, got none: it is there in `recon prune`, `recon fit` and recon.recover, "
                 f"which set TokenData.author"
             )
-        identity = {
-            "author": draw.author.identity(),
-            "vocabulary": hashlib.sha256(json.dumps(draw.tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest(),
-            **self._decisive(),
-            "seq_len": draw.seq_len,
-            "seed": draw.seed,
-        }
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
-        directory = Path(self.cache).expanduser() / digest[:16]
-        manifest = Manifest(directory)
-        with locked(directory / ".lock"):
-            if (held := manifest.read()) is None or held.identity != digest:
-                manifest.begin(digest)
-                write_json(directory / "identity.json", identity, manifest.writing)
+        directory, manifest = self._opened(draw, draw.author)
         index = 0
         while True:
             file = directory / f"{index:05d}.safetensors"
@@ -204,6 +191,34 @@ class SelfGenerated(TokenSource):
             for ids, length in zip(batch["ids"].tolist(), batch["lengths"].tolist(), strict=True):
                 yield ids[:length]
             index += 1
+
+    def _opened(self, draw: Draw, author: Author) -> tuple[Path, Manifest]:
+        """The directory of these texts within the cache, made if it is missing, and the records of its files.
+
+        Raises:
+            ValueError: If it cannot be written.
+        """
+        identity = {
+            "author": author.identity(),
+            "vocabulary": hashlib.sha256(json.dumps(draw.tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest(),
+            **self._decisive(),
+            "seq_len": draw.seq_len,
+            "seed": draw.seed,
+        }
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+        directory = Path(self.cache).expanduser() / digest[:16]
+        manifest = Manifest(directory)
+        try:
+            with locked(directory / ".lock"):
+                if (held := manifest.read()) is None or held.identity != digest:
+                    manifest.begin(digest)
+                    write_json(directory / "identity.json", identity, manifest.writing)
+        except OSError as error:
+            raise ValueError(
+                f"data.source.cache needs a directory that can be made and written, got {self.cache} ({error}); name "
+                f"another one"
+            ) from error
+        return directory, manifest
 
     def _prompts(self, draw: Draw, index: int) -> Int[Tensor, "batch prompt"]:
         """The beginnings of the texts of a batch."""

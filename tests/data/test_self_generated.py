@@ -241,6 +241,11 @@ def test_what_it_needs_is_said(tmp_path, author):
         ValueError, match=r"first_token: bos needs a tokenizer .* choose data.source.first_token: random"
     ):
         written(tmp_path, author, first_token="bos")
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        ValueError, match=r"data.source.cache needs a directory that can be made and written, got .*file"
+    ):
+        written(tmp_path / "file", author)
     for text in (source, Mixture([source, StandardLibrary()])):
         with pytest.raises(ValueError, match=r"need text that people wrote, got .*data.held_out StandardLibrary"):
             TokenData(text)
