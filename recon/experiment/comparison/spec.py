@@ -112,7 +112,8 @@ class Comparison:
         allocations: How densities differ from block to block, null for not at all.
         models: Options of the model: `name`, and others as in `recon fit --model.<option>`.
         seeds: Each chooses calibration sequences and their order; test sequences are shared.
-        texts: Calibration texts, with options of the data that differ; pruning and recovery use the same one.
+        texts: Calibration texts, with options of the data that differ; pruning and recovery use the same one. That of
+            `data` if empty.
         data: Options of the data, the same for every cell.
         options: Options of every `recon fit`.
         directory: Where to write instead.
@@ -126,13 +127,14 @@ class Comparison:
     allocations: list[ClassSpec | None] = field(default_factory=lambda: [None])
     models: list[dict[str, Any]] = field(default_factory=lambda: [{"name": "bundled"}])
     seeds: list[int] = field(default_factory=lambda: [0])
-    texts: list[Text] = field(default_factory=lambda: [Text()])
+    texts: list[Text] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     directory: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("recoveries", "criteria", "refinements", "patterns", "allocations", "models", "seeds", "texts"):
+        self.texts = self.texts or [Text()]
+        for name in ("recoveries", "criteria", "refinements", "patterns", "allocations", "models", "seeds"):
             if not getattr(self, name):
                 raise ValueError(f"a comparison needs at least one of its {name}, got none; name one, or leave it out")
         known = [field.name for field in fields(ModelSource)]
