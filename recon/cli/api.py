@@ -21,10 +21,11 @@ from recon.cli.fit import _cli, execute
 from recon.cli.names import resolve_criterion, resolve_pattern
 from recon.cli.prune import build_parser
 from recon.cli.quiet import unnoticed
-from recon.data import TextSource
+from recon.data import TokenSource
 from recon.data.texts import Texts
 from recon.experiment.directory import RunDirectory
 from recon.experiment.environment import versions
+from recon.models.author import DenseAuthor
 from recon.models.live import LiveModel
 from recon.pruning.criteria import Criterion
 from recon.pruning.masks import Masks
@@ -36,10 +37,10 @@ from recon.report import Report
 
 T = TypeVar("T")
 
-Text = Sequence[str] | TextSource
+Text = Sequence[str] | TokenSource
 """Documents, or a data source of recon's."""
 
-Class = Criterion | Pattern | TextSource
+Class = Criterion | Pattern | TokenSource
 """An object that stands for a class and its arguments in the options."""
 
 OF_THE_MODEL = ("name", "shape", "dtype", "revision", "tokenizer", "trust_remote_code")
@@ -128,7 +129,7 @@ def prune(
         data.source = texts or data.source
         left_out = ("config", "run_dir", "device", "drift", "summary")
         chosen = {key: value for key, value in parsed.as_dict().items() if key not in left_out}
-        identity = {"model": live.identity(), "data": data.source.identity()}
+        identity = {"model": live.identity(), "data": data.identity()}
         with owned(paths.path):
             run = RunDirectory(paths.path, {"options": chosen, "versions": versions(), **identity})
             run.sweep()
@@ -136,6 +137,7 @@ def prune(
                 texts.write(run.text, run.manifest.writing)
             if not run.has_masks:
                 shell, data.tokenizer = live.load(choose_device(parsed.device))
+                data.author = DenseAuthor(live, data.tokenizer, versions(), lambda: shell)
                 data.require(["train"], shell)
                 tokens = data.tokens("train")
                 prune_to(run.masks, shell, tokens, chosen_by, built.pattern, built.pruning, run.moved)
@@ -282,7 +284,7 @@ def _classes(criterion: str | Criterion | None, pattern: str | float | Pattern |
 
 
 def _texts(text: Text | None, validation: Sequence[str] | None, test: Sequence[str] | None) -> Texts | None:
-    if text is None or isinstance(text, TextSource):
+    if text is None or isinstance(text, TokenSource):
         if validation is not None or test is not None:
             raise ValueError(
                 "validation_text and test_text go with text as a list of strings; a data source has splits of its own"
@@ -296,7 +298,7 @@ def _source(text: Text | None, texts: Texts | None, paths: RunPaths) -> list[str
     if texts is not None:
         spec = {"class_path": "recon.data.TextFiles", "init_args": texts.files(paths.text)}
         return _options({"data.source": spec})
-    return _options({"data.source": _spec(text)}) if isinstance(text, TextSource) else []
+    return _options({"data.source": _spec(text)}) if isinstance(text, TokenSource) else []
 
 
 def _spec(instance: Class) -> dict[str, Any]:
@@ -312,9 +314,15 @@ def _spec(instance: Class) -> dict[str, Any]:
             f"an object in the options needs its arguments as attributes, {kind.__name__} lacks {', '.join(missing)}; "
             f"keep them there, or give class_path and init_args in `options`"
         )
-    arguments = {name: getattr(instance, name) for name in names}
-    plain_values = {name: str(value) if isinstance(value, Path) else value for name, value in arguments.items()}
-    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": plain_values}
+    arguments = {name: _plain(getattr(instance, name)) for name in names}
+    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments}
+
+
+def _plain(value: Any) -> Any:
+    """An argument as JSON has it; a source within a source as class and arguments."""
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    return _spec(value) if isinstance(value, TokenSource) else str(value) if isinstance(value, Path) else value
 
 
 def _masks(masks: Masks | str | Path | None) -> tuple[Path | None, Masks | None]:

@@ -176,7 +176,7 @@ def _config(name: str) -> Config:
 def _resolved(item: Item) -> Item:
     """An option whose class names are class paths."""
     name = item.name.removesuffix(".help")
-    if item.value is None or not (_holds_choice(name) or name in LISTS) or Path(item.value).is_file():
+    if item.value is None or not (_holds_choice(name) or name in LISTS) or _is_file(item.value):
         return item
     given = load_value(item.value)
     resolved = resolve(given, name)
@@ -185,6 +185,13 @@ def _resolved(item: Item) -> Item:
     if isinstance(resolved, dict) and resolved.keys() == {"class_path"}:
         return item.with_value(resolved["class_path"])
     return item.with_value(json.dumps(resolved))
+
+
+def _is_file(value: str) -> bool:
+    try:
+        return Path(value).is_file()
+    except OSError:  # a class with many arguments is too long for a name
+        return False
 
 
 def _holds_choice(name: str) -> bool:

@@ -1,16 +1,17 @@
 """`recon compare`: compare scopes, criteria, patterns and seeds, and draw what each buys and costs."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
-from recon.cli.arguments import parse
+from recon.cli.arrange import arrange
+from recon.cli.errors import usage
 from recon.cli.quiet import quiet
 from recon.cli.resolver import CommandResolver
 from recon.cli.tasks import TASK_OPTIONS, add_task_arguments, tasks_of
 from recon.experiment.comparison.compare import compare
-from recon.experiment.comparison.spec import Comparison
+from recon.experiment.comparison.spec import Comparison, Entry, Text
 from recon.experiment.comparison.workers import workers_of
 from recon.report import draw_drift, draw_page, draw_pareto, print_table, table_console
 
@@ -42,13 +43,27 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
+def parsed(args: list[str]) -> tuple[Namespace, Comparison]:
+    """The options of the command, and the comparison; classes in the options of its cells stay as they were written.
+
+    Raises:
+        UsageError: If they cannot be understood.
+    """
+    with usage():
+        config = build_parser().parse_args(arrange("compare", args))
+        options = {name: value for name, value in config.as_dict().items() if name not in (*OWN, *TASK_OPTIONS)}
+        built: dict[str, Any] = {
+            "recoveries": [Entry(**entry) for entry in options["recoveries"]],
+            "texts": [Text(**text) for text in options["texts"]],
+            "tasks": tasks_of(config),
+        }
+        return config, Comparison(**options | built)
+
+
 def main(args: list[str]) -> int:
     """Parse, run the cells, print the table, draw the pictures."""
     quiet()
-    parser = build_parser()
-    config, built = parse(parser, args)
-    options = {key: value for key, value in built.as_dict().items() if key not in (*OWN, *TASK_OPTIONS)}
-    comparison = Comparison(**options, tasks=tasks_of(config))
+    config, comparison = parsed(args)
     console = Console(highlight=False, soft_wrap=True, markup=False)
     results = compare(comparison, CommandResolver(), workers_of(config.workers, config.threads))
     print_table(results, table_console(), config.verbose)

@@ -38,7 +38,9 @@ CHOICES = {
     "model": Choice("recon.scopes", ("Scope",)),
     "model.solver": Choice("recon.solvers", ("Solver",), ("GradientDescent",)),
     "data": Choice("recon.data", ("LightningDataModule",)),
-    "data.source": Choice("recon.data", ("TextSource",)),
+    "data.source": Choice("recon.data", ("TokenSource",), internal=("TextSource",)),
+    "data.source.prompts": Choice("recon.data", ("TokenSource",), internal=("TextSource",)),
+    "data.held_out": Choice("recon.data", ("TokenSource",), internal=("TextSource",)),
     "criterion": Choice("recon.criteria", ("Criterion",)),
     "pattern": Choice("recon.patterns", ("Pattern",), internal=("Counted",)),
     "refinement": Choice("recon.refinement", ("Refinement",)),
@@ -51,8 +53,9 @@ LISTS = {
     "patterns": "pattern",
     "refinements": "refinement",
     "allocations": "pruning.allocation",
+    "data.source.sources": "data.source",
 }
-"""The options of a comparison that list classes, and the option that chooses one."""
+"""The options that list classes, those of a comparison and of a mixture, and the option that chooses one."""
 
 
 def resolve_criterion(text: str) -> dict[str, Any]:

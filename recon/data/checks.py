@@ -7,7 +7,19 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from recon.data.token_source import TokenSource
+
 log = logging.getLogger("recon")
+
+
+def require_tokenizer(source: TokenSource, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that a source can use a tokenizer.
+
+    Raises:
+        ValueError: Naming what it lacks, and the cure.
+    """
+    if lack := source.lack(tokenizer):
+        raise ValueError(lack)
 
 
 def require_text(tokens: Int64[Tensor, "num seq_len"], tokenizer: PreTrainedTokenizerBase, origin: str) -> None:

@@ -1,7 +1,7 @@
 """The data of a run as Lightning knows it: token sequences for training, held-out validation and test."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import lightning as L
@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from recon.data.checks import require_embeddings, require_positions, require_text
+from recon.data.checks import require_embeddings, require_positions, require_text, require_tokenizer
 from recon.data.loader import ResumableLoader
-from recon.data.sources import Split, StandardLibrary, TextSource
-from recon.data.tokens import sequences
+from recon.data.sources import StandardLibrary
+from recon.data.token_source import Author, Draw, Split, TokenSource
 
 LARGEST = 2**31 - 1
 """Of every size: a typing error is refused before it is asked of memory."""
@@ -29,6 +29,9 @@ class TokenData(L.LightningDataModule):
     Pruning and recovery use the calibration sequences. Held-out errors and learning rates are measured on
     validation. Perplexity is measured on test, which nothing else sees. The choice of validation and test
     sequences does not depend on the seed, so runs with several seeds share them.
+
+    With `held_out` the model is calibrated on one text and measured on another: the train split is then that of
+    `source`, and validation and test are those of `held_out`.
 
     For your own data derive a class from this one, and name it: `--data my_module.MyData`. Override `tokens` if they do
     not come from a `TextSource`, with `identity`, which tells two contents apart; any loader, whose batches need
@@ -45,17 +48,24 @@ class TokenData(L.LightningDataModule):
         num_test: Test sequences; all if null.
         batch_size: Sequences per batch in full retraining and in evaluation.
         seed: Chooses the calibration sequences and their order in every epoch.
+        held_out: Where validation and test text comes from; `source` if null. Text that the model itself writes needs
+            one, since perplexity is measured on text that people wrote.
+
+    Attributes:
+        tokenizer: Of the model; set when that is loaded, as `author` is.
+        author: The dense model, for text that it writes; None where that is written already, or not asked for.
     """
 
     def __init__(
         self,
-        source: TextSource | None = None,
+        source: TokenSource | None = None,
         num_sequences: int | None = 128,
         seq_len: int = 256,
         num_validation: int | None = 16,
         num_test: int | None = None,
         batch_size: int = 8,
         seed: int = 0,
+        held_out: TokenSource | None = None,
     ) -> None:
         super().__init__()
         sizes = {"num_sequences": num_sequences, "num_validation": num_validation, "num_test": num_test}
@@ -68,17 +78,43 @@ class TokenData(L.LightningDataModule):
         if not 0 <= seed <= LARGEST_SEED:
             raise ValueError(f"data.seed must be from 0 to {LARGEST_SEED}, got {seed}")
         self.source = source or StandardLibrary()
+        self.held_out = held_out
+        text = held_out or self.source
+        if text.is_written:
+            raise ValueError(
+                f"validation and test need text that people wrote, got {text}; give the text to measure on as "
+                f"data.held_out, for example --data.held_out StandardLibrary"
+            )
         self.num = {"train": num_sequences, "validation": num_validation, "test": num_test}
         self.seq_len = seq_len
         self.batch_size = batch_size
         self.seed = seed
         self.tokenizer: PreTrainedTokenizerBase | None = None
+        self.author: Author | None = None
         self.evaluate_on: Literal["test", "validation"] = "test"
         self._tokens: dict[Split, Int64[Tensor, "num seq_len"]] = {}
 
     def identity(self) -> Any:
         """Tells this text from any other, for the fingerprint of a run: plain data for JSON."""
-        return self.source.identity()
+        source = self.source.identity()
+        return source if self.held_out is None else {"source": source, "held_out": self.held_out.identity()}
+
+    def source_of(self, split: Split) -> TokenSource:
+        """Where the text of `split` comes from."""
+        return self.source if split == "train" or self.held_out is None else self.held_out
+
+    def require_tokenizer(self, load: Callable[[], PreTrainedTokenizerBase]) -> None:
+        """Refuse a tokenizer that a source cannot use, before the model is loaded.
+
+        Args:
+            load: Loads the tokenizer; called only if there is a source that needs more than one that encodes text.
+
+        Raises:
+            ValueError: Naming what it lacks, and the cure.
+        """
+        for source in filter(None, (self.source, self.held_out)):
+            if source.is_particular:
+                require_tokenizer(source, load())
 
     def tokens(self, split: Split) -> Int64[Tensor, "num seq_len"]:
         """The sequences of `split`, tokenised at the first call.
@@ -88,15 +124,9 @@ class TokenData(L.LightningDataModule):
         """
         if split not in self._tokens:
             assert self.tokenizer is not None, "set TokenData.tokenizer first: tokens are the tokenizer's"
-            self._tokens[split] = sequences(
-                self.source.documents(split),
-                self.tokenizer,
-                self.seq_len,
-                self.num[split],
-                seed=self.seed if split == "train" else 0,
-                separator=self.source.separator,
-                origin=self._origin(split),
-            )
+            seed = self.seed if split == "train" else 0
+            draw = Draw(self.tokenizer, self.seq_len, self.num[split], seed, self.author)
+            self._tokens[split] = self.source_of(split).sequences(split, draw)
         return self._tokens[split]
 
     def require(self, splits: Iterable[Split], model: PreTrainedModel) -> None:
@@ -115,7 +145,7 @@ class TokenData(L.LightningDataModule):
         faults: dict[str, None] = {}  # each once: splits of one file have its faults in common
         for split in dict.fromkeys(splits):
             try:
-                tokens, origin = self.tokens(split), self._origin(split)
+                tokens, origin = self.tokens(split), self.source_of(split).origin(split)
                 require_embeddings(tokens, model, origin)
                 if self.tokenizer is not None:
                     require_text(tokens, self.tokenizer, origin)
@@ -133,16 +163,14 @@ class TokenData(L.LightningDataModule):
         self._tokens.pop(split, None)
 
     def carving(self, split: Split) -> dict[str, str]:
-        """How `split` was cut out of the train text, for the protocol of a report.
+        """What the protocol of a report says of the text of `split`.
 
-        Empty if it consists of documents of its own, or of documents chosen by hash.
+        The name of `held_out`, if the text is of that, and how it was cut out of the train text, if it was. Empty if
+        it consists of documents of `source` of its own, or chosen by hash.
         """
-        is_cut = self.source.is_continuous and not self.source.has(split)
-        return {"held_out": self.source.carving(split)} if is_cut else {}
-
-    def _origin(self, split: Split) -> str:
-        carving = self.source.carving(split)
-        return f"the {split} split of {self.source}{f' (it has none: {carving})' if carving else ''}"
+        source = self.source_of(split)
+        named = {} if source is self.source else {"text": str(source)}
+        return named | ({"held_out": cut} if (cut := source.cut(split)) else {})
 
     def fingerprint(self, split: Split) -> str:
         """Sha256 over the token ids of `split`."""

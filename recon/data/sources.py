@@ -10,33 +10,23 @@ import hashlib
 import os
 import platform
 import sysconfig
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
-if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
+from torch import Tensor
 
-    Documents = Dataset | IterableDataset
-else:
-    Documents = Any  # `datasets` is imported by those who read text: a run on tokens of one's own needs none of it
+from recon.data.reading import Documents, read, text_of, unreadable
+from recon.data.token_source import SPLITS, Draw, Split, TokenSource
+from recon.data.tokens import sequences
 
-Split = Literal["train", "validation", "test"]
-SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 HELD_OUT_PERCENT: dict[Split, range] = {"test": range(0, 5), "validation": range(5, 10)}
 """Hash buckets, of 100, that a carved split takes; their number is its share of a text cut by position."""
 
 
-def unreadable() -> tuple[type[Exception], ...]:
-    """List what `datasets` raises on missing, damaged or foreign data; RuntimeError where they come with a script."""
-    from datasets.exceptions import DatasetsError
-
-    return DatasetsError, OSError, ValueError, RuntimeError, KeyError, IndexError, TypeError
-
-
-class TextSource(ABC):
-    """Documents of a train, a validation and a test split.
+class TextSource(TokenSource):
+    """Documents of a train, a validation and a test split, joined and cut into sequences.
 
     Attributes:
         separator: Text between joined documents, for documents that are pieces of one text, such as lines; None puts
@@ -53,10 +43,6 @@ class TextSource(ABC):
     @abstractmethod
     def load(self, split: Split) -> Documents:
         """Rows of the source's own `split` with columns `text` and `key`; called only if it `has` that split."""
-
-    @abstractmethod
-    def identity(self) -> dict[str, str]:
-        """Identity of the text for fingerprints, found without reading all of it."""
 
     def has(self, split: Split) -> bool:
         """Whether the source has `split` of its own."""
@@ -79,6 +65,27 @@ class TextSource(ABC):
         if not self.has("train"):
             raise ValueError(f"{self} has neither a {split} split nor a train split to carve it from")
         return self._cut(split) if self.is_continuous else self._chosen(split)
+
+    def sequences(self, split: Split, draw: Draw) -> Tensor:
+        """See `TokenSource`; `recon.data.tokens.sequences` says how documents are joined, cut and chosen."""
+        return sequences(
+            self.documents(split),
+            draw.tokenizer,
+            draw.seq_len,
+            draw.num_sequences,
+            draw.seed,
+            self.separator,
+            self.origin(split),
+        )
+
+    def origin(self, split: Split) -> str:
+        """See `TokenSource`; with how the split is carved out of train, if it is."""
+        carving = self.carving(split)
+        return f"{super().origin(split)}{f' (it has none: {carving})' if carving else ''}"
+
+    def cut(self, split: Split) -> str:
+        """See `TokenSource`."""
+        return self.carving(split) if self.is_continuous else ""
 
     def carving(self, split: Split) -> str:
         """How `split` is carved out of train, for reports and messages; empty if the source has it."""
@@ -272,7 +279,11 @@ class HubDataset(TextSource):
 
     def load(self, split: Split) -> Documents:
         """Documents of the hub's split that serves as `split`."""
-        rows = read(
+        return text_of(self.rows(split), self.column, str(self))
+
+    def rows(self, split: Split) -> Documents:
+        """Rows of the hub's split that serves as `split`, with all their columns."""
+        return read(
             "data.source.path, .name and .splits",
             self.path,
             self.name,
@@ -280,46 +291,8 @@ class HubDataset(TextSource):
             revision=self.revision,
             streaming=self.streaming,
         )
-        return text_of(rows, self.column, str(self))
 
     def identity(self) -> dict[str, str]:
         """Name, configuration and revision, as given."""
         given = {"path": self.path, "name": self.name or "", "revision": self.revision or ""}
         return {"source": "HubDataset", "column": self.column, **given}
-
-
-def read(option: str, path: str, name: str | None = None, **options: Any) -> Documents:
-    """`datasets.load_dataset`, with errors that name our options.
-
-    Raises:
-        ValueError: If the data set cannot be read.
-    """
-    from datasets import load_dataset
-
-    try:
-        return load_dataset(path, name, **options)
-    except unreadable() as error:
-        reason = error.__cause__ or error  # `datasets` wraps the error of the reader in one that does not say it
-        what = ", ".join(options.get("data_files") or [path])
-        cure = "; give data.source.revision: refs/convert/parquet" if "scripts are no longer" in f"{reason}" else ""
-        raise ValueError(
-            f"{option} must name a data set that can be read, got {what}: {shorten(f'{reason}', 500)}{cure}"
-        ) from error
-
-
-def text_of(rows: Documents, column: str, source: str) -> Documents:
-    """`rows` with `column` as their only one, called `text`.
-
-    Raises:
-        ValueError: If there is no such column, or it holds no text.
-    """
-    names = rows.column_names or list(next(iter(rows), {}))
-    if column not in names:
-        raise ValueError(
-            f"data.source.column needs a column of {source}, got {column!r}; its columns are {', '.join(names)}"
-        )
-    kind = getattr(rows.features[column], "dtype", "no text") if rows.features else "string"
-    if kind not in ("string", "large_string", "null"):
-        raise ValueError(f"data.source.column needs a column of text, {column!r} of {source} holds {kind}")
-    rows = rows.select_columns(column)
-    return rows if column == "text" else rows.rename_column(column, "text")

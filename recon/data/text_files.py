@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from recon.data.damage import damage
-from recon.data.sources import Documents, Split, TextSource, bucket_of_digest, read, text_of
+from recon.data.reading import Documents, read, text_of
+from recon.data.sources import TextSource, bucket_of_digest
+from recon.data.token_source import Split
 
 BUILDERS = {
     "txt": "text",
@@ -126,9 +128,7 @@ class TextFiles(TextSource):
         builder = self._kind(split)
         column = "text" if builder == "text" else self.column
         try:
-            options = OPTIONS.get(builder, {})
-            rows = read(_option(split), builder, data_files=[str(file) for file in files], split="train", **options)
-            documents = text_of(rows, column, str(self))
+            documents = text_of(self.rows(split, files), column, str(self))
             batches: Any = documents.with_format("arrow").iter(10_000)
             for batch in batches:
                 batch.validate(full=True)  # text that is not UTF-8, which else nobody sees before it is tokenised
@@ -137,6 +137,15 @@ class TextFiles(TextSource):
                 raise
             raise ValueError(f"{_option(split)} needs files that can be read, got {found}") from error
         return documents
+
+    def rows(self, split: Split, files: list[Path] | None = None) -> Documents:
+        """Rows of `files`, or of all that are given for `split`, with all their columns.
+
+        Raises:
+            ValueError: If a file is missing, empty, damaged or of an unknown kind.
+        """
+        builder, names = self._kind(split), [str(file) for file in (self.files[split] if files is None else files)]
+        return read(_option(split), builder, data_files=names, split="train", **OPTIONS.get(builder, {}))
 
     def identity(self) -> dict[str, str]:
         """A digest of the files' contents."""

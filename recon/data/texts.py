@@ -8,7 +8,9 @@ from pathlib import Path
 from datasets import Dataset
 
 from recon.basics.files import Writer, atomic_write
-from recon.data.sources import Documents, Split, TextSource
+from recon.data.reading import Documents
+from recon.data.sources import TextSource
+from recon.data.token_source import Split
 
 
 class Texts(TextSource):

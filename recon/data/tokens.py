@@ -9,7 +9,7 @@ from jaxtyping import Int64
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from recon.data.sources import Documents, unreadable
+from recon.data.reading import Documents, unreadable
 
 POOL = 32
 """Size of the pool that sequences are drawn from, relative to their number: one long document does not fill it."""
@@ -50,7 +50,7 @@ def sequences(
     ids = array("i")  # 4 bytes a token: the pool is the most memory that this takes
     # Few documents at a time, since the tokenizer's own record of a token takes hundreds of bytes. Lines that are
     # joined with a separator are short, and every border between two batches can fall within one token.
-    for piece in _token_ids(_batches(documents, 16 if separator is None else 10_000, origin), tokenizer, separator):
+    for piece in _token_ids(batches_of(documents, 16 if separator is None else 10_000, origin), tokenizer, separator):
         ids.extend(piece)
         if wanted is not None and len(ids) >= wanted:
             break
@@ -67,7 +67,7 @@ def sequences(
     return pool[choice[:num_sequences]].long()
 
 
-def _batches(documents: Documents, size: int, origin: str) -> Iterator[list[str]]:
+def batches_of(documents: Documents, size: int, origin: str) -> Iterator[list[str]]:
     """Texts of `size` documents at a time; a stream meets damaged data and lost connections only here."""
     batches = iter(documents.iter(batch_size=size))
     while True:

@@ -17,7 +17,7 @@ from recon.evaluation.perplexity import Evaluation
 from recon.evaluation.tasks.suite import Suite
 from recon.experiment.carding import write_card
 from recon.experiment.directory import RunDirectory
-from recon.experiment.environment import environment
+from recon.experiment.environment import environment, versions
 from recon.experiment.opened import Opener, OpenModel
 from recon.experiment.options import RunOptions
 from recon.experiment.requirements import require_free
@@ -25,6 +25,7 @@ from recon.experiment.sizes import source_size, sparsities, written_sizes
 from recon.experiment.tasks import require_scorable, score_tasks
 from recon.experiment.writing import save_model
 from recon.models.anatomy import Anatomy
+from recon.models.author import DenseAuthor
 from recon.models.linear import is_matrix
 from recon.models.loading import ModelSource
 from recon.models.offload.opening import Offload
@@ -154,11 +155,13 @@ def measure_pruned(
         write_card(run)  # that of a start which was killed before it had written it
         return Report.load(run.report)
     require_scorable(options.suite, offload)
+    data.require_tokenizer(source.load_tokenizer)
     costs = _Costs(device)
     log.info(f"load {source.name}")
     opened = Opener(offload, device, dense=run.dense)
     model = opened(source)
     data.tokenizer = source.tokenizer_for(model.model)
+    data.author = DenseAuthor(source, data.tokenizer, versions(), lambda: model.replay or model.model)
     data.require(("train", "test", "validation") if options.drift else ("train", "test"), model.model)
     require_free(run.path, _written(source, model.model, options, keep_model))
     started, resumed = time.monotonic(), run.has_masks

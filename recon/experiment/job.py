@@ -11,6 +11,7 @@ from recon.experiment.directory import RunDirectory
 from recon.experiment.opened import Opener, OpenModel
 from recon.experiment.options import RunOptions
 from recon.models.loading import ModelSource
+from recon.models.replay import Replay
 from recon.scopes.base import Scope
 
 
@@ -57,6 +58,19 @@ class Job:
     def written(self) -> ModelSource:
         """The recovered model, as it was written."""
         return self.scope.source.at(self.run.model)
+
+    def open_dense(self) -> Replay:
+        """The model that the scope has loaded, on the device, before it is pruned.
+
+        Raises:
+            ValueError: If each process loads a part of it.
+        """
+        if not self.scope.loads_whole:
+            raise ValueError(
+                "data.source SelfGenerated needs the whole model to write text, got model.partitioned, which loads "
+                "a part of it; run `recon prune` with the same model, data and seed first: its text is found then"
+            )
+        return self.scope.to(self.device).open_replay()
 
     def reopened(self, source: ModelSource) -> OpenModel:
         """Another copy of a model, offloaded as the scope's is."""

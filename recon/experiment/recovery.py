@@ -16,6 +16,7 @@ from recon.distributed.part import Share
 from recon.experiment.carding import write_card
 from recon.experiment.data_hooks import begin
 from recon.experiment.directory import RunDirectory
+from recon.experiment.environment import versions
 from recon.experiment.hyperparameters import log_hyperparameters
 from recon.experiment.job import Job
 from recon.experiment.measurement import measure, measure_baselines
@@ -25,6 +26,7 @@ from recon.experiment.requirements import require_feasible, require_suitable
 from recon.experiment.selection import Selection, select
 from recon.experiment.training import train
 from recon.experiment.writing import write
+from recon.models.author import DenseAuthor
 from recon.profiling.phases import PhaseName, Phases
 from recon.report import Report
 from recon.scopes.base import Scope
@@ -115,6 +117,8 @@ def _load(job: Job) -> None:
     job.scope.phases.enter(PhaseName.LOAD)
     log.info(f"load {job.scope.source.name}")
     job.scope.load(job.data)
+    assert job.data.tokenizer is not None
+    job.data.author = DenseAuthor(job.scope.source, job.data.tokenizer, versions(), job.open_dense)
     measured: tuple[Split, ...] = () if job.options.part is not None else (job.options.evaluate_on,)
     job.data.require(("train", "validation", *measured), job.scope.model)
     if not job.measures_baselines:

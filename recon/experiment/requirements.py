@@ -27,6 +27,7 @@ def require_feasible(job: Job) -> None:
     """
     scope, options = job.scope, job.options
     scope.require_trainer(job.trainer)
+    job.data.require_tokenizer(scope.source.load_tokenizer)
     if options.interleaves:
         require_interleavable(job)
     if options.part is not None:

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,12 +98,14 @@ class LiveModel(ModelSource):
         return self._tokenizer
 
     def identity(self) -> dict[str, Any]:
-        """A digest of configuration and weights."""
+        """Digests of configuration and weights, and of the tokenizer's vocabulary and chat template."""
+        text = json.dumps([self._tokenizer.get_vocab(), self._tokenizer.chat_template], sort_keys=True)
         digest = hashlib.sha256(self._live.config.to_json_string().encode())
         for name, weight in self._weights():
             digest.update(name.encode())
             digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        return {"weights": digest.hexdigest(), "dtype": self.dtype}
+        tokenizer = hashlib.sha256(text.encode()).hexdigest()
+        return {"weights": digest.hexdigest(), "tokenizer": tokenizer, "dtype": self.dtype}
 
     @torch.no_grad()
     def take(self, directory: Path) -> None:

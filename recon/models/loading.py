@@ -247,15 +247,20 @@ class ModelSource:
         return tokenizer
 
     def identity(self) -> dict[str, Any]:
-        """Identity of the weights: a digest of local files, a hub name with its revision, or a shape."""
-        dtype = self.dtype or "float32"
+        """Identity of weights and tokenizer: a digest of local files, a hub name with its revision, or a shape."""
+        other = self._identity_of_tokenizer() | {"dtype": self.dtype or "float32"}
         if self.shape is not None:
-            return {"shape": self.shape, "seed": self.seed, "dtype": dtype}
+            return {"shape": self.shape, "seed": self.seed, **other}
         path = _directory("model.name", self.name)
         if path is None:
-            return {"name": self.name, "revision": self.revision or "main", "dtype": dtype}
+            return {"name": self.name, "revision": self.revision or "main", **other}
         require_unchanged(path, "copy it again, or repeat the run that made it")
-        return {"files": directory_digest(path), "dtype": dtype}
+        return {"files": directory_digest(path), **other}
+
+    def _identity_of_tokenizer(self) -> dict[str, str]:
+        """Of one in a directory of its own: its words and its chat template decide what text becomes."""
+        path = None if self.tokenizer is None else _directory("model.tokenizer", self.tokenizer)
+        return {} if path is None else {"tokenizer": directory_digest(path)}
 
     def _random(self, shape: dict[str, Any]) -> PreTrainedModel:
         config = self._config(shape)

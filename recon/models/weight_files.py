@@ -164,7 +164,7 @@ def directory_digest(path: Path) -> str:
     """Sha256 over names and contents of the files that make up a model directory."""
     digest = hashlib.sha256()
     for file in sorted(path.glob("*")):
-        if file.suffix in (".safetensors", ".json", ".bin", ".model") and file.name != "card.json":
+        if file.suffix in (".safetensors", ".json", ".jinja", ".bin", ".model") and file.name != "card.json":
             digest.update(file.name.encode())
             digest.update(bytes.fromhex(sha256_of(file)))
     return digest.hexdigest()

@@ -32,9 +32,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Group:
-    """What one table section or one picture compares: same model, same criterion, same pattern."""
+    """What one table section or one picture compares: same model, same text, same criterion, same pattern."""
 
     model: str
+    text: str
     criterion: str
     pattern: str
     rows: list[Row]
@@ -93,14 +94,14 @@ def group_cells(results: Results) -> list[Group]:
         ValueError: If two cells of a group have the same label and seed: averaging them would pass one
             seed for two.
     """
-    groups: dict[tuple[str, str, str], dict[tuple[str, str], Row]] = {}
+    groups: dict[tuple[str, str, str, str], dict[tuple[str, str], Row]] = {}
     for cell in results.cells:
-        rows = groups.setdefault((cell.model, cell.criterion, cell.pattern), {})
+        rows = groups.setdefault((cell.model, cell.text, cell.criterion, cell.pattern), {})
         row = rows.setdefault((cell.scope, cell.label), Row(cell.scope, cell.label, []))
         for twin in row.cells:
             if twin.seed == cell.seed:
                 raise ValueError(
-                    f"cells of one model, criterion and pattern must differ in label or seed; got "
+                    f"cells of one model, text, criterion and pattern must differ in label or seed; got "
                     f"{_name(cell)} twice, in {twin.run_dir!r} and in {cell.run_dir!r}. "
                     "Give one of them another `label`"
                 )

@@ -89,7 +89,7 @@ def _told_apart(cells: list[tuple[Report, str]]) -> list[Report]:
 
 
 def _row(cell: Report) -> tuple[Any, ...]:
-    return cell.model, cell.criterion, cell.pattern, cell.scope, cell.label, cell.seed
+    return cell.model, cell.text, cell.criterion, cell.pattern, cell.scope, cell.label, cell.seed
 
 
 def _new(references: Iterable[Report], cells: Iterable[Report]) -> list[Report]:
@@ -105,7 +105,7 @@ def _new(references: Iterable[Report], cells: Iterable[Report]) -> list[Report]:
 
 def _identity(cell: Report) -> tuple[Any, ...]:
     """What makes two rows the same model measured alike; the dense one does not depend on pruning."""
-    of_pruning = () if cell.scope == "dense" else (cell.criterion, cell.pattern, cell.seed)
+    of_pruning = () if cell.scope == "dense" else (cell.text, cell.criterion, cell.pattern, cell.seed)
     return cell.model, cell.scope, *of_pruning, cell.perplexity, cell.protocol
 
 

@@ -42,6 +42,7 @@ class Report(BaseModel):
             that it stands in the table of the cells compared with it; likewise `pattern`.
         pattern: The allowed zeros, e.g. "2:4".
         seed: Seed of the run.
+        text: Name of the calibration text where a comparison has several; else empty.
         label: Name of its row, e.g. "block x2"; the scope if empty.
         perplexity: After the recovery; None if not measured or not finite.
         dense_perplexity: Of the model before pruning, measured alike.
@@ -97,6 +98,7 @@ class Report(BaseModel):
     pattern: str
     seed: int
     label: str = ""
+    text: str = ""
     perplexity: float | None = None
     dense_perplexity: float | None = None
     pruned_perplexity: float | None = None

@@ -26,13 +26,13 @@ PIPE_WIDTH = 100
 
 
 def table_sections(results: Results, verbose: bool = False, together: bool = False) -> list[Section]:
-    """One section per model, criterion and pattern, all with the same columns; after each, more of its measurements.
+    """One section per model, text, criterion and pattern, all with the same columns, and more of its measurements.
 
     Args:
         results: The cells.
         verbose: Add the memory of each process, and predicted beside measured needs. The drift of a single row is a
             note, and with `verbose` a table as the drift of several is.
-        together: One section for all groups, with a column for each of model, criterion and pattern that differ.
+        together: One section for all groups, with a column for each of model, text, criterion and pattern that differ.
 
     Returns:
         The sections. Sparsity of the whole model, size on disk and memory on the device have a column only if a cell
@@ -105,13 +105,19 @@ def _seeds(row: Row) -> str:
 
 
 def _title(group: Group) -> str:
-    return ", ".join([group.model, *(name for name in (group.criterion, group.pattern) if name != "none")])
+    return ", ".join(_said(group.model, group.text, group.criterion, group.pattern))
+
+
+def _said(*names: str) -> list[str]:
+    """The names that say something."""
+    return [name for name in names if name not in ("", "none")]
 
 
 def _of_all(groups: list[Group], columns: list[tuple[str, Callable[[Row], str]]]) -> Section:
     """The rows of all groups, in the order of scopes within each."""
-    names = [name for name in ("model", "criterion", "pattern") if len({getattr(one, name) for one in groups}) > 1]
-    same = [getattr(groups[0], name) for name in ("model", "criterion", "pattern") if name not in names]
+    told = ("model", "text", "criterion", "pattern")
+    names = [name for name in told if len({getattr(one, name) for one in groups}) > 1]
+    same = [getattr(groups[0], name) for name in told if name not in names]
     splits = "/".join(dict.fromkeys(group.split for group in groups))
     rows = [
         [
@@ -122,9 +128,9 @@ def _of_all(groups: list[Group], columns: list[tuple[str, Callable[[Row], str]]]
         for group in groups
         for row in group.rows
     ]
-    together = Group("", "", "", [row for group in groups for row in group.rows])
+    together = Group("", "", "", "", [row for group in groups for row in group.rows])
     header = ["scope", *names, f"{splits} perplexity", *(name for name, _ in columns[1:])]
-    title = ", ".join(name for name in same if name != "none") or "all runs"
+    title = ", ".join(_said(*same)) or "all runs"
     return Section(title, header, rows, together.failures + together.remarks, num_text=1 + len(names))
 
 
@@ -157,7 +163,7 @@ def table_console() -> Console:
 
 
 def print_table(results: Results, console: Console, verbose: bool = False, together: bool = False) -> None:
-    """Print the results, a section per model, criterion and pattern.
+    """Print the results, a section per model, text, criterion and pattern.
 
     Only text and notes are wrapped: where the numbers need more than the console's width, the table is wider than the
     console.

@@ -28,10 +28,8 @@ def tuning_section(group: Group) -> Section | None:
                 ]
             )
         notes += _notes(cell)
-    notes.append(
-        f"tuned on {group.criterion}, {group.pattern}, seed {tuned[0].seed}; each choice serves all criteria, "
-        "patterns and seeds"
-    )
+    first = ", ".join(filter(None, (group.text, group.criterion, group.pattern)))
+    notes.append(f"tuned on {first}, seed {tuned[0].seed}; each choice serves all texts, criteria, patterns and seeds")
     header = ["scope", "tried", "validation perplexity", "seconds", "choice"]
     return Section("tuning (validation perplexity)", header, rows, notes)
 

@@ -5,7 +5,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from recon.data import TokenData
+from recon.data import TextSource, TokenData
 from recon.scopes.full import FullRetraining
 
 END = "<|endoftext|>"
@@ -64,6 +64,11 @@ def train_tokenizer(data: TokenData, vocab_size: int) -> PreTrainedTokenizerFast
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
+    if not isinstance(data.source, TextSource):
+        raise ValueError(
+            f"a tokenizer is trained on documents, got {data.source}, which has none; choose a source of documents, "
+            f"such as TextFiles"
+        )
     texts = (row["text"] for row in data.source.documents("train"))  # pyright: ignore[reportArgumentType, reportCallIssue]
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, bos_token=END, pad_token=END)

@@ -151,7 +151,10 @@ MISTAKES = {
     "trainer": ("fit -c scopes/block --trainer.precison 3", "did you mean --trainer.precision"),
     "data": ("fit -c scopes/block --data.sequence_len 3", "did you mean --data.seq_len"),
     "dashes": ("fit -c scopes/block --run-dir x", "did you mean --run_dir?"),
-    "source not chosen": ("fit -c scopes/block --data.source.paths x", "choose it by --data.source TextFiles"),
+    "source not chosen": (
+        "fit -c scopes/block --data.source.paths x",
+        "paths belongs to Chat and TextFiles",
+    ),
     "criterion's": (
         "prune --criterion.damping 1",
         "ADMM and ALPS and SparseGPT have it",

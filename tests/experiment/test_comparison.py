@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from recon.cli.compare import parsed
 from recon.cli.resolver import CommandResolver
-from recon.experiment.comparison.spec import Comparison, Entry, plan
+from recon.experiment.comparison.spec import Comparison, Entry, Text, plan
 from recon.pruning.masks import Masks
 
 TASKS = ["--tasks=identifiers", "--limit=8"] if find_spec("lm_eval") else []
@@ -195,6 +196,41 @@ def test_refined_masks_have_a_criterion_of_their_own():
     assert option in refined.pruned.command
     assert option in cells[0].command
     assert not any("refinement" in part for part in plain.pruned.command)
+
+
+def test_texts_have_masks_of_their_own_and_one_test_split():
+    written = {"class_path": "recon.data.SelfGenerated", "init_args": {"temperature": 0.5}}
+    texts = [
+        Text("people x 8", {"data.num_sequences": 8}),
+        Text("model x 8", {"data.num_sequences": 8, "data.source": written}),
+    ]
+    comparison = Comparison("x", [Entry("matrix")], texts=texts, data={"held_out": "StandardLibrary"})
+    (people, _), (model, cells) = planned(comparison)
+    assert (people.text, model.text) == ("people x 8", "model x 8")
+    assert people.dense == model.dense
+    assert people.pruned.directory != model.pruned.directory
+    for command in (model.pruned.command, cells[0].command):
+        assert f"--data.source={json.dumps(written)}" in command
+        assert "--data.num_sequences=8" in command
+    assert comparison.num_cells == 5
+    texts[0].options["data.num_test"] = 4  # another test split has a dense row of its own
+    (other, _), _ = planned(comparison)
+    assert other.dense != model.dense
+    assert comparison.num_cells == 6
+    with pytest.raises(ValueError, match=r"texts: 'x' needs options of the data, such as data.source, got model.lr"):
+        Text("x", {"model.lr": 1e-3})
+
+
+def test_the_text_of_a_class_reaches_the_cells_as_it_was_written(tmp_path):
+    source = {"class_path": "recon.data.Mixture", "init_args": {"sources": ["StandardLibrary", "SelfGenerated"]}}
+    own = tmp_path / "own.yaml"
+    texts = [{"label": "both", "options": {"data.source": source}}]
+    own.write_text(json.dumps({"name": "own", "recoveries": [{"scope": "matrix"}], "texts": texts}))
+    _, comparison = parsed(["-c", str(own), "--data.held_out=StandardLibrary"])
+    ((group, _),) = planned(comparison)
+    (given,) = (part for part in group.pruned.command if part.startswith("--data.source="))
+    assert json.loads(given.removeprefix("--data.source="))["class_path"] == "recon.data.Mixture"
+    assert comparison.data == {"held_out": "recon.data.StandardLibrary"}
 
 
 def test_a_recovery_that_chooses_its_own_masks_is_given_none():

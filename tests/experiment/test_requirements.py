@@ -168,3 +168,12 @@ def test_masks_along_with_recovery_need_recovered_inputs(tmp_path: Path) -> None
         require_interleavable(job_of(BlockDistillation(), tmp_path, **options))
     with pytest.raises(ValueError, match="needs a local scope"):
         require_interleavable(job_of(FullRetraining(), tmp_path, **options))
+
+
+def test_a_model_in_parts_writes_no_text(tmp_path: Path) -> None:
+    whole, parts = (job_of(FullRetraining(partitioned=partitioned), tmp_path) for partitioned in (False, True))
+    assert whole.open_dense().model is whole.scope.model
+    with pytest.raises(
+        ValueError, match=r"needs the whole model to write text, got model\.partitioned.*run `recon prune`"
+    ):
+        parts.open_dense()

@@ -261,7 +261,7 @@ def test_the_table_lists_what_was_tried():
     assert "|  | lr=6e-3 epochs=2 | 10.00 | 2.0 | chosen |" in section
     assert "|  | lr=1.2e-2 epochs=2 | - | - |  |" in section
     assert "- full with lr=1.2e-2 epochs=2 is no candidate: diverged" in section
-    assert "tuned on wanda, 2:4, seed 5; each choice serves all criteria, patterns and seeds" in section
+    assert "tuned on wanda, 2:4, seed 5; each choice serves all texts, criteria, patterns and seeds" in section
     assert max(map(len, section.splitlines())) < 240
     assert "tuning" in lines(Results(cells))
     assert "tuning" not in lines(Results([report()]))

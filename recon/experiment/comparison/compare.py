@@ -3,9 +3,9 @@
 A second run of the comparison finds the finished cells and only prints. A cell that fails is shown as failed,
 with its reason, and does not stop the others.
 
-Options can be tuned: once per model and entry, on the first criterion, pattern and seed, each point of the
-entry's grid is a cell that is measured on the validation split and on nothing else. All criteria, patterns and
-seeds then use the choice. Nothing is chosen on the test split.
+Options can be tuned: once per model and entry, on the first text, criterion, pattern and seed, each point of the
+entry's grid is a cell that is measured on the validation split and on nothing else. All texts, criteria,
+patterns and seeds then use the choice. Nothing is chosen on the test split.
 """
 
 import logging
@@ -149,6 +149,7 @@ def _row(
     known: dict[str, Any] = {
         "scope": scope,
         "model": group.model.get("name", "bundled"),
+        "text": group.text,
         "criterion": group.criterion,
         "pattern": group.pattern,
         "seed": group.seed,

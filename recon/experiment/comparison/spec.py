@@ -1,8 +1,8 @@
-"""What a comparison runs: models x criteria x refinements x patterns x allocations x seeds x recoveries, as commands.
+"""What a comparison runs: models x texts x criteria x refinements x patterns x allocations x seeds x recoveries.
 
-A cell's directory is named by its command, by what the configurations in it say, and by the contents of model and
-data: the same cell is found again, whatever it is called, and another one under the same names is not taken for it.
-Cells whose options are tuned are made when the options have been chosen.
+Each cell is a command. Its directory is named by that, by what the configurations in it say, and by the contents of
+model and data: the same cell is found again, whatever it is called, and another one under the same names is not taken
+for it. Cells whose options are tuned are made when the options have been chosen.
 """
 
 import json
@@ -32,6 +32,9 @@ from recon.report.tuning import brief
 
 RECOVERIES = SCOPES[3:]
 """The scopes of recovery."""
+
+OF_CALIBRATION = ("data.source", "data.num_sequences")
+"""Options of the data that do not decide the test text where `data.held_out` does."""
 
 ClassSpec = dict[str, Any]
 """A class by `class_path` and `init_args`, as in every configuration file."""
@@ -78,8 +81,28 @@ class Entry:
 
 
 @dataclass
+class Text:
+    """One calibration text to compare.
+
+    Args:
+        label: What reports call it.
+        options: Dotted options of the data, such as `data.source: SelfGenerated` and `data.num_sequences: 32`.
+
+    Raises:
+        ValueError: If an option is none of the data.
+    """
+
+    label: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if other := [name for name in self.options if not name.startswith("data.")]:
+            raise ValueError(f"texts: {self.label!r} needs options of the data, such as data.source, got {other[0]}")
+
+
+@dataclass
 class Comparison:
-    """What to compare: the product of models, criteria, refinements, patterns, allocations, seeds and recoveries.
+    """What to compare: the product of models, texts, criteria, refinements, patterns, allocations, seeds, recoveries.
 
     Args:
         name: What it is called; its directory is runs/<name>.
@@ -90,6 +113,8 @@ class Comparison:
         allocations: How densities differ from block to block, null for not at all.
         models: Options of the model: `name`, and others as in `recon fit --model.<option>`.
         seeds: Each chooses calibration sequences and their order; test sequences are shared.
+        texts: Calibration texts, with options of the data that differ; pruning and recovery use the same one. That of
+            `data` if empty.
         data: Options of the data, the same for every cell.
         options: Options of every `recon fit`.
         directory: Where to write instead.
@@ -104,12 +129,14 @@ class Comparison:
     allocations: list[ClassSpec | None] = field(default_factory=lambda: [None])
     models: list[dict[str, Any]] = field(default_factory=lambda: [{"name": "bundled"}])
     seeds: list[int] = field(default_factory=lambda: [0])
+    texts: list[Text] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     directory: str | None = None
     tasks: TaskOptions = field(default_factory=TaskOptions)
 
     def __post_init__(self) -> None:
+        self.texts = self.texts or [Text()]
         for name in ("recoveries", "criteria", "refinements", "patterns", "allocations", "models", "seeds"):
             if not getattr(self, name):
                 raise ValueError(f"a comparison needs at least one of its {name}, got none; name one, or leave it out")
@@ -127,19 +154,26 @@ class Comparison:
 
     @property
     def num_cells(self) -> int:
-        """Child processes in all: per model the dense one and those of the grids, per group pruning and recoveries."""
+        """Child processes in all: per model dense ones and those of the grids, per group pruning and recoveries."""
         num_masks = len(self.criteria) * len(self.refinements) * len(self.patterns) * len(self.allocations)
-        num_groups = num_masks * len(self.seeds)
+        num_groups = num_masks * len(self.seeds) * len(self.texts)
+        num_dense = len({json.dumps(self.tested(text)) for text in self.texts})
         num_points = sum(len(grid(entry.tune)) for entry in self.recoveries)
-        return len(self.models) * (1 + num_points + num_groups * (1 + len(self.recoveries)))
+        return len(self.models) * (num_dense + num_points + num_groups * (1 + len(self.recoveries)))
+
+    def tested(self, text: Text) -> dict[str, Any]:
+        """The options of a text by which the dense model is measured: those of texts with one test split are equal."""
+        own_test = "held_out" not in self.data and "data.held_out" not in text.options
+        return {name: one for name, one in text.options.items() if own_test or name not in OF_CALIBRATION}
 
 
 @dataclass(frozen=True)
 class Group:
-    """The cells that are compared with each other: one model, criterion, pattern and seed.
+    """The cells that are compared with each other: one model, text, criterion, pattern and seed.
 
     Args:
         model: Options of the model.
+        text: What reports call the calibration text; empty where a comparison has one.
         criterion: What reports call the criterion; likewise `pattern`.
         pattern: See `criterion`.
         seed: Of calibration sequences and their order.
@@ -149,6 +183,7 @@ class Group:
     """
 
     model: dict[str, Any]
+    text: str
     criterion: str
     pattern: str
     seed: int
@@ -220,10 +255,16 @@ def plan(comparison: Comparison, model: dict[str, Any], resolver: Resolver) -> I
         return cell(title, command, [] if TRIAL.items() <= chosen.items() else of_tasks)
 
     named = [option for option in of_model if not option.startswith("--model.name=")]
-    dense = cell("dense", ["test", model.get("name", "bundled"), *named, *text, *silent])
-    for criterion, refinement, pattern, allocation, seed in product(
-        comparison.criteria, comparison.refinements, comparison.patterns, comparison.allocations, comparison.seeds
+    for calibration, criterion, refinement, pattern, allocation, seed in product(
+        comparison.texts,
+        comparison.criteria,
+        comparison.refinements,
+        comparison.patterns,
+        comparison.allocations,
+        comparison.seeds,
     ):
+        tested = _options(comparison.tested(calibration))
+        dense = cell("dense", ["test", model.get("name", "bundled"), *named, *text, *tested, *silent])
         chosen = [f"--criterion={json.dumps(criterion)}", f"--pattern={json.dumps(pattern)}"]
         of_criterion, of_pattern = resolver.describe(Criterion, criterion), resolver.describe(Pattern, pattern)
         if refinement is not None:
@@ -232,10 +273,11 @@ def plan(comparison: Comparison, model: dict[str, Any], resolver: Resolver) -> I
         if allocation is not None:
             chosen.append(f"--pruning.allocation={json.dumps(allocation)}")
             of_pattern += f", {resolver.describe(Allocation, allocation)}"
-        common = [*of_model, *text, *chosen, "--seed_everything", str(seed)]
+        common = [*of_model, *text, *_options(calibration.options), *chosen, "--seed_everything", str(seed)]
         pruned = cell("pruned", ["prune", *common, "--baselines", "false", *silent])
         masks = ["--masks", str(pruned.directory / "masks.safetensors")]
-        yield Group(model, of_criterion, of_pattern, seed, dense, pruned, partial(fit, common, masks))
+        fitted = partial(fit, common, masks)
+        yield Group(model, calibration.label, of_criterion, of_pattern, seed, dense, pruned, fitted)
 
 
 def _of_tasks(tasks: TaskOptions) -> list[str]:

@@ -82,7 +82,8 @@ def frame(figure: Figure, group: Group, split: str, notes: list[str], height: fl
     """Title, footnotes, and the room that is left to the panels of a figure `WIDTH` wide and `height` inches high."""
     num_seeds = len(group.seeds)
     seeds = f"{num_seeds} seeds (mean ± standard deviation)" if num_seeds > 1 else "1 seed"
-    facts = f"criterion {group.criterion}, pattern {group.pattern}, {split} split, {seeds}"
+    text = f"{group.text}, " if group.text else ""
+    facts = f"{text}criterion {group.criterion}, pattern {group.pattern}, {split} split, {seeds}"
     title = textwrap.wrap(group.model, 90)
     subtitle = textwrap.wrap(facts, 130)
     footnotes = [line for note in notes for line in textwrap.wrap(note, 150)]
@@ -138,7 +139,7 @@ def stems(kind: str, groups: list[Group]) -> list[str]:
         return [kind]
     names: list[str] = []
     for group in groups:
-        words = f"{group.model} {group.criterion} {group.pattern}".lower()
+        words = f"{group.model} {group.text} {group.criterion} {group.pattern}".lower()
         stem = f"{kind}-" + re.sub(r"[^a-z0-9.]+", "-", words).strip("-.")
         num_same = sum(re.fullmatch(re.escape(stem) + r"(-\d+)?", other) is not None for other in names)
         names.append(f"{stem}-{num_same + 1}" if num_same else stem)
