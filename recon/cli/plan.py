@@ -13,8 +13,9 @@ from rich.console import Console
 
 from recon.basics.units import in_bytes
 from recon.cli.arguments import choose_device
-from recon.cli.fit import ParsingCLI, _class, _cli, choose_optimizer
+from recon.cli.fit import ParsingCLI, _cli, choose_optimizer
 from recon.cli.quiet import quiet
+from recon.cli.trainer_identity import class_at
 from recon.data import TokenData
 from recon.models.loading import ModelSource
 from recon.planner import SCOPES, Kind, PlanOptions, Prediction, Proposal, Shape, predict, print_plan, propose
@@ -213,7 +214,7 @@ def _prunes_by_gram(config: Namespace) -> bool:
     """Whether masks are chosen along with recovery, from Gram matrices."""
     if config.pruning.inputs != "recovered" or config.criterion is None:
         return False
-    return config.refinement is not None or _class(config.criterion.class_path).needs == "gram"
+    return config.refinement is not None or class_at(config.criterion.class_path).needs == "gram"
 
 
 def _proposals(shape: Shape, predictions: list[Prediction], memory: int) -> dict[str, list[Proposal]]:

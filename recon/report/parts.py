@@ -113,6 +113,18 @@ class SearchedRate(TypedDict):
     tried: list[TriedRate]
 
 
+@with_config(OPEN)
+class Parent(TypedDict):
+    """One of a report's `parents`."""
+
+    run_dir: str
+    label: str
+    seed: int
+    perplexity: float | None
+    share: NotRequired[float]
+    validation: NotRequired[float | None]
+
+
 @with_config(ConfigDict(strict=True, extra="forbid"))
 class Reference(TypedDict, total=False):
     """One of a report's `references`: fields of the report of a model that the run was compared with."""
@@ -132,6 +144,7 @@ PARTS: dict[str, TypeAdapter[Any]] = {
     "references": TypeAdapter(dict[Literal["dense", "pruned"], Reference]),
     "drift": TypeAdapter(Nothing | MeasuredDrift),
     "prediction": TypeAdapter(Nothing | NotPredicted | Predicted),
+    "parents": TypeAdapter(list[Parent]),
     "rates": TypeAdapter(dict[str, SearchedRate]),
     "tuning": TypeAdapter(list[TriedPoint]),
 }
