@@ -13,7 +13,7 @@ from recon.experiment.job import Job
 from recon.profiling.phases import PhaseName
 from recon.pruning.interleaved import Interleaved
 from recon.pruning.masks import Masks
-from recon.pruning.prune import CAME_WITH_MOVED, block_patterns, moved_with, prune_to
+from recon.pruning.prune import block_patterns, metadata_at, moved_with, prune_to
 from recon.pruning.start_weights import Start
 
 GIVEN = {"criterion": "given masks", "pattern": "given masks"}
@@ -76,12 +76,10 @@ def _from_file(job: Job, file: Path) -> Masks:
     if not file.exists():
         raise ValueError(f"--masks needs a file that `recon prune` wrote, got {file}, which does not exist")
     require_unchanged(file, "copy it again, or make it again with `recon prune`")
-    masks, made_by = Masks.load(file), Masks.read_metadata(file)
+    masks = Masks.load(file)
     masks.validate_for(job.scope.model)
-    if CAME_WITH_MOVED in made_by:
-        made_by[CAME_WITH_MOVED] = str((file.parent / made_by[CAME_WITH_MOVED]).resolve())
     if file != job.run.masks:
-        masks.save(job.run.masks, made_by, job.run.manifest.writing)
+        masks.save(job.run.masks, metadata_at(file), job.run.manifest.writing)
     return masks
 
 

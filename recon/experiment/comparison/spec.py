@@ -196,7 +196,7 @@ def plan(comparison: Comparison, model: dict[str, Any], resolver: Resolver) -> I
     text = [f"--data={json.dumps(comparison.data)}"] if comparison.data else []
     identity = {"model": ModelSource(**model).identity(), "versions": versions()}
     # One precision for all rows: on a GPU local scopes would have that of the files, full retraining float32.
-    of_model = _options({"dtype": "float32"} | model if torch.cuda.is_available() else model, "model")
+    of_model = as_arguments({"dtype": "float32"} | model if torch.cuda.is_available() else model, "model")
 
     def cell(title: str, command: list[str]) -> Cell:
         slug = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
@@ -211,7 +211,7 @@ def plan(comparison: Comparison, model: dict[str, Any], resolver: Resolver) -> I
         options = comparison.options | entry.options | chosen
         if options.get("pruning.inputs") == "recovered":  # chooses its own along with recovery
             masks = []
-        return cell(title, ["fit", *configs, *common, *masks, "--baselines", "false", *_options(options)])
+        return cell(title, ["fit", *configs, *common, *masks, "--baselines", "false", *as_arguments(options)])
 
     named = [option for option in of_model if not option.startswith("--model.name=")]
     dense = cell("dense", ["test", model.get("name", "bundled"), *named, *text, *silent])
@@ -232,7 +232,7 @@ def plan(comparison: Comparison, model: dict[str, Any], resolver: Resolver) -> I
         yield Group(model, of_criterion, of_pattern, seed, dense, pruned, partial(fit, common, masks))
 
 
-def _options(options: dict[str, Any], prefix: str = "") -> list[str]:
+def as_arguments(options: dict[str, Any], prefix: str = "") -> list[str]:
     """Command-line options for (dotted) names and values."""
     dotted = f"{prefix}." if prefix else ""
     return [
