@@ -29,25 +29,12 @@ class Stage:
         options: Dotted options of `recon fit`, such as `model.num_blocks: 3`.
         num_seeds: Recoveries with seeds of their own, whose mean is the result of the stage.
         weights: Which of them to average, as `recon soup` has it.
-
-    Raises:
-        ValueError: If there is no configuration or seed, or `weights` is unknown.
     """
 
     config: list[str]
     options: dict[str, Any] = field(default_factory=dict)
     num_seeds: int = 1
     weights: Weights = "uniform"
-
-    def __post_init__(self) -> None:
-        if not self.config or not all(isinstance(name, str) for name in self.config):
-            raise ValueError(f"config needs the names of configurations, a scope first, got {self.config}")
-        if not isinstance(self.options, dict):
-            raise ValueError(f"options needs options and values, got {self.options!r}")
-        if type(self.num_seeds) is not int or self.num_seeds < 1:
-            raise ValueError(f"num_seeds needs a number from 1, got {self.num_seeds!r}")
-        if self.weights not in get_args(Weights):
-            raise ValueError(f"weights needs one of {', '.join(get_args(Weights))}, got {self.weights!r}")
 
     @property
     def title(self) -> str:
@@ -97,9 +84,23 @@ def _stage(name: str, number: int, content: Any) -> Stage:
         if unknown := sorted(content.keys() - known.keys()):
             raise ValueError(f"a stage has {', '.join(known)}, got {unknown[0]}")
         config = content["config"]
-        return Stage(**{**content, "config": [config] if isinstance(config, str) else config})
+        given = {**content, "config": [config] if isinstance(config, str) else config}
+        _require_values(given)
+        return Stage(**given)
     except ValueError as error:
         raise ValueError(f"recipe {name}, stage {number}: {error}; correct it") from None
+
+
+def _require_values(given: Mapping[str, Any]) -> None:
+    config, options, num_seeds = given["config"], given.get("options", {}), given.get("num_seeds", 1)
+    if not isinstance(config, list) or not config or not all(isinstance(name, str) for name in config):
+        raise ValueError(f"config needs the names of configurations, a scope first, got {config!r}")
+    if not isinstance(options, dict):
+        raise ValueError(f"options needs options and values, got {options!r}")
+    if type(num_seeds) is not int or num_seeds < 1:
+        raise ValueError(f"num_seeds needs a number from 1, got {num_seeds!r}")
+    if given.get("weights", "uniform") not in get_args(Weights):
+        raise ValueError(f"weights needs one of {', '.join(get_args(Weights))}, got {given['weights']!r}")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ written one tensor at a time.
 import logging
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -149,18 +149,18 @@ class PerplexityMeter:
         return model.evaluate(self.data)
 
 
-def chosen(models: Sequence[Path], meter: PerplexityMeter, work: Path) -> tuple[list[int], list[float]]:
+def chosen(models: Sequence[Path], perplexity_of: Callable[[Path], float], work: Path) -> tuple[list[int], list[float]]:
     """Choose the models of a greedy soup on the validation split.
 
     Args:
         models: Directories of the models.
-        meter: Measures them.
+        perplexity_of: Measures one on the validation split.
         work: A directory for the mean of those chosen so far; deleted.
 
     Returns:
         Indices of the chosen models in ascending order, and the perplexity of each model by itself.
     """
-    alone = [meter.measure(model, "validation").perplexity for model in models]
+    alone = [perplexity_of(model) for model in models]
     order = sorted(range(len(models)), key=alone.__getitem__)
     taken, best = [order[0]], alone[order[0]]
     for index in order[1:]:
@@ -168,7 +168,7 @@ def chosen(models: Sequence[Path], meter: PerplexityMeter, work: Path) -> tuple[
         shutil.rmtree(work, ignore_errors=True)
         try:
             average([models[one] for one in tried], work)
-            perplexity = meter.measure(work, "validation").perplexity
+            perplexity = perplexity_of(work)
         finally:
             shutil.rmtree(work, ignore_errors=True)
         log.info(f"validation perplexity {perplexity:.3f} with {models[index].parent}, {best:.3f} without")
@@ -206,7 +206,8 @@ def soup(
     models = [origin.run.model for origin in origins]
     taken, alone = list(range(len(models))), []
     if weights == "greedy":
-        taken, alone = chosen(models, meter, run.path / "candidate")
+        work = run.path / "candidate"
+        taken, alone = chosen(models, lambda model: meter.measure(model, "validation").perplexity, work)
     masks, made_by = Masks.load(origins[0].run.masks), metadata_at(origins[0].run.masks)
     masks.save(run.masks, made_by, run.manifest.writing)
     log.info(f"average {len(taken)} of {len(models)} models")

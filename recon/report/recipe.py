@@ -19,7 +19,13 @@ def recipe_section(title: str, stages: Mapping[str, Sequence[Report]]) -> Sectio
     on_device = any(one.peak_device_bytes is not None for one in results)
     peaks = ["peak_host_bytes", *(["peak_device_bytes"] if on_device else [])]
     rows = [
-        [name, one.label, _perplexity(one), *(_mib(getattr(one, peak)) for peak in peaks), *_costs([one], [number])]
+        [
+            name,
+            one.label.partition(" after ")[0],
+            _perplexity(one),
+            *(_mib(getattr(one, peak)) for peak in peaks),
+            *_costs([one], [number]),
+        ]
         for name, one, number in zip(stages, results, flops, strict=True)
     ]
     largest = [max((getattr(one, peak) or 0 for one in results), default=0) or None for peak in peaks]
