@@ -111,6 +111,8 @@ def _run(run: RunPaths) -> Iterator[Outcome]:
         masks = Masks.load(file) if fault is None and file == run.masks else masks
     if masks is not None:
         yield from _weights(run, masks, intact)
+        if run.fingerprint_file in intact:
+            yield run.masks, _said(lambda: _require_masks_of_parents(run, masks))
     if run.report in intact:
         yield run.report, _said(lambda: _require_report(run, masks))
     if run.window_results in intact:
@@ -178,6 +180,18 @@ def _require_report(run: RunPaths, masks: Masks | None) -> None:
     different = [f"{name} {said}, not {is_so}" for name, (said, is_so) in known.items() if said != is_so]
     if different:
         raise ValueError(f"{run.report} says {'; '.join(different)}")
+
+
+def _require_masks_of_parents(run: RunPaths, masks: Masks) -> None:
+    """Compare masks with those of the run that recovery started from, or of the runs that were averaged.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    made_with = _read(run.fingerprint_file)
+    parents = [*([made_with["from"]] if "from" in made_with else []), *made_with.get("soup", [])]
+    if any(parent["masks"] != masks.fingerprint() for parent in parents):
+        raise ValueError(f"{run.masks} has other masks than the runs that this one was made from")
 
 
 def _require_results(run: RunPaths, intact: set[Path]) -> None:

@@ -64,5 +64,5 @@ def _costs(reports: Sequence[Report], flops: Sequence[float | None]) -> list[str
     return [show(_one(seconds)), operations, show(_one(tokens), scale=1e-3, decimals=0)]
 
 
-def _one(value: float | None) -> Estimate | None:
+def _one(value: float | int | None) -> Estimate | None:
     return estimate([value])

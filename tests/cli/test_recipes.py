@@ -1,6 +1,8 @@
 """Recipes as a user gives them: stages run, resumed, reported, verified, refused, and chosen by limits."""
 
 import json
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from recon.cli import main
 from recon.experiment.comparison import cell as cells
 from recon.experiment.origin import Origin
 from recon.experiment.verification import verify
+from recon.planner import PlanOptions, Prediction, Snapshot
 from recon.planner.recipes import RecipeNeeds, choose
 from recon.pruning.masks import Masks
 from recon.report import Report, Results
@@ -142,38 +145,29 @@ def _other_runs_are_refused(run: Path, path: Path, capsys: pytest.CaptureFixture
 def test_a_bad_recipe_is_refused_before_anything_runs(
     more: list[str], said: str, tmp_path: Path, in_process: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import re
-
     assert main([*recipe(tmp_path), "--run_dir", str(tmp_path / "run"), *more]) in (1, 2)
     assert re.search(said, capsys.readouterr().err)
     assert in_process == []
     assert not (tmp_path / "run").exists()
 
 
-class Peak:
-    def __init__(self, total: int) -> None:
-        self.total = total
-
-
-class Predicted:
-    """A prediction with a peak, and a rate at which it takes a second an operation."""
-
-    def __init__(self, peak: int, flops: int, scope: str = "block") -> None:
-        self.peak, self.flops, self.seconds, self.options = Peak(peak), flops, float(flops), self
-        self.scope = scope
+def needs(name: str, *stages: tuple[int, int, int], scope: Any = "block") -> RecipeNeeds:
+    """A recipe of stages with a number of recoveries, a peak and seconds of each."""
+    found = [
+        (number, Prediction(PlanOptions(scope), [Snapshot("step", Counter(weights=peak))], {}, {}, {}, float(seconds)))
+        for number, peak, seconds in stages
+    ]
+    return RecipeNeeds(name, found)
 
 
 def test_the_first_recipe_that_fits_is_taken() -> None:
-    large = RecipeNeeds("large", [(1, Predicted(10, 60)), (3, Predicted(40, 60, "full"))])  # type: ignore[arg-type, list-item]
-    long = RecipeNeeds("long", [(1, Predicted(20, 600))])  # type: ignore[arg-type, list-item]
-    small = RecipeNeeds("small", [(1, Predicted(5, 60))])  # type: ignore[arg-type, list-item]
-    assert (large.peak, large.flops, large.seconds, large.trains_whole) == (40, 240, 240.0, True)
+    large, long = needs("large", (1, 10, 60), (3, 40, 60), scope="full"), needs("long", (1, 20, 600))
+    small = needs("small", (1, 5, 60))
+    assert (large.peak, large.seconds, large.trains_whole, small.trains_whole) == (40, 240.0, True, False)
     assert choose([large, long, small], None, None)[0] is large
     assert choose([large, long, small], 30, None)[0] is long
-    taken, why = choose([large, long, small], 30, 5)
+    taken, why = choose([large, long, small], 30, 5.0)
     assert taken is small
     assert "large 40 B of 30 B; long 10.0 of 5.0 minutes" in why
-    with pytest.raises(
-        ValueError, match=r"in 4 B and 0.5 minutes, got none of 3 .*nearest: small 5 B of 4 B and 1.0 of"
-    ):
+    with pytest.raises(ValueError, match=r"in 4 B and 0.5 minutes, got none of 3 .*: small 5 B of 4 B and 1.0 of"):
         choose([large, long, small], 4, 0.5)
