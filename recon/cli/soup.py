@@ -12,13 +12,12 @@ from recon.cli.arrange import arrange
 from recon.cli.errors import usage
 from recon.cli.quiet import quiet
 from recon.cli.test import Subject, data_of_run
-from recon.data.sources import Split
 from recon.experiment.data_hooks import begin
 from recon.experiment.directory import RunDirectory, digest
 from recon.experiment.environment import versions
 from recon.experiment.opened import Opener
 from recon.experiment.origin import Origin
-from recon.experiment.soup import NAME, PerplexityMeter, require_alike, soup
+from recon.experiment.soup import NAME, MeasuredSplit, PerplexityMeter, require_alike, soup
 from recon.report import Results, print_table, table_console, with_references
 from recon.report.log import log_to
 
@@ -67,7 +66,7 @@ def main(args: list[str]) -> int:
     config, built = parse(parser, args)
     data, device = built.data, choose_device(config.device)
     source = first.source({}).on(device)
-    split: Split = config.evaluate_on or origins[0].report().protocol["split"]
+    split: MeasuredSplit = config.evaluate_on or origins[0].report().protocol["split"]
     begin(data)
     fingerprint = _fingerprint(config, first, origins, split) | {"data": data.identity()}
     path = Path(config.run_dir or f"runs/soup-{digest(fingerprint)[:8]}")

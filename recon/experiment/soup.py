@@ -17,7 +17,6 @@ from torch import Tensor
 
 from recon.basics.manifest import FOR_PEOPLE
 from recon.data import TokenData
-from recon.data.sources import Split
 from recon.evaluation.perplexity import Evaluation
 from recon.experiment.carding import write_card
 from recon.experiment.directory import RunDirectory
@@ -37,6 +36,9 @@ from recon.report import Report
 log = logging.getLogger("recon")
 
 NAME = "recon soup"
+
+MeasuredSplit = Literal["test", "validation"]
+"""The splits that perplexity is measured on."""
 
 Weights = Literal["uniform", "greedy"]
 """`uniform` averages all runs; `greedy` takes the best on the validation split, then each that makes it no worse."""
@@ -139,7 +141,7 @@ class PerplexityMeter:
         """Where it computes."""
         return self._opened.device
 
-    def measure(self, directory: Path, split: Split) -> Evaluation:
+    def measure(self, directory: Path, split: MeasuredSplit) -> Evaluation:
         """Perplexity of a model on a split."""
         model = self._opened(self.source.at(directory))
         if self.data.tokenizer is None:
@@ -182,7 +184,7 @@ def soup(
     weights: Weights,
     meter: PerplexityMeter,
     run: RunDirectory,
-    split: Split,
+    split: MeasuredSplit,
 ) -> Report:
     """Average runs, write the model with its masks, measure it; a finished soup is only read.
 

@@ -45,8 +45,9 @@ def recipe_section(title: str, stages: Mapping[str, Sequence[Report]]) -> Sectio
 def _flops(reports: Sequence[Report]) -> float | None:
     """Predicted operations of a stage; None if one of its recoveries was not planned."""
     recoveries = reports[:-1] or reports
-    found = [one.prediction.get("flops") for one in recoveries]
-    return None if None in found else float(sum(found))  # pyright: ignore[reportArgumentType]
+    if any("flops" not in one.prediction for one in recoveries):
+        return None
+    return float(sum(one.prediction["flops"] for one in recoveries))
 
 
 def _perplexity(report: Report) -> str:

@@ -91,7 +91,8 @@ class Scope(L.LightningModule, ABC):
         if epochs < 1:
             raise ValueError(f"model.epochs must be at least 1, got {epochs}; give --model.epochs 1")
         self.source = ModelSource(name, shape, dtype, revision, tokenizer, trust_remote_code)
-        self.save_dtype, self.epochs, self.start = save_dtype, epochs, start
+        self.save_dtype, self.epochs = save_dtype, epochs
+        self.start: StartName = start
         self.offload: Offload = offload
         self.offloaded: OffloadedBlocks | None = None  # of a model that is not on the device
         self.forms: tuple[Form, Form] | None = None  # in which its blocks return, once they were tried out

@@ -61,6 +61,28 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_recipe_and_a_soup_keep_the_masks_and_say_where_they_began(tmp_path: Path, in_process: list[str]) -> None:
+    run = tmp_path / "run"
+    once = RECIPE.replace("num_seeds: 2", "num_seeds: 1")
+    assert main([*recipe(tmp_path, once), "--run_dir", str(run), "--summary=false"]) == 0
+    assert in_process == ["1-block", "2-full"]
+    stages = [str(run / stage) for stage in in_process]
+    assert main(["soup", *stages, "--weights=greedy", f"--run_dir={run / 'soup'}", "--summary=false"]) == 0
+    block, full, soup = [Report.load(run / stage / "report.json") for stage in (*in_process, "soup")]
+    masks = Masks.load(run / "1-block" / "masks.safetensors")
+    assert masks.sparsity == 0.5
+    for stage in ("1-block", "2-full", "soup"):
+        assert Masks.load(run / stage / "masks.safetensors") == masks
+        assert masks.violations_in(run / stage / "model") == 0
+    assert (full.initial_perplexity, full.label) == (block.perplexity, "full (distillation) after block")
+    assert sum(one["share"] for one in soup.parents) == 1
+    assert soup.train_tokens == block.train_tokens + full.train_tokens
+    assert [one.dense_perplexity for one in Results.load(run).cells] == [block.dense_perplexity] * 2
+    assert verify(run).faults == []
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
 def test_a_recipe_goes_on_at_the_stage_that_was_killed(
     tmp_path: Path, in_process: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -70,7 +92,7 @@ def test_a_recipe_goes_on_at_the_stage_that_was_killed(
     assert in_process == ["1-block", "2-full-seed0", "2-full-seed1", "2-full-seed1"]
     assert main(command) == 0
     assert in_process[4:] == ["2-full-seed1", "2-full-soup"]
-    assert "soup of 2 full" in capsys.readouterr().out
+    assert "together" in capsys.readouterr().out
 
     masks = Masks.load(run / "1-block" / "masks.safetensors")
     assert masks.sparsity == 0.5
@@ -80,6 +102,7 @@ def test_a_recipe_goes_on_at_the_stage_that_was_killed(
     first, *fulls, soup = [Report.load(run / stage / "report.json") for stage in (*in_process[:3], "2-full-soup")]
     assert [one.initial_perplexity for one in fulls] == [first.perplexity] * 2
     assert fulls[0].label == "full (distillation) after block"
+    assert soup.label == "soup of 2 full (distillation) after block"
     assert [one["share"] for one in soup.parents] == [0.5, 0.5]
     assert soup.train_tokens == 2 * 8 * 16
     rows = Results.load(run).cells

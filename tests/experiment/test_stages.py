@@ -19,6 +19,7 @@ from recon.pruning.masks import Masks
 from recon.pruning.patterns import NM
 from recon.scopes import BlockDistillation, FullRetraining, MatrixReconstruction, SubmoduleDistillation
 from tests.support.scope_fixtures import data_of, random_masks, same, save_tiny, trainer_of, untimed, weights_of
+from tests.support.slow import quick
 
 KINDS = (MatrixReconstruction, SubmoduleDistillation, BlockDistillation, FullRetraining)
 
@@ -64,7 +65,7 @@ def continued(kind: Any, path: Path, directory: Path | None = None, stop: bool =
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", quick(KINDS, MatrixReconstruction, BlockDistillation))
 def test_a_scope_goes_on_under_the_masks(kind: Any, tmp_path: Path) -> None:
     scope, masks, start = continued(kind, tmp_path)
     found = weights_of(scope.model)
@@ -79,7 +80,7 @@ def test_a_scope_goes_on_under_the_masks(kind: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", [SubmoduleDistillation, BlockDistillation, FullRetraining])
+@pytest.mark.parametrize("kind", quick(KINDS[1:], SubmoduleDistillation, FullRetraining))
 def test_a_rate_of_nothing_leaves_the_weights_of_the_run(kind: Any, tmp_path: Path) -> None:
     """Norms too: what the run has changed without a mask comes along."""
     scope, _, start = continued(kind, tmp_path, lr=1e-30)
@@ -88,7 +89,7 @@ def test_a_rate_of_nothing_leaves_the_weights_of_the_run(kind: Any, tmp_path: Pa
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("propagation", ["dense", "recovered"])
+@pytest.mark.parametrize("propagation", quick(["dense", "recovered"], "recovered"))
 def test_overlapping_windows_take_the_run_once(propagation: Any, tmp_path: Path) -> None:
     scope, _, start = continued(BlockDistillation, tmp_path, num_blocks=2, stride=1, lr=1e-30, propagation=propagation)
     assert all(torch.allclose(one, start[name], rtol=0, atol=1e-12) for name, one in weights_of(scope.model).items())
