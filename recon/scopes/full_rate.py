@@ -12,7 +12,7 @@ from recon.scopes.starts import StartName
 
 log = logging.getLogger("recon")
 
-FROM_A_RUN = 0.25
+FROM_A_RUN = 0.5
 """Factor for weights that another run has recovered: they need smaller steps than pruned ones."""
 
 TIMES_WIDTH: dict[ModelLoss, float] = {"cross_entropy": 0.25, "distillation": 0.5}

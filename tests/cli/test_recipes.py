@@ -64,7 +64,8 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_recipe_and_a_soup_keep_the_masks_and_say_where_they_began(tmp_path: Path, in_process: list[str]) -> None:
     run = tmp_path / "run"
     once = RECIPE.replace("num_seeds: 2", "num_seeds: 1")
-    assert main([*recipe(tmp_path, once), "--run_dir", str(run), "--summary=false"]) == 0
+    quick = ["--summary=false", "--drift=false", "--trainer.callbacks=[]"]
+    assert main([*recipe(tmp_path, once), "--run_dir", str(run), *quick]) == 0
     assert in_process == ["1-block", "2-full"]
     stages = [str(run / stage) for stage in in_process]
     assert main(["soup", *stages, "--weights=greedy", f"--run_dir={run / 'soup'}", "--summary=false"]) == 0
