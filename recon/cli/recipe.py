@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentParser
 from rich.console import Console
+from rich.measure import Measurement
 
 from recon.basics.locks import owned
 from recon.basics.refusals import UsageError
@@ -27,7 +28,7 @@ from recon.models.loading import ModelSource
 from recon.planner.recipes import RecipeNeeds, choose, needs_section
 from recon.report import table_console
 from recon.report.recipe import recipe_section
-from recon.report.sections import Section
+from recon.report.sections import WIDEST, Section
 
 PLACE = Path("recipe")
 """Stands for the directory of a recipe until it is known."""
@@ -140,8 +141,11 @@ def _named(recipe: Recipe, stage: StageCells) -> Iterator[None]:
 
 
 def _print(section: Section) -> None:
-    console = table_console()
+    console, table = table_console(), table_of(section)
+    for column in table.columns:
+        column.no_wrap = True
+    table.width = Measurement.get(console, console.options.update_width(WIDEST), table).maximum
     console.print(section.title, style="bold")
-    console.print(table_of(section))
+    console.print(table, crop=False)
     for note in section.notes:
         console.print(note)
