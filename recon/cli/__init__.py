@@ -16,6 +16,7 @@ COMMANDS = {
     "fit": "prune a model and recover it at one scope: recon fit -c scopes/submodule",
     "prune": "choose which weights survive and write their masks: recon prune -c criteria/wanda",
     "test": "measure the perplexity of a model or run directory: recon test runs/x",
+    "soup": "average recoveries under one mask: recon soup runs/a runs/b",
     "merge": "put windows recovered by several jobs together: recon merge runs/x",
     "consolidate": "write the model in a checkpoint of full retraining: recon consolidate runs/x",
     "compare": "compare scopes, criteria, patterns and seeds: recon compare -c comparisons/demo",
@@ -85,6 +86,12 @@ def _run(command: str, args: list[str]) -> int:
 
         print(text(command, f"{COMMANDS[command][0].upper()}{COMMANDS[command][1:]}", args), end="")
         return 0
+    if command in ("fit", "plan"):
+        from recon.cli.recipe_names import split
+
+        if split(args)[0] is not None:
+            with printed_messages():
+                return importlib.import_module("recon.cli.recipe").main(args, command)
     arrange(command, args)  # for what it refuses; the command does this again, also if it is called from Python
     with printed_messages():
         return importlib.import_module(f"recon.cli.{command}").main(args)

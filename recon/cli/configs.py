@@ -31,6 +31,7 @@ def find_config(name: str) -> str:
     if shipped.is_file():
         return str(shipped)
     names = [path.relative_to(config_directory()).with_suffix("").as_posix() for path in shipped_configs()]
+    names.sort(key=lambda one: not one.startswith("scopes/"))  # of names alike, scopes are what is mostly meant
     folder = name.partition("/")[0]
     similar = [one for one in names if one.startswith(f"{folder}/")] or sorted({one.partition("/")[0] for one in names})
     hint = did_you_mean(name, names) or f"; there are {', '.join(similar)}"

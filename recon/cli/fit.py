@@ -2,24 +2,11 @@
 
 from contextlib import nullcontext
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import lightning as L
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import (
-    BaseFinetuning,
-    BatchSizeFinder,
-    EarlyStopping,
-    GradientAccumulationScheduler,
-    LearningRateFinder,
-    ModelPruning,
-    SpikeDetection,
-    StochasticWeightAveraging,
-    Timer,
-    WeightAveraging,
-)
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
@@ -36,6 +23,7 @@ from recon.cli.loggers import in_run_directory
 from recon.cli.names import with_short_paths
 from recon.cli.quiet import quiet
 from recon.cli.tasks import TASK_OPTIONS, add_task_arguments, identity_of_tasks, suite_of
+from recon.cli.trainer_identity import class_at, decisive
 from recon.data import TokenData
 from recon.data.texts import Texts
 from recon.distributed import ranks
@@ -44,6 +32,7 @@ from recon.experiment.checkpoints import STOPPED, Checkpoints
 from recon.experiment.directory import RunDirectory, digest
 from recon.experiment.environment import versions
 from recon.experiment.options import RunOptions
+from recon.experiment.origin import Origin
 from recon.experiment.recovery import recover
 from recon.planner.prediction import forecast
 from recon.pruning.masks import Masks, identity_of
@@ -58,6 +47,7 @@ NOT_FINGERPRINTED = (
     "config",
     "run_dir",
     "masks",
+    "from",
     "windows",
     "baselines",
     "evaluate_on",
@@ -73,42 +63,6 @@ NOT_FINGERPRINTED = (
 
 NOT_FINGERPRINTED_OF_MODEL = ("activations", "activations_budget", "activations_host_budget")
 """As above: a run whose disk was full goes on with its activations elsewhere."""
-
-NOT_DECISIVE_OF_TRAINER = (
-    "accelerator",
-    "strategy",
-    "devices",
-    "num_nodes",
-    "logger",
-    "callbacks",
-    "log_every_n_steps",
-    "enable_checkpointing",
-    "enable_progress_bar",
-    "enable_model_summary",
-    "num_sanity_val_steps",
-    "default_root_dir",
-    "enable_autolog_hparams",
-    "profiler",
-    "detect_anomaly",
-    "inference_mode",
-    "barebones",
-)
-"""As above; the number of processes and callbacks that change the training are added to what is left."""
-
-DECISIVE_CALLBACKS = (
-    BaseFinetuning,
-    BatchSizeFinder,
-    EarlyStopping,
-    GradientAccumulationScheduler,
-    LearningRateFinder,
-    ModelPruning,
-    SpikeDetection,
-    StochasticWeightAveraging,
-    Timer,
-    WeightAveraging,
-)
-"""Callbacks that decide what a run computes; others only watch it."""
-
 
 Recipe = TypeVar("Recipe", OptimizerRecipe, LRSchedulerRecipe)
 
@@ -128,6 +82,12 @@ class FitCLI(LightningCLI):
         )
         parser.add_argument(
             "--masks", type=str | None, default=None, help="A masks.safetensors to use instead of pruning."
+        )
+        parser.add_argument(
+            "--from",
+            type=str | None,
+            default=None,
+            help="Start from the weights of another run, under its masks, in place of model.start.",
         )
         parser.add_argument(
             "--windows",
@@ -182,8 +142,10 @@ class FitCLI(LightningCLI):
         masks = self.config.masks
         self.share = None if self.config.windows is None else Share.parse(self.config.windows)
         self.config.windows = None  # of this job, not of the run
+        if self.config["from"] is not None:
+            self.config.model.init_args.start = "run"
         options = {key: value for key, value in self.config.as_dict().items() if key not in NOT_FINGERPRINTED}
-        options["trainer"] = _decisive(self.config.as_dict()["trainer"])
+        options["trainer"] = decisive(self.config.as_dict()["trainer"])
         options |= {"data": plain_data(options["data"])}
         for name in ("optimizer", "lr_scheduler"):
             if options[name] is None:
@@ -194,6 +156,8 @@ class FitCLI(LightningCLI):
         self.fingerprint: dict[str, Any] = {"options": with_short_paths(options), "versions": versions(), **tasks}
         if masks is not None and Path(masks).is_file():
             self.fingerprint["masks"] = identity_of(Path(masks))
+        if self.config["from"] is not None:
+            self.fingerprint["from"] = Origin(Path(self.config["from"])).identity()
         scope = self.config.model.class_path.rpartition(".")[2]
         default = f"runs/{scope}-{digest(self.fingerprint)[:8]}"
         self.run_dir = Path(self.config.run_dir or default)
@@ -245,15 +209,6 @@ class ParsingCLI(FitCLI):
 
     def instantiate_classes(self) -> None:
         """Build nothing."""
-
-
-def _decisive(options: dict[str, Any]) -> dict[str, Any]:
-    """The options of a trainer that decide what a run computes, with the callbacks that do."""
-    found = {name: value for name, value in options.items() if name not in NOT_DECISIVE_OF_TRAINER}
-    callbacks = options.get("callbacks") or []
-    specs = callbacks if isinstance(callbacks, list) else [callbacks]
-    decisive = [one for one in specs if issubclass(_class(one["class_path"]), DECISIVE_CALLBACKS)]
-    return found | ({"callbacks": decisive} if decisive else {})
 
 
 def _cli(args: list[str], kind: type[FitCLI] = FitCLI) -> FitCLI:
@@ -370,12 +325,7 @@ def _recipe(kind: type[Recipe], given: Namespace | None) -> Recipe | None:
     """The recipe of a class that is configured by `class_path` and `init_args`."""
     if given is None:
         return None
-    return kind(_class(given.class_path), given.get("init_args", Namespace()).as_dict())
-
-
-def _class(path: str) -> type:
-    module, _, name = path.rpartition(".")
-    return getattr(import_module(module), name)
+    return kind(class_at(given.class_path), given.get("init_args", Namespace()).as_dict())
 
 
 def _options(cli: FitCLI, masks: Masks | None, merge: bool) -> RunOptions:
@@ -386,6 +336,7 @@ def _options(cli: FitCLI, masks: Masks | None, merge: bool) -> RunOptions:
         pattern=built.pattern,
         pruning=built.pruning or Pruning(),
         masks=masks if masks is not None or config.masks is None else Path(config.masks),
+        origin=None if config["from"] is None else Origin(Path(config["from"])),
         baselines=config.baselines,
         evaluate_on=config.evaluate_on,
         drift=config.drift,

@@ -5,6 +5,7 @@ import textwrap
 from collections.abc import Iterable
 
 from recon.cli.command_line import CommandLine
+from recon.cli.configs import shipped_configs
 from recon.cli.names import CHOICES
 from recon.cli.options import DEFAULTS, LIST, Option, options, scope_names
 from recon.cli.source import find, parameters
@@ -84,6 +85,9 @@ def _is_shown(option: Option, known: dict[str, Option], chosen: dict[str, str]) 
 def _section(title: str, shown: Iterable[Option], known: dict[str, Option]) -> str:
     rows = [_row(option, known) for option in shown]
     if title == "What to recover":
+        recipes = ", ".join(path.stem for path in shipped_configs() if path.parent.name == "recipes")
+        stages = f"Stages in place of a scope, also with --device_memory 16GiB and --minutes 30: {recipes}."
+        rows.insert(0, _wrapped("-c recipes/NAME", stages))
         rows.insert(0, _wrapped("-c scopes/NAME", f"The scope: {', '.join(scope_names())}."))
     return "\n".join([f"{title}:", *rows, ""])
 

@@ -13,13 +13,14 @@ from rich.console import Console
 
 from recon.basics.units import in_bytes
 from recon.cli.arguments import choose_device
-from recon.cli.fit import ParsingCLI, _class, _cli, choose_optimizer
+from recon.cli.fit import ParsingCLI, _cli, choose_optimizer
 from recon.cli.quiet import quiet
+from recon.cli.trainer_identity import class_at
 from recon.data import TokenData
 from recon.models.loading import ModelSource
 from recon.planner import SCOPES, Kind, PlanOptions, Prediction, Proposal, Shape, predict, print_plan, propose
 from recon.planner.fake.model import FakeModel
-from recon.planner.rates import as_rates
+from recon.planner.rates import Rates, as_rates
 from recon.planner.speed import measured_speeds
 from recon.planner.trainer_options import configured_trainer_options
 from recon.pruning.patterns import Pattern
@@ -111,9 +112,7 @@ def main(args: list[str]) -> int:
         if row.scope == scope.scope:
             _require_fit(scope, shape.fake(row), built.pattern, built.pruning)
     speeds = [_speed(config.flop_rate, scope.source, options, config.trainer) for options in rows]
-    rates = None
-    if config.flop_rate is None and config.rates is not None and config.trainer.accelerator != "cpu":
-        rates = as_rates(config.rates)
+    rates = _rates(config, config.flop_rate)
     predictions = [predict(shape, *both, rates) for both in zip(rows, speeds, strict=True)]
     proposals = {} if memory is None else _proposals(shape, predictions, memory)
     if config.json:
@@ -124,6 +123,31 @@ def main(args: list[str]) -> int:
         changes = " ".join(proposals[scope.scope][0].arguments)
         print(f"To run {scope.scope} so: recon fit {shlex.join(_of_fit(args))} {changes}")
     return 0
+
+
+def prediction_of(args: list[str], flop_rate: float | str | None = None) -> Prediction:
+    """Predict the needs of one command of `recon fit`, and refuse what it would refuse when it has loaded the model.
+
+    Args:
+        args: Arguments of `recon fit`.
+        flop_rate: As the option of `recon plan`.
+    """
+    cli = _cli(["-c", "devices/h100", *args], PlanCLI)
+    config = cli.config
+    built: Any = cli.parser.instantiate_classes(Namespace(**{name: config[name] for name in BUILT}))
+    choose_optimizer(built.model, config)
+    shape = Shape(built.model.source)
+    options = _in_default_dtype(_options(built.model, built.data, config), built.model, shape)
+    _require_fit(built.model, shape.fake(options), built.pattern, built.pruning)
+    speed = _speed(flop_rate, built.model.source, options, config.trainer)
+    return predict(shape, options, speed, _rates(config, flop_rate))
+
+
+def _rates(config: Namespace, flop_rate: float | str | None) -> Rates | None:
+    """The rates of the device by precision, where they are the ones to predict with."""
+    if flop_rate is not None or config.rates is None or config.trainer.accelerator == "cpu":
+        return None
+    return as_rates(config.rates)
 
 
 def _in_default_dtype(options: PlanOptions, scope: Scope, shape: Shape) -> PlanOptions:
@@ -213,7 +237,7 @@ def _prunes_by_gram(config: Namespace) -> bool:
     """Whether masks are chosen along with recovery, from Gram matrices."""
     if config.pruning.inputs != "recovered" or config.criterion is None:
         return False
-    return config.refinement is not None or _class(config.criterion.class_path).needs == "gram"
+    return config.refinement is not None or class_at(config.criterion.class_path).needs == "gram"
 
 
 def _proposals(shape: Shape, predictions: list[Prediction], memory: int) -> dict[str, list[Proposal]]:

@@ -83,7 +83,7 @@ def _memory(path: Path) -> None:
     for side in sides:
         section = phases_section(phases, side, device)
         console.print(section.title, style="italic")
-        console.print(_table(section))
+        console.print(table_of(section))
         for note in section.notes:
             console.print(note, style="dim")
         console.print()
@@ -102,12 +102,14 @@ def _load(path: Path) -> dict[str, Any]:
     return load_memory(file)
 
 
-def _table(section: Section) -> Table:
+def table_of(section: Section) -> Table:
+    """A section as a table for a terminal."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
-    first, *rest = section.header
-    table.add_column(first, overflow="fold")
-    for header in rest:
-        table.add_column(header, justify="right", no_wrap=True)
+    for index, header in enumerate(section.header):
+        if index < section.num_text:
+            table.add_column(header, overflow="fold")
+        else:
+            table.add_column(header, justify="right", no_wrap=True)
     for row in section.rows:
         table.add_row(*row)
     return table

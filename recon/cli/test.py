@@ -166,7 +166,7 @@ def main(args: list[str]) -> int:
         subject = Subject.of(parser.parse_args(arrange("test", args)).path)
     subject.require_unchanged()
     with usage():
-        parser.set_defaults(_data_of_run(subject))
+        parser.set_defaults(data_of_run(subject))
     config, built = parse(parser, args)
     if config.baselines:
         with usage():
@@ -239,7 +239,7 @@ def _named(report: Report, held: Report, recovered: bool) -> Report:
     )
 
 
-def _data_of_run(subject: Subject) -> dict[str, Any]:
+def data_of_run(subject: Subject) -> dict[str, Any]:
     """The data options of a run, as defaults: a run is tested on the split it was made for."""
     if subject.run is None:
         return {}

@@ -1,7 +1,7 @@
 """The quality of the dense, the pruned and the recovered model, whole on the device or block by block."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from recon.evaluation.drift import Drift
@@ -43,6 +43,7 @@ class Measurement:
         tasks: Its scores on tasks.
         drift: Its distance from the dense model; None if not measured.
         baselines: None if not measured.
+        parents: The run that recovery started from, as `Report.parents` has it.
     """
 
     recovered: Evaluation
@@ -50,6 +51,7 @@ class Measurement:
     tasks: Scores
     drift: Drift | None
     baselines: Baselines | None
+    parents: list[dict[str, Any]] = field(default_factory=list)
 
 
 def measure_baselines(job: Job, masks: Masks, moved: Start | None = None) -> Baselines | None:
@@ -87,7 +89,20 @@ def measure(job: Job, baselines: Baselines | None) -> Measurement:
     if job.options.drift and masks and (job.is_offloaded or job.scope.evaluation is None):
         job.scope.phases.enter(PhaseName.DRIFT)
         drift = _drift(job)
-    return Measurement(recovered, violations, tasks, drift, baselines)
+    return Measurement(recovered, violations, tasks, drift, baselines, _parents(job, recovered))
+
+
+def _parents(job: Job, recovered: Evaluation) -> list[dict[str, Any]]:
+    """The run that recovery started from, with its perplexity: as it has reported it, or else measured now."""
+    if (origin := job.options.origin) is None:
+        return []
+    held = origin.report()
+    if held.protocol == recovered.protocol | job.data.carving(job.options.evaluate_on):
+        return [origin.as_parent(held.perplexity)]
+    if not job.measures_baselines or not job.scope.loads_whole:
+        return [origin.as_parent(None)]
+    job.scope.phases.enter(PhaseName.BASELINES)
+    return [origin.as_parent(job.reopened(job.scope.source.at(origin.run.model)).evaluate(job.data).perplexity)]
 
 
 def _measure_written(job: Job, masks: Masks) -> tuple[Evaluation, int, Scores]:

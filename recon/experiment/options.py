@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from recon.distributed.part import Share
 from recon.evaluation.tasks.suite import Suite
+from recon.experiment.origin import Origin
 from recon.pruning.criteria import Criterion
 from recon.pruning.masks import Masks
 from recon.pruning.patterns import Pattern
@@ -22,6 +23,7 @@ class RunOptions:
         pattern: Which zeros are allowed.
         pruning: How the model is walked.
         masks: Masks chosen before, used instead of pruning: a file, or masks in memory.
+        origin: A run from whose weights recovery starts, under its masks.
         baselines: Evaluate the dense and the pruned model too.
         evaluate_on: The split for perplexities; the report's protocol names it.
         drift: Measure how far the written model is from the dense one, which loads both at once; left out where
@@ -36,6 +38,7 @@ class RunOptions:
     pattern: Pattern | None = None
     pruning: Pruning = field(default_factory=Pruning)
     masks: Path | Masks | None = None
+    origin: Origin | None = None
     baselines: bool = True
     evaluate_on: Literal["test", "validation"] = "test"
     drift: bool = True

@@ -130,4 +130,4 @@ def _prepare(job: Job, selection: Selection) -> None:
     scope.phases.enter(PhaseName.PREPARE)
     if job.is_offloaded or (scope.start == "exact" and job.is_first):
         scope.to(job.device)
-    scope.prepare(job.data, selection.masks, job.run.path, selection.moved, selection.interleaved)
+    scope.prepare(job.data, selection.masks, job.run.path, selection.start, selection.interleaved)

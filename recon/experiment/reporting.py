@@ -21,7 +21,7 @@ def build_report(job: Job, training: Training, measured: Measurement) -> Report:
     chosen = {"criterion": "none", "pattern": "none"} | (Masks.read_metadata(job.run.masks) if masks else {})
     return Report(
         scope=scope.scope,
-        label=scope.label,
+        label=" after ".join([scope.label, *(one["label"] for one in measured.parents)]),
         model=scope.source.name,
         criterion=chosen["criterion"],
         pattern=chosen["pattern"],
@@ -44,6 +44,7 @@ def build_report(job: Job, training: Training, measured: Measurement) -> Report:
         starts={name: one["start"] for name, one in scope.results.items() if "start" in one},
         rates=scope.rates,
         throughput=_throughput(job.trainer),
+        parents=measured.parents,
         drift=asdict(measured.drift) if measured.drift else {},
         densities=masks.densities if masks else {},
         losses=_losses(measured),

@@ -8,12 +8,13 @@ from recon.basics.units import readable
 from recon.distributed.part import Share
 from recon.experiment.checkpoints import Checkpoints
 from recon.experiment.job import Job
+from recon.experiment.origin import Origin, require_masks_of
 from recon.experiment.tasks import require_scorable
 from recon.models.anatomy import Anatomy
 from recon.pruning.prune import require_fit
-from recon.scopes.base import NO_MOVED
 from recon.scopes.local.module import LocalScope
 from recon.scopes.local.schedule import require_recovered_inputs
+from recon.scopes.starts import NO_MOVED, NO_RUN
 
 CLEARLY = 0.9
 """Share of the predicted bytes below which a disk is refused: a prediction may be a little too high."""
@@ -32,7 +33,8 @@ def require_feasible(job: Job) -> None:
         require_interleavable(job)
     if options.part is not None:
         _require_divisible(job, options.part)
-    if not scope.loads_whole and (job.measures_baselines or not (job.run.masks.exists() or options.masks)):
+    require_origin(job)
+    if not scope.loads_whole and (job.measures_baselines or not _has_masks(job)):
         raise ValueError(
             "model.partitioned needs masks made before, since pruning takes the whole model, and no baselines; choose "
             "model.offload: disk, or give --masks <masks.safetensors of recon prune> and --baselines false"
@@ -44,6 +46,32 @@ def require_feasible(job: Job) -> None:
         require_scorable(options.suite, scope.offload, scope.loads_whole)
 
 
+def require_origin(job: Job) -> None:
+    """Refuse a run to start from that is not whole, has other masks or another dense model, or is not wanted.
+
+    Raises:
+        ValueError: Naming the run, with the cure.
+    """
+    origin, options = job.options.origin, job.options
+    if origin is None:
+        if job.scope.start == "run":
+            raise ValueError(NO_RUN)
+        return
+    origin.require()
+    if options.interleaves or not options.prunes:
+        got = "pruning.inputs: recovered" if options.interleaves else "--criterion null"
+        raise ValueError(
+            f"{origin.option} {origin.path} recovers under the masks of that run, got {got}; leave it out, or leave "
+            f"out {origin.option}"
+        )
+    require_masks_of(origin, options.masks)
+    origin.require_same_model(Origin(job.run.path).dense())
+
+
+def _has_masks(job: Job) -> bool:
+    return job.run.masks.exists() or job.options.masks is not None or job.options.origin is not None
+
+
 def require_suitable(job: Job) -> None:
     """Refuse options that the loaded model does not fit, before it is pruned.
 
@@ -52,8 +80,7 @@ def require_suitable(job: Job) -> None:
     """
     scope, options = job.scope, job.options
     anatomy = Anatomy.of(scope.model)
-    has_masks = options.masks is not None or job.run.masks.exists()
-    pruned = anatomy.prunable(options.pruning.exclude) if options.prunes and not has_masks else {}
+    pruned = anatomy.prunable(options.pruning.exclude) if options.prunes and not _has_masks(job) else {}
     if options.pattern is not None:
         require_fit(pruned, options.pattern, options.pruning)
     scope.require_model(anatomy, pruned)

@@ -1,8 +1,11 @@
 """The masks of a run: from its directory, from a file or from memory, by pruning now, or block by block on the way."""
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from torch import Tensor
 
 from recon.basics.locks import locked
 from recon.basics.manifest import require_unchanged
@@ -10,7 +13,7 @@ from recon.experiment.job import Job
 from recon.profiling.phases import PhaseName
 from recon.pruning.interleaved import Interleaved
 from recon.pruning.masks import Masks
-from recon.pruning.prune import CAME_WITH_MOVED, block_patterns, moved_with, prune_to
+from recon.pruning.prune import block_patterns, metadata_at, moved_with, prune_to
 from recon.pruning.start_weights import Start
 
 GIVEN = {"criterion": "given masks", "pattern": "given masks"}
@@ -25,11 +28,13 @@ class Selection:
         masks: All masks; none where nothing is pruned, and none yet where they are chosen along with recovery.
         moved: The weights as the criterion moved them, where they are needed and there are any.
         interleaved: Chooses the masks of each block along with recovery; None where they are known.
+        start: The weights that recovery starts from, where a criterion has moved them or another run has them.
     """
 
     masks: Masks = field(default_factory=lambda: Masks({}))
     moved: Start | None = None
     interleaved: Interleaved | None = None
+    start: Mapping[str, Tensor] | None = None
 
 
 def select(job: Job) -> Selection:
@@ -45,12 +50,16 @@ def select(job: Job) -> Selection:
         return Selection(interleaved=_interleaved(job))
     with locked(job.run.path / ".masks.lock") if job.options.part is not None else nullcontext():
         masks = _masks(job)
-    needed = bool(masks) and (job.measures_baselines or job.scope.start == "moved")
-    return Selection(masks, moved_with(job.run.masks, masks) if needed else None)
+    origin, start = job.options.origin, job.scope.start
+    needed = bool(masks) and (job.measures_baselines or start == "moved")
+    moved = moved_with(job.run.masks, masks) if needed else None
+    return Selection(masks, moved, start=moved if origin is None else origin.weights(job.scope.model))
 
 
 def _masks(job: Job) -> Masks:
     given, ours = job.options.masks, job.run.masks
+    if job.options.origin is not None:
+        given = job.options.origin.run.masks
     if job.run.has_masks:
         return _from_file(job, ours)
     if isinstance(given, Masks):
@@ -67,12 +76,10 @@ def _from_file(job: Job, file: Path) -> Masks:
     if not file.exists():
         raise ValueError(f"--masks needs a file that `recon prune` wrote, got {file}, which does not exist")
     require_unchanged(file, "copy it again, or make it again with `recon prune`")
-    masks, made_by = Masks.load(file), Masks.read_metadata(file)
+    masks = Masks.load(file)
     masks.validate_for(job.scope.model)
-    if CAME_WITH_MOVED in made_by:
-        made_by[CAME_WITH_MOVED] = str((file.parent / made_by[CAME_WITH_MOVED]).resolve())
     if file != job.run.masks:
-        masks.save(job.run.masks, made_by, job.run.manifest.writing)
+        masks.save(job.run.masks, metadata_at(file), job.run.manifest.writing)
     return masks
 
 

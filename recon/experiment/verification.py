@@ -111,6 +111,8 @@ def _run(run: RunPaths) -> Iterator[Outcome]:
         masks = Masks.load(file) if fault is None and file == run.masks else masks
     if masks is not None:
         yield from _weights(run, masks, intact)
+        if run.fingerprint_file in intact:
+            yield run.masks, _said(lambda: _require_masks_of_parents(run, masks))
     if run.report in intact:
         yield run.report, _said(lambda: _require_report(run, masks))
     if run.window_results in intact:
@@ -131,14 +133,15 @@ def _weights(run: RunPaths, masks: Masks, intact: set[Path]) -> Iterator[Outcome
     for model in [run.model, *sorted(run.path.glob("model-step-*"))]:
         held = {file for file in run.manifest.records(model) if file.suffix not in FOR_PEOPLE}
         if held and held <= intact:
-            yield model, _said(lambda model=model: _require_zero(model, _violations_of_model(masks, model)))
+            yield model, _said(lambda model=model: _require_zero(model, violations_of_model(masks, model)))
     for file in sorted(path for path in intact if path.parent == run.windows):
         yield file, _said(lambda file=file: _require_zero(file, _violations_of_window(masks, file)))
     for file in (path for path in (run.moved, run.start) if path in intact):
         yield file, _said(lambda file=file: _require_zero(file, _violations_of_start(masks, file)))
 
 
-def _violations_of_model(masks: Masks, model: Path) -> int:
+def violations_of_model(masks: Masks, model: Path) -> int:
+    """Number of pruned weights that are not zero in the files of a model."""
     try:
         return masks.violations_in(model)
     except ValueError:  # its architecture saves weights under other names
@@ -177,6 +180,18 @@ def _require_report(run: RunPaths, masks: Masks | None) -> None:
     different = [f"{name} {said}, not {is_so}" for name, (said, is_so) in known.items() if said != is_so]
     if different:
         raise ValueError(f"{run.report} says {'; '.join(different)}")
+
+
+def _require_masks_of_parents(run: RunPaths, masks: Masks) -> None:
+    """Compare masks with those of the run that recovery started from, or of the runs that were averaged.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    made_with = _read(run.fingerprint_file)
+    parents = [*([made_with["from"]] if "from" in made_with else []), *made_with.get("soup", [])]
+    if any(parent["masks"] != masks.fingerprint() for parent in parents):
+        raise ValueError(f"{run.masks} has other masks than the runs that this one was made from")
 
 
 def _require_results(run: RunPaths, intact: set[Path]) -> None:

@@ -327,6 +327,14 @@ def moved_with(masks_file: Path, masks: Masks) -> Start | None:
     return Start(path, masks)
 
 
+def metadata_at(masks_file: Path) -> dict[str, str]:
+    """The metadata of masks for a copy of them elsewhere: it finds the moved weights that came with them."""
+    known = Masks.read_metadata(masks_file)
+    if CAME_WITH_MOVED in known:
+        known[CAME_WITH_MOVED] = str((masks_file.parent / known[CAME_WITH_MOVED]).resolve())
+    return known
+
+
 def require_fit(matrices: Mapping[str, nn.Module], pattern: Pattern, options: Pruning) -> None:
     """Refuse matrices that the pattern does not fit, before the first is scored.
 

@@ -14,9 +14,18 @@ DATA = "recon.data.TokenData"
 
 def recipe(report: Report, made_with: Mapping[str, Any]) -> str:
     """The command, and the options that it needs as YAML in a part of the page that can be opened."""
+    if "soup" in made_with:
+        runs = " ".join(f"run-{number}" for number in range(1, len(made_with["soup"]) + 1))
+        return (
+            f"The mean of recoveries under one mask, with cards of their own. Versions: {_versions(made_with)}.\n\n"
+            f"    recon soup {runs} --weights {made_with['options']['weights']}"
+        )
     command = "prune" if report.scope == "pruned" else "fit"
     masks = " --masks masks.safetensors" if "masks" in made_with else ""
     notes = [f"Save the options below as `{FILE}`. Versions: {_versions(made_with)}."]
+    if "from" in made_with:
+        masks += " --from first-run"
+        notes.append("`first-run` is the directory of the run that recovery started from, with a card of its own.")
     if masks:
         notes.append(
             "`masks.safetensors` is that of the run directory, with `moved.safetensors` beside it if it has one."

@@ -21,6 +21,7 @@ def method(report: Report, made_with: Mapping[str, Any]) -> dict[str, Any]:
     if report.scope != "pruned":
         scope = options["model"].get("init_args", {})
         found["scope"] = report.label
+        scope = {} if "soup" in made_with else scope  # its runs have options, which may differ
         found |= {name.replace("_", " "): brief(scope[name]) for name in OF_RECOVERY if scope.get(name) is not None}
         others = {name: options[name] for name in ("optimizer", "lr_scheduler") if name in options}
         found |= {name.replace("_", " "): brief(one) for name, one in others.items()}

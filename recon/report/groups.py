@@ -70,6 +70,8 @@ class Group:
                 notes.append(f"{_name(cell)} has no finite perplexity")
             if cell.mask_violations:
                 notes.append(f"{_name(cell)} violates its masks: {cell.mask_violations:,} pruned weights are not zero")
+            if (initial := cell.initial_perplexity) is not None:
+                notes.append(f"{_name(cell)} began at a perplexity of {initial:,.2f}")
             if reset := cell.reset_windows:
                 notes.append(
                     f"{_name(cell)}: {len(reset)} of {len(cell.windows)} windows ended worse than they began and kept "

@@ -131,6 +131,18 @@ class TaskScore(TypedDict):
     num_fewshot: int | None
 
 
+@with_config(OPEN)
+class Parent(TypedDict):
+    """One of a report's `parents`."""
+
+    run_dir: str
+    label: str
+    seed: int
+    perplexity: float | None
+    share: NotRequired[float]
+    validation: NotRequired[float | None]
+
+
 @with_config(ConfigDict(strict=True, extra="forbid"))
 class Reference(TypedDict, total=False):
     """One of a report's `references`: fields of the report of a model that the run was compared with."""
@@ -152,6 +164,7 @@ PARTS: dict[str, TypeAdapter[Any]] = {
     "drift": TypeAdapter(Nothing | MeasuredDrift),
     "prediction": TypeAdapter(Nothing | NotPredicted | Predicted),
     "losses": TypeAdapter(dict[Literal["model", "dense", "pruned"], list[float]]),
+    "parents": TypeAdapter(list[Parent]),
     "rates": TypeAdapter(dict[str, SearchedRate]),
     "tuning": TypeAdapter(list[TriedPoint]),
     "tasks": TypeAdapter(dict[str, TaskScore]),

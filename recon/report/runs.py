@@ -17,6 +17,7 @@ NOT_OF_REFERENCES: dict[str, Any] = {
     "ranks": [],
     "references": {},
     "windows": {},
+    "parents": [],
     "throughput": {},
     "drift": {},
     "losses": {},

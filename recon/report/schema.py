@@ -73,6 +73,9 @@ class Report(BaseModel):
         starts: Name of each recovered window -> `exact` or `pruned`, where `model.start: auto` has chosen.
         rates: Kind of window -> the learning rate that `model.lr: auto` has chosen for it (`lr`), the `steps` of a
             trial, and `tried`, each rate with its held-out `error`, None if it diverged.
+        parents: The runs whose weights it began with: `run_dir`, `label`, `seed` and `perplexity`, measured alike (None
+            if it was not); of an average `share`, its part of the sum, and where that was chosen `validation`, its
+            perplexity on the validation split.
         throughput: Tokens per second of all processes, model FLOP utilisation, and the tokens and seconds of their
             measurement; empty if not measured.
         tuning: The points tried to choose this cell's options: `options`, `perplexity` on the validation split (None if
@@ -121,6 +124,7 @@ class Report(BaseModel):
     windows: dict[str, dict[str, float]] = {}
     starts: dict[str, Literal["exact", "pruned"]] = {}
     rates: dict[str, dict[str, Any]] = {}
+    parents: list[dict[str, Any]] = []
     throughput: dict[str, Any] = {}
     drift: dict[str, Any] = {}
     prediction: dict[str, Any] = {}
@@ -209,6 +213,11 @@ class Report(BaseModel):
         """
         sides = [rank.get("tracked", {}).get("device") for rank in self.ranks]
         return max((sum(sizes.values()) for sizes in sides if sizes), default=None)
+
+    @property
+    def initial_perplexity(self) -> float | None:
+        """Perplexity of the run that it started from; None if it started from none or several."""
+        return self.parents[0]["perplexity"] if len(self.parents) == 1 else None
 
     @property
     def reset_windows(self) -> list[str]:

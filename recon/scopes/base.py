@@ -33,16 +33,10 @@ from recon.scopes.enforcement import MaskEnforcer
 from recon.scopes.exact import solve_all
 from recon.scopes.optimization import LRSchedulerRecipe, OptimizerRecipe
 from recon.scopes.own_batches import OwnBatches
+from recon.scopes.starts import StartName, carry_over, given_start
 from recon.scopes.step_losses import StepLosses
 from recon.scopes.tally import Tally
 from recon.scopes.trainer_options import EVERYWHERE, IN_WINDOWS, TrainerOption, refuse
-
-StartName = Literal["pruned", "moved", "exact", "auto"]
-
-NO_MOVED = (
-    "model.start: moved needs weights that the criterion moved, {}; choose a criterion that moves weights "
-    "(SparseGPT, ADMM, ALPS), or --masks of one that `recon prune` wrote, or model.start: exact"
-)
 
 
 class Scope(L.LightningModule, ABC):
@@ -67,7 +61,8 @@ class Scope(L.LightningModule, ABC):
         start: The surviving weights that recovery starts from: `pruned`, as they were in the dense model; `moved`, as
             a criterion that moves them (SparseGPT, ADMM, ALPS) left them; `exact`, those that best reproduce each
             matrix's outputs by itself, as the matrix scope finds them, but to about 1 % of the least error; `auto`, in
-            submodule and block, for each window the one of `exact` and `pruned` with the lower held-out error.
+            submodule and block, for each window the one of `exact` and `pruned` with the lower held-out error; `run`,
+            those of another run, which `--from` names and which gives the masks, too.
         offload: Where the model is: `none`, on the device; `host`, in the host's memory, its blocks on the device
             while needed; `disk`, in its safetensors files, from which blocks are read. With the last two local scopes
             need room for one window on the device, full retraining for the whole model only during the fit.
@@ -96,7 +91,8 @@ class Scope(L.LightningModule, ABC):
         if epochs < 1:
             raise ValueError(f"model.epochs must be at least 1, got {epochs}; give --model.epochs 1")
         self.source = ModelSource(name, shape, dtype, revision, tokenizer, trust_remote_code)
-        self.save_dtype, self.epochs, self.start = save_dtype, epochs, start
+        self.save_dtype, self.epochs = save_dtype, epochs
+        self.start: StartName = start
         self.offload: Offload = offload
         self.offloaded: OffloadedBlocks | None = None  # of a model that is not on the device
         self.forms: tuple[Form, Form] | None = None  # in which its blocks return, once they were tried out
@@ -320,18 +316,17 @@ class Scope(L.LightningModule, ABC):
             data: Calibration and validation tokens; its tokenizer is set.
             masks: Which weights of the loaded model survive.
             directory: Where finished parts may be written, so that a killed run can go on; nowhere if None.
-            moved: The weights as the criterion left them, for `start: moved`.
+            moved: The weights to start from, for `start: moved` those that the criterion left, for `start: run` all
+                weights of that run.
             interleaved: Chooses the masks along with recovery, which `masks` then are still without; local scopes only.
 
         Raises:
-            ValueError: If the masks belong to another model, or there are no moved weights to start from.
+            ValueError: If the masks belong to another model, or there are no weights to start from.
         """
         masks.validate_for(self.model)
         self.data, self.masks, self.directory = data, masks, directory
-        if self.start == "moved" and interleaved is None:
-            if moved is None:
-                raise ValueError(NO_MOVED.format("there are none with these masks"))
-            self.start_weights = moved
+        if interleaved is None:
+            self.start_weights = given_start(self.start, moved)
         if self.start == "exact" and masks:
             self.start_weights = self.solve_start()
 
@@ -353,8 +348,12 @@ class Scope(L.LightningModule, ABC):
         return found if paths is None else Start(paths.start, self.masks)
 
     def begin_from_start(self, masks: Masks) -> None:
-        """Prune the weights of `masks` and give the survivors what recovery starts from."""
+        """Prune the weights of `masks` and give the survivors, and what is not pruned, what recovery starts from."""
         apply(self.model, masks, self.start_weights)
+        if self.start == "run" and self.start_weights is not None:
+            carry_over(
+                self.model, [name for name, _ in self.model.named_parameters() if name not in masks], self.start_weights
+            )
 
     def setup(self, stage: str) -> None:
         """Tell the trainer how long the fit is: the scope knows its windows and epochs."""

@@ -385,7 +385,7 @@ class FullRetraining(Scope):
         """AdamW with warm-up and linear decay, or what was chosen."""
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if self._optimizer is None:
-            self.lr = rate_for(Anatomy.of(self.model), self.loss) if self.lr == "auto" else self.lr
+            self.lr = rate_for(Anatomy.of(self.model), self.loss, self.start) if self.lr == "auto" else self.lr
             optimizer = adamw(trained, self._steps_fused, self.lr, betas=self.betas, weight_decay=self.weight_decay)
         else:
             optimizer = self._optimizer(trained)

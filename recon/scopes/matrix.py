@@ -30,8 +30,8 @@ class MatrixReconstruction(LocalScope):
     Args:
         solver: `ConjugateGradients`, exact; `ADMMSolver`; or `GradientDescent`, steps of AdamW on the same problem, as
             published comparisons of scopes have it.
-        start: First iterate, `pruned` or `moved`. Where the solver is exact the end is the same, but for weights that
-            the inputs do not determine.
+        start: First iterate, `pruned`, `moved` or that of another `run`. Where the solver is exact the end is the same,
+            but for weights that the inputs do not determine.
         propagation: As in `LocalScope`; with `recovered`, inputs of the recovered model and outputs of the dense one.
         **options: Batch size, and which model: see `LocalScope`.
     """
@@ -63,6 +63,10 @@ class MatrixReconstruction(LocalScope):
         """As `LocalScope.label_notes`, and a solver that is not exact."""
         notes = [] if isinstance(self.solver, ConjugateGradients) else [str(self.solver)]
         return super().label_notes() + notes
+
+    def carried(self, window: Window) -> list[str]:
+        """As `LocalScope.carried`: matrices alone, which are solved for inputs behind the dense norms."""
+        return [name for name in window.owned if name in self.masks]
 
     @property
     def needs(self) -> Observation:

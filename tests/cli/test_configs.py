@@ -1,5 +1,7 @@
 """Every shipped configuration is parsed by the real command line."""
 
+from pathlib import Path
+
 import pytest
 
 from recon.basics.refusals import UsageError
@@ -7,17 +9,21 @@ from recon.cli.arrange import arrange
 from recon.cli.compare import build_parser
 from recon.cli.configs import config_directory, find_config, load_config, shipped_configs
 from recon.cli.fit import parse_only
+from recon.cli.recipe_names import candidates
+from recon.experiment.recipes import Recipe, lay_out
 from recon.planner.rates import PRECISIONS, as_rates
 
 NAMES = [path.relative_to(config_directory()).with_suffix("").as_posix() for path in shipped_configs()]
 COMPARISONS = [name for name in NAMES if name.startswith("comparisons/")]
-OVERLAYS = [name for name in NAMES if not name.startswith(("comparisons/", "devices/", "scopes/", "pretrain/"))]
+OTHERS = ("comparisons/", "devices/", "recipes/", "scopes/", "pretrain/")
+OVERLAYS = [name for name in NAMES if not name.startswith(OTHERS)]
+RECIPES = [name for name in NAMES if name.startswith("recipes/")]
 DEVICES = [name for name in NAMES if name.startswith("devices/")]
 RUNS = [name for name in NAMES if name.startswith(("scopes/", "pretrain/"))]
 
 
 def test_none_is_forgotten():
-    assert len(NAMES) == len(COMPARISONS) + len(OVERLAYS) + len(DEVICES) + len(RUNS) == 74
+    assert len(NAMES) == sum(map(len, (COMPARISONS, OVERLAYS, DEVICES, RUNS, RECIPES))) == 84
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -28,6 +34,13 @@ def test_run(name):
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_overlay_of_a_scope(name):
     parse_only(["-c", "scopes/submodule", "-c", name])
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe(name):
+    for one, content in candidates(name).items():
+        for stage in lay_out(Recipe.of(one, content), [], 0, Path("runs/x")):
+            assert parse_only(stage.recoveries[0].command[1:]).model.class_path.startswith("recon.scopes.")
 
 
 @pytest.mark.parametrize("name", DEVICES)

@@ -235,7 +235,7 @@ def plan(comparison: Comparison, model: dict[str, Any], resolver: Resolver) -> I
     identity = {"model": ModelSource(**model).identity(), "versions": versions()}
     # One precision for all rows: on a GPU local scopes would have that of the files, full retraining float32.
     of_tasks = _of_tasks(comparison.tasks)
-    of_model = _options({"dtype": "float32"} | model if torch.cuda.is_available() else model, "model")
+    of_model = as_arguments({"dtype": "float32"} | model if torch.cuda.is_available() else model, "model")
 
     def cell(title: str, command: list[str], tasks: list[str] = of_tasks) -> Cell:
         slug = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
@@ -251,7 +251,7 @@ def plan(comparison: Comparison, model: dict[str, Any], resolver: Resolver) -> I
         options = comparison.options | entry.options | chosen
         if options.get("pruning.inputs") == "recovered":  # chooses its own along with recovery
             masks = []
-        command = ["fit", *configs, *common, *masks, "--baselines", "false", *_options(options)]
+        command = ["fit", *configs, *common, *masks, "--baselines", "false", *as_arguments(options)]
         return cell(title, command, [] if TRIAL.items() <= chosen.items() else of_tasks)
 
     named = [option for option in of_model if not option.startswith("--model.name=")]
@@ -263,7 +263,7 @@ def plan(comparison: Comparison, model: dict[str, Any], resolver: Resolver) -> I
         comparison.allocations,
         comparison.seeds,
     ):
-        tested = _options(comparison.tested(calibration))
+        tested = as_arguments(comparison.tested(calibration))
         dense = cell("dense", ["test", model.get("name", "bundled"), *named, *text, *tested, *silent])
         chosen = [f"--criterion={json.dumps(criterion)}", f"--pattern={json.dumps(pattern)}"]
         of_criterion, of_pattern = resolver.describe(Criterion, criterion), resolver.describe(Pattern, pattern)
@@ -273,7 +273,7 @@ def plan(comparison: Comparison, model: dict[str, Any], resolver: Resolver) -> I
         if allocation is not None:
             chosen.append(f"--pruning.allocation={json.dumps(allocation)}")
             of_pattern += f", {resolver.describe(Allocation, allocation)}"
-        common = [*of_model, *text, *_options(calibration.options), *chosen, "--seed_everything", str(seed)]
+        common = [*of_model, *text, *as_arguments(calibration.options), *chosen, "--seed_everything", str(seed)]
         pruned = cell("pruned", ["prune", *common, "--baselines", "false", *silent])
         masks = ["--masks", str(pruned.directory / "masks.safetensors")]
         fitted = partial(fit, common, masks)
@@ -283,10 +283,10 @@ def plan(comparison: Comparison, model: dict[str, Any], resolver: Resolver) -> I
 def _of_tasks(tasks: TaskOptions) -> list[str]:
     """Command-line options for tasks; none without tasks."""
     given = {name: value for name, value in vars(tasks).items() if value is not None}
-    return _options(given | {"tasks": list(tasks.names)}) if tasks.names else []
+    return as_arguments(given | {"tasks": list(tasks.names)}) if tasks.names else []
 
 
-def _options(options: dict[str, Any], prefix: str = "") -> list[str]:
+def as_arguments(options: dict[str, Any], prefix: str = "") -> list[str]:
     """Command-line options for (dotted) names and values."""
     dotted = f"{prefix}." if prefix else ""
     return [

@@ -12,6 +12,9 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from recon.models.weight_files import FLOATS, INDEX, SINGLE, weight_places
 
+OFFLOAD, _OR_HOST = "model.offload: disk", ", or choose model.offload: host"
+"""The option that reads weights from disk, and the other way that it leaves."""
+
 
 class DiskWeights:
     """Finds the weights of a model in its files, by their names in the model.
@@ -19,18 +22,20 @@ class DiskWeights:
     Args:
         directory: Model in Hugging Face format, with one safetensors file or several and their index.
         model: Gives the names and shapes of the weights; its values are not read.
+        option: The option that needs them, for messages.
 
     Raises:
         ValueError: If the directory has no such files, or lacks a weight of `model` under its name, or has it in
             another shape.
     """
 
-    def __init__(self, directory: Path, model: PreTrainedModel) -> None:
-        files = weight_places(directory, "model.offload: disk")
+    def __init__(self, directory: Path, model: PreTrainedModel, option: str = OFFLOAD) -> None:
+        self._option = option
+        files = weight_places(directory, option)
         if not files:
             raise ValueError(
-                f"model.offload: disk reads {SINGLE} or the files in {INDEX}, {directory} has neither; load the model "
-                f"and save it again with save_pretrained, or choose model.offload: host"
+                f"{option} reads {SINGLE} or the files in {INDEX}, {directory} has neither; load the model and save it "
+                f"again with save_pretrained{_OR_HOST if option == OFFLOAD else ''}"
             )
         state = model.state_dict(keep_vars=True)
         names = _names(files, model, state)
@@ -39,9 +44,9 @@ class DiskWeights:
         missing = [name for name, tensor in state.items() if id(tensor) not in there]  # a tied one is there once
         if missing:
             raise ValueError(
-                f"model.offload: disk reads weights by their names in the model, {directory} lacks {len(missing)} of "
-                f"{len(state)}, {missing[0]} the first; load the model and save it again with save_pretrained, or "
-                f"choose model.offload: host"
+                f"{option} reads weights by their names in the model, {directory} lacks {len(missing)} of "
+                f"{len(state)}, {missing[0]} the first; load the model and save it again with save_pretrained"
+                f"{_OR_HOST if option == OFFLOAD else ''}"
             )
         self._require_shapes(state)
 
@@ -73,12 +78,12 @@ class DiskWeights:
                     shape = torch.Size(stored.get_shape())
                     if shape != state[name].shape:
                         raise ValueError(
-                            f"model.offload: disk needs weights in the model's own shapes, got {list(shape)} for "
+                            f"{self._option} needs weights in the model's own shapes, got {list(shape)} for "
                             f"{name} {list(state[name].shape)} in {path}; correct config.json or copy the model again"
                         )
                     if state[name].is_floating_point() and stored.get_dtype() not in FLOATS:
                         raise ValueError(
-                            f"model.offload: disk needs floating-point weights, got {stored.get_dtype()} for {name} in "
+                            f"{self._option} needs floating-point weights, got {stored.get_dtype()} for {name} in "
                             f"{path}; write the model again with save_pretrained"
                         )
 

@@ -115,7 +115,7 @@ def _part(group: Group, sources: dict[int, Source], tuned: set[str]) -> Part:
         *density_charts(group),
     ]
     return Part(
-        title=", ".join(name for name in (group.model, group.criterion, group.pattern) if name != "none"),
+        title=", ".join(name for name in (group.model, group.text, group.criterion, group.pattern) if name != "none"),
         sentences=headline(group),
         header=[column.title for column in columns_of(group)],
         lines=lines_of(group, sources),

@@ -1,5 +1,7 @@
 """What the numbers of a group say, in sentences that are computed from them."""
 
+from dataclasses import replace
+
 from recon.report.front import memory_axis
 from recon.report.groups import Group, Row
 from recon.report.sampling import Sampled, best_recovery, difference, perplexity_error
@@ -54,7 +56,7 @@ def _smallest(group: Group) -> Row | None:
 
 def _second(group: Group, best: Row) -> Row | None:
     others = [row for row in group.rows if row is not best]
-    return best_recovery(Group(group.model, group.criterion, group.pattern, others))
+    return best_recovery(replace(group, rows=others))
 
 
 def _against(group: Group, row: Row, best: Row) -> str:

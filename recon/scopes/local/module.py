@@ -41,6 +41,7 @@ from recon.scopes.local.window_progress import WindowProgress, say_if_reset
 from recon.scopes.local.window_state import StartCopies, Upcast, WithheldWeights, freeze, give
 from recon.scopes.local.window_writer import WindowWriter
 from recon.scopes.local.windowed import WindowedScope
+from recon.scopes.starts import carry_over, require_dense_elsewhere
 
 log = logging.getLogger("recon")
 
@@ -96,11 +97,23 @@ class LocalScope(WindowedScope):
         self.schedule = Schedule(
             self.build_windows(), self.maskable, self.block_masks.pruned(), self.share, self.propagation, self.files
         )
+        self._require_dense_elsewhere()
         self.under_way = None
         self._withheld, self._start = WithheldWeights(self.model), StartCopies(self.model)
         self._precision = Upcast()
         self._is_aside = False
         self._started: dict[str, str] = {}  # which start the window under way has, where that was chosen
+
+    def carried(self, window: Window) -> list[str]:
+        """Names of the parameters of `window` that it has from another run, with `start: run`."""
+        return window.owned
+
+    def _require_dense_elsewhere(self) -> None:
+        """Refuse another run's weights where they differ from the dense ones outside of all windows."""
+        if self.start == "run" and self.start_weights is not None:
+            carried = {name for window in self.windows for name in self.carried(window)}
+            require_dense_elsewhere(self.model, self.offloaded, carried, self.start_weights, self.scope)
+            self.replay.hold(())
 
     def solve_start(self) -> None:
         """Solve nothing yet: each block is solved when its inputs are known."""
@@ -239,6 +252,9 @@ class LocalScope(WindowedScope):
 
     def _prune(self, window: Window, names: Sequence[str]) -> None:
         """Prune these parameters; with `start: auto` to the start of the lower held-out error, pruned or exact."""
+        if self.start == "run" and (run := self.block_masks.start_weights) is not None:
+            first = [name for name in self.carried(window) if self.schedule.owner(name) is window]
+            carry_over(self.model, [name for name in first if name not in self.masks], run)
         if self.start != "auto":
             return self.block_masks.prune(names)
         starts, self._started = self.block_masks.take_starts(names), {}
