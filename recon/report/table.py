@@ -51,11 +51,11 @@ def table_sections(results: Results, verbose: bool = False, together: bool = Fal
         more = further_sections(group, verbose, tuned)
         notes = group.failures + group.remarks + sampling_note(group) + ([] if verbose else _drift_note(group))
         if together and len(groups) > 1:
-            sections += [replace(section, title=f"{_title(group)}: {section.title}") for section in more if verbose]
+            sections += [replace(section, title=f"{title_of(group)}: {section.title}") for section in more if verbose]
             continue
         header = ["scope", f"{group.split} perplexity", *(name for name, _ in columns[1:])]
         rows = [[row.label, *(shown(row) for _, shown in columns)] for row in group.rows]
-        sections += [Section(_title(group), header, rows, notes), *more]
+        sections += [Section(title_of(group), header, rows, notes), *more]
     return sections
 
 
@@ -104,7 +104,8 @@ def _seeds(row: Row) -> str:
     return str(num) if num_ok == num else f"{num_ok}/{num} ok"
 
 
-def _title(group: Group) -> str:
+def title_of(group: Group) -> str:
+    """The names that a group stands for, in a line."""
     return ", ".join(_said(group.model, group.text, group.criterion, group.pattern))
 
 

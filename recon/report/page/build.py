@@ -27,7 +27,7 @@ from recon.report.page.run_charts import (
 from recon.report.page.sources import Source
 from recon.report.schema import Report, Results
 from recon.report.sections import Section
-from recon.report.table import further_sections
+from recon.report.table import further_sections, title_of
 
 NAME = "page.html"
 """File of a page in the directory of its results."""
@@ -115,7 +115,7 @@ def _part(group: Group, sources: dict[int, Source], tuned: set[str]) -> Part:
         *density_charts(group),
     ]
     return Part(
-        title=", ".join(name for name in (group.model, group.text, group.criterion, group.pattern) if name != "none"),
+        title=title_of(group),
         sentences=headline(group),
         header=[column.title for column in columns_of(group)],
         lines=lines_of(group, sources),
