@@ -118,6 +118,11 @@ class RunPaths:
         """The report of the finished run."""
         return self.path / "report.json"
 
+    @property
+    def speed(self) -> Path:
+        """The times of products with the matrices of the model."""
+        return self.path / "speed.json"
+
     def memory(self, rank: int = 0) -> Path:
         """The peak memory of each phase on one rank."""
         return self.path / ("memory.json" if rank == 0 else f"memory-rank{rank}.json")
@@ -145,6 +150,7 @@ class RunPaths:
             self.logs,
             self.model,
             self.report,
+            self.speed,
             self.memory(),
         )
 
