@@ -109,11 +109,11 @@ class _Trial:
             error = relative_error(self.storage.product(x), expected)
             self.errors.append(error)
             if not error <= TOLERANCES[x.dtype]:  # NaN is not
-                self._stop("wrong", f"error {error:.0e} at {len(x)} tokens, above {TOLERANCES[x.dtype]:.0e}")
+                self._stop("wrong", f"error {error:.0e} for inputs of {len(x)} x {x.shape[1]}")
                 return
             times = _times(self.storage.product, x, min_seconds)
         except RuntimeError as error:
-            self._stop("failed", f"{_first_line(error)} (at {len(x)} tokens)")
+            self._stop("failed", f"{_first_line(error)}, for inputs of {len(x)} x {x.shape[1]}")
             return
         low, high = np.quantile(times, [0.25, 0.75]).tolist()
         self.products.append(Product(len(x), error, median(times), low, high, len(times)))

@@ -113,7 +113,7 @@ def _matrices(
         shapes.setdefault(shape[::-1] if name in transposed else shape, []).append(name)
     for (rows, columns), names in sorted(shapes.items()):
         sparsity, name = median_low((masks.subset([name]).sparsity, name) for name in names)
-        log.info(f"{rows} x {columns}: {name}")
+        log.info(f"timing {rows} x {columns}: {name}")
         keep, weight = masks[name], _weight(run.model, name, masks.shapes[name])
         if count := masks.violations_of(name, weight):
             raise ValueError(

@@ -49,7 +49,7 @@ class CSR:
             wide = weight.to_sparse_csr()
             # MKL takes indices of 32 bits only: torch would convert those of 64, which are twice as large, each time.
             indices = wide.crow_indices().int(), wide.col_indices().int()
-            self.weight = torch.sparse_csr_tensor(*indices, wide.values(), wide.shape)
+            self.weight = torch.sparse_csr_tensor(*indices, wide.values(), wide.shape, check_invariants=True)
 
     def product(self, x: Float[Tensor, "tokens in_"]) -> Float[Tensor, "tokens out"]:
         """Multiply by the matrix."""

@@ -124,6 +124,11 @@ class Speed:
         return [one.storage for one in self.matrices[0].stored]
 
     @property
+    def num_matrices(self) -> int:
+        """Number of pruned matrices."""
+        return sum(one.count for one in self.matrices)
+
+    @property
     def wrong(self) -> list[tuple[MatrixSpeed, Stored]]:
         """The storages whose products or weights are not those of the masked matrix."""
         return [(matrix, one) for matrix in self.matrices for one in matrix.stored if one.status == "wrong"]

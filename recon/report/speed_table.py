@@ -51,7 +51,7 @@ def _reasons(speed: Speed, name: str) -> list[str]:
 
 
 def _time_section(speed: Speed) -> Section:
-    """Rows of tokens for each shape, then those of all matrices of the model."""
+    """Rows of tokens for each shape, then those of all matrices together."""
     tried = {one.storage for matrix in speed.matrices for one in matrix.stored if one.status != "needs"}
     names = [name for name in speed.storages if name in tried and name != DENSE]
     header = ["matrix", "tokens", DENSE, *(column for name in names for column in (name, "speed"))]
@@ -66,23 +66,25 @@ def _time_section(speed: Speed) -> Section:
                 row += [ratio(dense[tokens].seconds / product.seconds) if product and tokens in dense else MISSING]
             rows.append(row)
     rows += _of_all(speed, names)
-    number = sum(matrix.count for matrix in speed.matrices)
-    note = f"all: sum over the {number} pruned matrices of the model, each as the measured one of its shape"
+    note = f"all: sum over the {speed.num_matrices} pruned matrices of the model, each as the measured one of its shape"
     title = "Time of a product: median ± half the interquartile range, and speed in multiples of dense's"
     return Section(title, header, rows, [note])
 
 
 def _of_all(speed: Speed, names: Sequence[str]) -> list[list[str]]:
+    """Sums over all matrices, for the storages in which all were timed."""
     found: dict[str, dict[int, Gain]] = {
-        name: {one.tokens: one for one in gains(speed, name)} for name in (DENSE, *names)
+        name: {one.tokens: one for one in gains(speed, name) if one.count == speed.num_matrices}
+        for name in (DENSE, *names)
     }
     rows = []
     for tokens in speed.tokens:
         row = ["all", f"{tokens:,}"]
         for name, sums in found.items():
             one = sums.get(tokens)
-            row += [MISSING if one is None else _seconds(one.seconds)]
-            row += [] if name == DENSE else [MISSING if one is None else ratio(one.speed)]
+            row.append(MISSING if one is None else _seconds(one.seconds))
+            if name != DENSE:
+                row.append(MISSING if one is None else ratio(one.speed))
         rows.append(row)
     return rows
 

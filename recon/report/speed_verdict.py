@@ -21,12 +21,14 @@ class Gain:
 
     Args:
         tokens: Rows of the inputs.
+        count: Number of these matrices.
         seconds: Of the storage, the sum of medians.
         speed: Seconds of dense over those of the storage.
         outcome: "equal" if the ranges between the sums of quartiles overlap.
     """
 
     tokens: int
+    count: int
     seconds: float
     speed: float
     outcome: Outcome
@@ -35,14 +37,17 @@ class Gain:
 def verdict(speed: Speed) -> str:
     """Whether sparsity pays on this device, in a sentence."""
     threads = speed.environment["threads"]
-    where = f"On {speed.environment['device']} ({threads} thread{'' if threads == 1 else 's'})"
+    where = f"On {speed.environment['device']} ({threads} thread{'' if threads == 1 else 's'}),"
     zeros = f"{100 * speed.sparsity:.3g} % zeros ({speed.pattern}, {speed.dtype})"
     found = {name: gains(speed, name) for name in speed.storages if name != DENSE}
     found = {name: some for name, some in found.items() if some}
     if not found:
         return f"{where} no storage of {zeros} could be compared with dense."
     is_faster = any(one.outcome == "faster" for some in found.values() for one in some)
-    clauses = [f"{name} is {_said(some)}, in {ratio(_bytes(speed, name))} of its bytes" for name, some in found.items()]
+    clauses = [
+        f"{name} is {_said(some)}{_where(speed, some)}, with {ratio(_bytes(speed, name))} of its bytes"
+        for name, some in found.items()
+    ]
     return f"{where} {zeros} {'save time' if is_faster else 'save no time'}: {'; '.join(clauses)}."
 
 
@@ -52,12 +57,13 @@ def gains(speed: Speed, storage: str) -> list[Gain]:
     Times are summed over all matrices of the model, those of one shape taken as the measured one.
     """
     pairs = _timed(speed, storage)
+    number = sum(count for count, *_ in pairs)
     found = []
     for place, tokens in enumerate(speed.tokens if pairs else ()):
         ours = _sums([(count, one.products[place]) for count, one, _ in pairs])
         dense = _sums([(count, one.products[place]) for count, _, one in pairs])
         outcome: Outcome = "faster" if ours.high < dense.low else "slower" if ours.low > dense.high else "equal"
-        found.append(Gain(tokens, ours.seconds, dense.seconds / ours.seconds, outcome))
+        found.append(Gain(tokens, number, ours.seconds, dense.seconds / ours.seconds, outcome))
     return found
 
 
@@ -99,6 +105,12 @@ def _bytes(speed: Speed, storage: str) -> float:
     pairs = _timed(speed, storage)
     ours = sum(count * (one.num_bytes or 0) for count, one, _ in pairs)
     return ours / sum(count * (one.num_bytes or 0) for count, _, one in pairs)
+
+
+def _where(speed: Speed, found: Sequence[Gain]) -> str:
+    """` in 1 of 4 matrices`, if not all were timed."""
+    number, count = speed.num_matrices, found[0].count
+    return "" if count == number else f" in {count} of {number} matrices"
 
 
 def _said(found: Sequence[Gain]) -> str:
