@@ -128,6 +128,11 @@ class RunPaths:
         """The report of the finished run."""
         return self.path / "report.json"
 
+    @property
+    def speed(self) -> Path:
+        """The times of products with the matrices of the model."""
+        return self.path / "speed.json"
+
     def memory(self, rank: int = 0) -> Path:
         """The peak memory of each phase on one rank."""
         return self.path / ("memory.json" if rank == 0 else f"memory-rank{rank}.json")
@@ -157,6 +162,7 @@ class RunPaths:
             self.model,
             self.task_scores,
             self.report,
+            self.speed,
             self.memory(),
         )
 

@@ -21,6 +21,7 @@ COMMANDS = {
     "consolidate": "write the model in a checkpoint of full retraining: recon consolidate runs/x",
     "compare": "compare scopes, criteria, patterns and seeds: recon compare -c comparisons/demo",
     "plan": "predict memory, disk and FLOPs: recon plan -c models/llama-2-7b --device_memory 24GiB",
+    "speed": "time products with a run's matrices, dense and sparse: recon speed runs/x",
     "verify": "check all that a run or comparison has written: recon verify runs/x",
     "push": "upload a run's model with its card, a dry run at first: recon push runs/x org/name",
     "report": "print the results of a run or comparison again: recon report runs/demo",

@@ -30,6 +30,11 @@ def recorded(pattern: Pattern, transposed: Iterable[str]) -> dict[str, str]:
     return {KEY: json.dumps({"pattern": kind.__name__, **asdict(pattern), "transposed": sorted(transposed)})}  # pyright: ignore
 
 
+def transposed_in(metadata: Mapping[str, str]) -> set[str] | None:
+    """Names of the matrices that are stored in x out, as the metadata of masks tells; None if it does not."""
+    return set(json.loads(metadata[KEY])["transposed"]) if KEY in metadata else None
+
+
 def broken(metadata: Mapping[str, str], packed: Mapping[str, Tensor], shapes: Shapes) -> str | None:
     """Say where masks do not keep to the pattern in their metadata; None if they do, or if it tells none.
 

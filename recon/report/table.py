@@ -176,26 +176,31 @@ def print_table(results: Results, console: Console, verbose: bool = False, toget
         together: See there.
     """
     for i, section in enumerate(table_sections(results, verbose, together)):
-        table = Table(box=box.SIMPLE, padding=0, show_edge=False, pad_edge=False)
-        for j, name in enumerate(section.header):
-            title = _encodable(name.replace(" ", "\n"), console)
-            if j == 0:
-                table.add_column(title, overflow="fold", vertical="bottom", min_width=len("submodule"))
-            elif j < section.num_text:
-                table.add_column(title, overflow="fold", vertical="bottom", min_width=len("criterion"))
-            else:
-                table.add_column(title, justify="right", no_wrap=True, vertical="bottom")
-        for row in section.rows:
-            table.add_row(*(Text(_encodable(cell, console)) for cell in row))
         if i > 0:
             console.print()
-        console.print(Text(section.title, style="bold"))
-        needed = Measurement.get(console, console.options.update_width(WIDEST), table).minimum
-        if needed > console.width:
-            table.width = needed
-        console.print(table, crop=False)
-        for note in section.notes:
-            console.print(Text(note))
+        print_section(section, console)
+
+
+def print_section(section: Section, console: Console) -> None:
+    """Print one table with its title and notes; where its numbers need more width than the console has, it is wider."""
+    table = Table(box=box.SIMPLE, padding=0, show_edge=False, pad_edge=False)
+    for j, name in enumerate(section.header):
+        title = _encodable(name.replace(" ", "\n"), console)
+        if j == 0:
+            table.add_column(title, overflow="fold", vertical="bottom", min_width=len("submodule"))
+        elif j < section.num_text:
+            table.add_column(title, overflow="fold", vertical="bottom", min_width=len("criterion"))
+        else:
+            table.add_column(title, justify="right", no_wrap=True, vertical="bottom")
+    for row in section.rows:
+        table.add_row(*(Text(_encodable(cell, console)) for cell in row))
+    console.print(Text(section.title, style="bold"))
+    needed = Measurement.get(console, console.options.update_width(WIDEST), table).minimum
+    if needed > console.width:
+        table.width = needed
+    console.print(table, crop=False)
+    for note in section.notes:
+        console.print(Text(note))
 
 
 def markdown_table(results: Results, verbose: bool = False, together: bool = False) -> str:
