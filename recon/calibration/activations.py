@@ -46,14 +46,14 @@ class Activations:
         batch_size: Sequences per forward pass.
         device: Device that the model computes on.
         propagation: Which inputs and targets windows have.
-        tap: Whether to record attention's outputs where a single block is entered.
+        tap: Whether to record the outputs of the token mixer where a single block is entered that it divides.
         starts: Indices of blocks at which later windows begin. If windows overlap, the inputs of these blocks are kept
             from the time when the blocks before them were dense.
         storage: Place and precision of the activations.
 
     Attributes:
         hidden: Inputs of the current blocks, [num_sequences, seq_len, dim].
-        attention: Targets of the attention submodule of the current block, and after `pass_attention` its outputs;
+        attention: Targets of the token mixer of the current block, and after `pass_attention` its outputs;
             None where they are not recorded.
         output: Targets of the current blocks; None before `enter`.
         recorded: Targets of a window that ends elsewhere, after `record`.
@@ -170,7 +170,7 @@ class Activations:
         assert start >= self._at, f"blocks are walked in order: {blocks} cannot follow {self.blocks}"
         assert stop > self._ahead, f"blocks are walked in order: {blocks} cannot follow {self.blocks}"
         self.replay.keep(range(start, stop))
-        tapped = self.tap and len(blocks) == 1
+        tapped = self.tap and len(blocks) == 1 and self.replay.anatomy.blocks[start].mixer is not None
         self.attention = (self.attention if self.attention is not None else self._room()) if tapped else None
         if self.propagation != "dense":
             for index in range(self._at, start):

@@ -1,18 +1,20 @@
-"""The anatomy of a causal language model: its blocks, their attention submodules and their prunable matrices.
+"""The anatomy of a causal language model: its blocks, their token mixers and their prunable matrices.
 
 This file alone knows about architectures, and knows none by name: it reads the module tree and three fields of the
-config. It refuses a model that it cannot read and lists the modules that it found; no block and no matrix is ever
-skipped in silence. Embeddings and the head lie outside the blocks and are therefore never prunable.
+config, and finds token mixers by experiment. It refuses a model that it cannot read and lists the modules that it
+found; no block and no matrix is ever skipped in silence. Embeddings and the head lie outside the blocks and are
+therefore never prunable.
 """
 
-from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from recon.models.linear import is_matrix
+from recon.models.mixers import CONVOLUTIONS, Findings, entered_first, examine
 
 MAX_LISTED = 8  # names an error message lists before it only counts the rest
 
@@ -25,17 +27,44 @@ class Block:
         index: Depth, from 0.
         name: Full module name, such as `model.layers.3`.
         module: The block itself.
-        attention_name: Full module name of the attention submodule, such as `model.layers.3.self_attn`.
-        attention: The attention submodule itself.
         matrices: Full module name -> linear map, for every prunable one, in module order.
+        mixer_name: Full module name of the token mixer that divides the block, such as `model.layers.3.self_attn`;
+            None if the block has none, several in parallel, or no weights outside it.
+        kind: Blocks of the same kind have equal modules.
     """
 
     index: int
     name: str
     module: nn.Module
-    attention_name: str
-    attention: nn.Module
     matrices: dict[str, nn.Module]
+    mixer_name: str | None = None
+    kind: str = ""
+
+    @property
+    def mixer(self) -> nn.Module | None:
+        """The token mixer itself: attention, a state-space mixer, a linear recurrence, a convolution."""
+        if self.mixer_name is None:
+            return None
+        return self.module.get_submodule(self.mixer_name.removeprefix(f"{self.name}."))
+
+    @property
+    def mixer_kind(self) -> str:
+        """What windows call the mixer: `attention` where its class does, `mixer` otherwise."""
+        kind = type(self.mixer).__name__.lower()
+        return "attention" if "attention" in kind or "attn" in kind else "mixer"
+
+    @property
+    def dense(self) -> dict[str, list[int]]:
+        """Parameter name -> shape, for parameters of two or more dimensions that are trained and never pruned.
+
+        They are kernels of convolutions, states, routers, and linear maps that the model does not call.
+        """
+        pruned = {f"{name}.weight" for name in self.matrices}
+        return {
+            name: list(parameter.shape)
+            for name, parameter in self.parameters().items()
+            if rank(parameter) > 1 and name not in pruned
+        }
 
     def weights_among(self, names: Container[str]) -> dict[str, nn.Module]:
         """Return parameter name -> linear map, for those of its matrices whose weight is one of `names`."""
@@ -62,9 +91,9 @@ class Anatomy:
         """Read the module tree of `model`.
 
         Raises:
-            ValueError: If the model is an encoder-decoder, has no block list, has blocks without exactly
-                one attention submodule or without linear maps, shares parameters between blocks, or
-                keeps parameters that are neither vectors nor matrices (fused experts) in its blocks.
+            ValueError: If the model is an encoder-decoder, has no block list, has blocks without linear maps that
+                it calls, shares parameters between blocks, or keeps parameters that are neither vectors nor
+                matrices (fused experts) in its blocks.
         """
         if model.config.is_encoder_decoder:
             raise ValueError(
@@ -74,12 +103,11 @@ class Anatomy:
         list_name, modules = _block_list(model)
         names = [f"{list_name}.{index}" for index in range(len(modules))]
         _refuse_shared_parameters(names, modules)
-        attentions = _attentions(names, modules)
         _refuse_fused_parameters(names, modules)
-        blocks = []
-        for index, (name, module, attention) in enumerate(zip(names, modules, attentions, strict=True)):
-            matrices = {f"{name}.{inner}": child for inner, child in module.named_modules() if is_matrix(child)}
-            blocks.append(Block(index, name, module, *attention, matrices))
+        blocks = [Block(index, *one, _matrices(*one)) for index, one in enumerate(zip(names, modules, strict=True))]
+        _refuse_unreadable_matrices(blocks)
+        found = examine(model, names, modules)
+        blocks = [_as_found(block, of_block) for block, of_block in zip(blocks, found, strict=True)]
         _refuse_unreadable_matrices(blocks)
         return cls(blocks)
 
@@ -118,53 +146,44 @@ class Anatomy:
 
 
 def _block_list(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
-    """Find name and items of the `ModuleList` with the config's number of layers; of several, the shortest name's."""
+    """Find name and items of the `ModuleList` of blocks.
+
+    It is the one with the config's number of layers, or the only one outside all others; of several, the one that the
+    model enters first (an encoder of images is not entered), then the one with the shortest name.
+    """
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    lengths = {name: len(m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
-    candidates = [name for name, length in lengths.items() if length and length == depth]
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    candidates = [name for name, one in lists.items() if len(one) == depth] or (
+        outermost if len(outermost) == 1 else []
+    )
     if not candidates:
-        found = _listed([f"{name} ({length})" for name, length in lengths.items()]) or "no ModuleList"
+        found = _listed([f"{name} ({len(one)})" for name, one in lists.items()]) or "no ModuleList"
         raise ValueError(
-            f"recon needs a ModuleList of blocks as long as config.num_hidden_layers ({depth}), found "
-            f"{found} in {type(model).__name__}. Load a causal language model with one list of blocks."
+            f"recon needs a ModuleList of blocks as long as config.num_hidden_layers ({depth}), or one outside all "
+            f"others, found {found} in {type(model).__name__}. Load a causal language model with one list of blocks."
         )
     name = min(candidates, key=len)
-    return name, list(model.get_submodule(name).children())
+    if len(candidates) > 1:
+        name = entered_first(model, {other: lists[other] for other in sorted(candidates, key=len)}) or name
+    return name, list(lists[name].children())
 
 
-def _attentions(names: list[str], modules: list[nn.Module]) -> list[tuple[str, nn.Module]]:
-    """Find name and module of the one attention submodule of every block."""
-    found = [list(_outermost_attentions(n, m)) for n, m in zip(names, modules, strict=True)]
-    without = [
-        f"{name} ({', '.join(f'{n}: {type(child).__name__}' for n, child in module.named_children())})"
-        for name, module, attentions in zip(names, modules, found, strict=True)
-        if not attentions
-    ]
-    if without:
-        raise ValueError(
-            f"recon needs an attention submodule with parameters (a class whose name contains attention or "
-            f"attn) in every block, found none in {len(without)} of {len(names)} blocks: "
-            f"{_listed(without)}. State-space and hybrid models are not supported."
-        )
-    for name, attentions in zip(names, found, strict=True):
-        if len(attentions) > 1:
-            listed = _listed([f"{n} ({type(child).__name__})" for n, child in attentions])
-            raise ValueError(
-                f"recon needs exactly one attention submodule in every block, found {len(attentions)} in "
-                f"{name}: {listed}. Models with cross-attention are not supported."
-            )
-    return [attentions[0] for attentions in found]
+def _matrices(name: str, module: nn.Module) -> dict[str, nn.Module]:
+    return {f"{name}.{inner}": child for inner, child in module.named_modules() if is_matrix(child)}
 
 
-def _outermost_attentions(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the attention submodules below `module` that lie in no other one (GPT-Neo nests them)."""
-    for inner, child in module.named_children():
-        kind = type(child).__name__.lower()
-        is_attention = "attention" in kind or "attn" in kind
-        if is_attention and any(True for _ in child.parameters()):
-            yield f"{name}.{inner}", child
-        else:
-            yield from _outermost_attentions(f"{name}.{inner}", child)
+def _as_found(block: Block, found: Findings) -> Block:
+    """Add what the experiment shows about a block."""
+    uncalled = {f"{block.name}.{inner}" for inner in found.uncalled}
+    matrices = {name: module for name, module in block.matrices.items() if name not in uncalled}
+    mixer_name = f"{block.name}.{found.mixer}" if found.mixer is not None else None
+    return replace(block, matrices=matrices, mixer_name=mixer_name, kind=found.kind)
+
+
+def rank(parameter: Tensor) -> int:
+    """Count the dimensions of a parameter that are larger than 1: [1, 1, 64] is a vector."""
+    return sum(size > 1 for size in parameter.shape)
 
 
 def _refuse_shared_parameters(names: list[str], modules: list[nn.Module]) -> None:
@@ -186,11 +205,13 @@ def _refuse_fused_parameters(names: list[str], modules: list[nn.Module]) -> None
         for name, module in zip(names, modules, strict=True)
         for inner, parameter in module.named_parameters()
         if parameter.ndim > 2
+        and rank(parameter) > 1
+        and not isinstance(module.get_submodule(inner.rpartition(".")[0]), CONVOLUTIONS)
     ]
     if fused:
         raise ValueError(
             f"recon prunes two-dimensional matrices of Linear and Conv1D modules, found {len(fused)} block "
-            f"parameters of more dimensions (fused experts or convolutions), which it would leave dense: "
+            f"parameters of more dimensions outside convolutions (fused experts), which it would leave dense: "
             f"{_listed(fused)}. Load a model whose blocks hold none."
         )
 
@@ -200,7 +221,8 @@ def _refuse_unreadable_matrices(blocks: list[Block]) -> None:
         if not block.matrices:
             kinds = sorted({type(module).__name__ for module in block.module.modules()})
             raise ValueError(
-                f"recon prunes Linear and Conv1D modules, found none in {block.name}, which holds {_listed(kinds)}."
+                f"recon prunes Linear and Conv1D modules, found none that is called in {block.name}, which holds "
+                f"{_listed(kinds)}."
             )
         for name, matrix in block.matrices.items():
             weight = matrix.get_parameter("weight")

@@ -1,7 +1,7 @@
 """Windows: the parts of a model that are recovered at once.
 
 A window answers for itself: how it is run, which hidden states enter it, which it should reproduce. No forward pass is
-rewritten. An attention window is a tapped block; an MLP window is a stubbed one, so norms, residuals and multipliers
+rewritten. A mixer window is a tapped block; an MLP window is a stubbed one, so norms, residuals and multipliers
 all come from the model; a block window is one or more replayed blocks; a group window is a block halted after some of
 its linear maps.
 """
@@ -21,7 +21,7 @@ from recon.models.replay import Outputs, Replay
 Target = Literal["attention", "output", "recorded"]
 """Output that a window should reproduce:
 
-- `attention`: that of the attention submodule;
+- `attention`: that of the token mixer;
 - `output`: that of the last block;
 - `recorded`: that of the dense window, which is recorded before the window is pruned.
 """
@@ -32,7 +32,8 @@ class Window(ABC):
     """A part of the model that is recovered at once.
 
     Args:
-        name: Such as `003.attention`, `003.mlp`, `003.1-o_proj`, `002-004`; names sort in the order of recovery.
+        name: Such as `003.attention`, `003.mixer`, `003.mlp`, `003.1-o_proj`, `002-004`; names sort in the order of
+            recovery.
         blocks: The consecutive blocks that it lies in.
         owned: The parameters that it trains, under their names in `model.named_parameters()`.
         shared: Parameters that it depends on but leaves frozen, since the other window of its block
@@ -40,8 +41,8 @@ class Window(ABC):
 
     Attributes:
         target: Output that it should reproduce.
-        takes_attention: Whether it takes the output of the attention submodule as an input, which is known once
-            attention is recovered.
+        takes_attention: Whether it takes the output of the token mixer as an input, which is known once the mixer is
+            recovered.
         needs_dense_block: Whether the rest of its block must be dense while it is recovered. Windows of the block that
             are recovered already then give their weights back only after the block's last window.
     """
@@ -77,22 +78,22 @@ class Window(ABC):
         Args:
             replay: The model that holds the window.
             hidden: Hidden states that enter its first block.
-            attention: Output of the attention submodule; read only where the window `takes_attention`.
+            attention: Output of the token mixer; read only where the window `takes_attention`.
         """
 
 
-class AttentionWindow(Window):
-    """One block up to the point where its attention submodule returns."""
+class MixerWindow(Window):
+    """One block up to the point where its token mixer returns."""
 
     target: ClassVar[Target] = "attention"
 
     def forward(self, replay: Replay, hidden: Hidden, attention: Hidden | None = None) -> Hidden:
-        """Compute the output of the attention submodule."""
+        """Compute the output of the token mixer."""
         return replay.tap(self.blocks[0].index, hidden)
 
 
 class MLPWindow(Window):
-    """One block with the output of its attention submodule given."""
+    """One block with the output of its token mixer given."""
 
     takes_attention: ClassVar[bool] = True
 
@@ -100,7 +101,7 @@ class MLPWindow(Window):
         """Compute the output of the block; `attention` is required."""
         if attention is None:
             raise ValueError(
-                f"Window {self.name} needs the output of {self.blocks[0].attention_name} as `attention`, got "
+                f"Window {self.name} needs the output of {self.blocks[0].mixer_name} as `attention`, got "
                 f"None. Record it with `Replay.tap` or `Replay.run_and_tap`."
             )
         return replay.stub(self.blocks[0].index, hidden, attention)
@@ -171,19 +172,23 @@ def kind_of(name: str) -> str:
 
 
 def submodule_windows(replay: Replay) -> list[Window]:
-    """Lay out the attention and the MLP window of every block, in the order of depth.
+    """Lay out the mixer and the MLP window of every block, in the order of depth.
 
-    The attention window owns the parameters that its output depends on, the MLP window all others of the block. Neither
-    owns parameters that both depend on (the input norm, where attention and MLP run in parallel).
+    The mixer window owns the parameters that its output depends on, the MLP window all others of the block. Neither
+    owns parameters that both depend on (the input norm, where attention and MLP run in parallel). A block that no mixer
+    divides is one window.
     """
     windows: list[Window] = []
     for block in replay.anatomy.blocks:
+        if block.mixer is None:
+            windows.append(BlockWindow(f"{block.index:03d}", [block], list(block.parameters()), []))
+            continue
         by_attention, by_mlp = replay.dependencies(block.index)
         shared = [name for name in block.parameters() if name in by_attention & by_mlp]
         attention = [name for name in block.parameters() if name in by_attention - by_mlp]
         # Not `by_mlp`: an expert to which the probe routes no token is the MLP's all the same.
         mlp = [name for name in block.parameters() if name not in by_attention]
-        windows.append(AttentionWindow(f"{block.index:03d}.attention", [block], attention, shared))
+        windows.append(MixerWindow(f"{block.index:03d}.{block.mixer_kind}", [block], attention, shared))
         windows.append(MLPWindow(f"{block.index:03d}.mlp", [block], mlp, shared))
     return windows
 

@@ -95,7 +95,8 @@ class _FirstBlock:
     def walk(self) -> float:
         """Measure the pass through the block."""
         hidden = self._hidden(self.stored)
-        run = self.replay.run_and_tap if self.small.taps else self.replay.run
+        taps = self.small.taps and self.block.mixer is not None
+        run = self.replay.run_and_tap if taps else self.replay.run
         with torch.no_grad():
             seconds = self._seconds(lambda: run(0, hidden))
         return self.fake.passed(self.fake_block, self.small).flops / seconds

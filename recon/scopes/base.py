@@ -19,11 +19,10 @@ from recon.data import TokenData
 from recon.distributed.part import Share
 from recon.evaluation.perplexity import Evaluation
 from recon.models.anatomy import Anatomy
-from recon.models.calls import Form
 from recon.models.loading import ModelSource, empty
 from recon.models.offload.blocks import OffloadedBlocks
 from recon.models.offload.opening import Offload, open_offloaded
-from recon.models.replay import Replay
+from recon.models.replay import Forms, Replay
 from recon.models.windows import Window
 from recon.profiling.phases import PhaseName, Phases
 from recon.pruning.interleaved import Interleaved
@@ -99,7 +98,7 @@ class Scope(L.LightningModule, ABC):
         self.save_dtype, self.epochs, self.start = save_dtype, epochs, start
         self.offload: Offload = offload
         self.offloaded: OffloadedBlocks | None = None  # of a model that is not on the device
-        self.forms: tuple[Form, Form] | None = None  # in which its blocks return, once they were tried out
+        self.forms: Forms | None = None  # in which its blocks return, once they were tried out
         self._storage = ON_DEVICE if offload == "none" else ON_HOST
         self.start_weights: Mapping[str, torch.Tensor] | None = None  # of every mask; None for the dense survivors
         self.start_seconds = 0.0  # what it took to solve for them, in this start of the run

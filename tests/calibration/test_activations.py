@@ -37,7 +37,7 @@ def dense_states(model: PreTrainedModel) -> list[dict[str, Tensor]]:
             ),
             with_kwargs=True,
         )
-        block.attention.register_forward_hook(lambda module, args, out, state=state: state.update(attention=first(out)))
+        block.mixer.register_forward_hook(lambda module, args, out, state=state: state.update(attention=first(out)))
     with torch.no_grad():
         model(TOKENS, use_cache=False)
     return states

@@ -42,9 +42,9 @@ def test_layout_of_every_family(family: str) -> None:
     assert [block.index for block in blocks] == list(range(DEPTH))
     for block in blocks:
         assert block.name == f"{block_list}.{block.index}"
-        assert block.attention_name == f"{block.name}.{attention}"
+        assert block.mixer_name == f"{block.name}.{attention}"
         assert model.get_submodule(block.name) is block.module
-        assert model.get_submodule(block.attention_name) is block.attention
+        assert model.get_submodule(block.mixer_name) is block.mixer
         assert len(block.matrices) == num_matrices
 
 
@@ -109,23 +109,14 @@ def test_encoder_decoders_are_refused(family: str) -> None:
         Anatomy.of(model)
 
 
-def test_cross_attention_is_refused() -> None:
-    config = BartConfig(vocab_size=96, d_model=32, encoder_layers=3, decoder_layers=3)
-    with pytest.raises(ValueError, match=r"found 2 in model\.decoder\.layers\.0: .*self_attn .*encoder_attn"):
-        Anatomy.of(BartForCausalLM(config))
-
-
-def test_blocks_without_attention_are_refused() -> None:
-    model = tiny("mamba", intermediate_size=64, state_size=4, num_key_value_heads=None)
-    with pytest.raises(ValueError, match=r"found none in 3 of 3 blocks: backbone\.layers\.0 .*MambaMixer"):
-        Anatomy.of(model)
-
-
-def test_hybrid_models_are_refused_by_the_blocks_that_lack_attention() -> None:
-    model = tiny("llama")
-    model.model.layers[1].self_attn = nn.Linear(4, 4)
-    with pytest.raises(ValueError, match=r"found none in 1 of 3 blocks: model\.layers\.1 \(self_attn: Linear"):
-        Anatomy.of(model)
+def test_cross_attention_that_is_not_called_is_left_dense() -> None:
+    config = BartConfig(vocab_size=96, d_model=32, encoder_layers=2, decoder_layers=3)
+    block = Anatomy.of(BartForCausalLM(config)).blocks[0]
+    assert block.mixer_name == "model.decoder.layers.0.self_attn"
+    called = [f"self_attn.{name}_proj" for name in ("k", "v", "q", "out")] + ["fc1", "fc2"]
+    assert list(block.matrices) == [f"model.decoder.layers.0.{name}" for name in called]
+    uncalled = [f"model.decoder.layers.0.encoder_attn.{name}_proj.weight" for name in ("k", "v", "q", "out")]
+    assert block.dense == {name: [32, 32] for name in uncalled}
 
 
 @pytest.mark.parametrize(
@@ -137,14 +128,17 @@ def test_hybrid_models_are_refused_by_the_blocks_that_lack_attention() -> None:
 )
 def test_fused_experts_are_refused_by_name_and_shape(family: str, sizes: dict) -> None:
     name = re.escape("model.layers.0.mlp.experts.gate_up_proj [4, 128, 32]")
-    with pytest.raises(ValueError, match=f"found 6 block parameters of more dimensions.*{name}"):
+    with pytest.raises(ValueError, match=f"found 6 block parameters of more dimensions outside convolutions.*{name}"):
         Anatomy.of(tiny(family, **sizes))
 
 
 def test_no_block_list_is_refused_with_the_lists_found() -> None:
     model = tiny("llama")
     model.config.num_hidden_layers = 5
-    with pytest.raises(ValueError, match=r"num_hidden_layers \(5\), found model\.layers \(3\) in LlamaFor"):
+    assert Anatomy.of(model).blocks[2].name == "model.layers.2"  # the only list
+    model.model.others = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+    message = r"num_hidden_layers \(5\), .*found model\.layers \(3\), model\.others \(2\) in LlamaFor"
+    with pytest.raises(ValueError, match=message):
         Anatomy.of(model)
 
 
@@ -169,7 +163,7 @@ def test_blocks_without_matrices_are_refused() -> None:
     for block in model.transformer.h:
         block.mlp = nn.Identity()
         block.attn.c_attn = block.attn.c_proj = nn.LayerNorm(32)
-    with pytest.raises(ValueError, match=r"found none in transformer\.h\.0, which holds .*GPT2Block"):
+    with pytest.raises(ValueError, match=r"found none that is called in transformer\.h\.0, which holds .*GPT2Block"):
         Anatomy.of(model)
 
 

@@ -7,12 +7,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from recon.models.anatomy import Anatomy
-from recon.models.calls import Call, Form, record_calls
+from recon.models.calls import Call, record_calls
+from recon.models.forwards import Form
 from recon.models.replay import Replay
 from recon.models.windows import (
-    AttentionWindow,
     BlockWindow,
     GroupWindow,
+    MixerWindow,
     MLPWindow,
     Window,
     Windows,
@@ -40,7 +41,7 @@ def states_in(model: PreTrainedModel, tokens: Tensor) -> tuple[list[Tensor], lis
     handles = []
     for block in Anatomy.of(model).blocks:
         handles.append(block.module.register_forward_hook(keep("block")))
-        handles.append(block.attention.register_forward_hook(keep("attention")))
+        handles.append(block.mixer.register_forward_hook(keep("attention")))
     model(input_ids=tokens, use_cache=False)
     for handle in handles:
         handle.remove()
@@ -119,14 +120,14 @@ def test_submodule_windows_cover_every_block_parameter_once(model: PreTrainedMod
     assert [window.name for window in windows] == [f"{i:03d}.{k}" for i in range(3) for k in ("attention", "mlp")]
     assert [window.name for window in windows] == sorted(window.name for window in windows)
     for block, attention, mlp in zip(replay.anatomy.blocks, windows[::2], windows[1::2], strict=True):
-        assert isinstance(attention, AttentionWindow)
+        assert isinstance(attention, MixerWindow)
         assert isinstance(mlp, MLPWindow)
         assert attention.indices == mlp.indices == [block.index]
         assert attention.shared == mlp.shared
         assert sorted(attention.owned + mlp.owned + mlp.shared) == sorted(block.parameters())
         assert bool(mlp.shared) == (model.config.model_type in PARALLEL)
         for name in block.matrices:  # matrices go where the module tree says
-            owner = attention if name.startswith(block.attention_name) else mlp
+            owner = attention if name.startswith(block.mixer_name) else mlp
             assert f"{name}.weight" in owner.owned
 
 
@@ -494,15 +495,15 @@ def test_forwards_and_flags_are_restored_when_a_block_fails(broken_mlp: Replay) 
     frozen = broken_mlp.model.requires_grad_(False)
 
     def shadow(*args, **kwargs):  # what accelerate's hooks leave on a module
-        return type(block.attention).forward(block.attention, *args, **kwargs)
+        return type(block.mixer).forward(block.mixer, *args, **kwargs)
 
-    block.attention.forward = shadow
+    block.mixer.forward = shadow
     hidden = broken_mlp.embed(token_ids())
     with pytest.raises(ZeroDivisionError):
         broken_mlp.stub(0, hidden, hidden)
     with pytest.raises(ZeroDivisionError):
         submodule_windows(broken_mlp)
-    assert block.attention.forward is shadow
+    assert block.mixer.forward is shadow
     assert "forward" not in vars(block.module)
     assert not any(parameter.requires_grad for parameter in frozen.parameters())
 
@@ -512,7 +513,7 @@ def test_nothing_after_the_tap_is_computed(broken_mlp: Replay) -> None:
 
 
 def test_recording_computes_no_block_and_no_head(llama: Replay) -> None:
-    modules = [llama.model.lm_head, *(block.attention for block in llama.anatomy.blocks[1:])]
+    modules = [llama.model.lm_head, *(block.mixer for block in llama.anatomy.blocks[1:])]
     handles = [module.register_forward_pre_hook(lambda *_: 1 / 0) for module in modules]
     llama.run(0, llama.embed(token_ids()))
     for handle in handles:

@@ -218,7 +218,8 @@ class FakeModel:
         def run() -> Step:
             hidden = self._hidden(options)
             with Tracker([*self.parameters.values(), hidden]) as tracker, torch.no_grad():
-                output = (self.replay.run_and_tap if options.taps else self.replay.run)(block.index, hidden)
+                taps = options.taps and block.mixer is not None
+                output = (self.replay.run_and_tap if taps else self.replay.run)(block.index, hidden)
                 del output
             return Step(0, tracker.peak, Counter(), tracker.flops, tracker.flops)
 
