@@ -32,7 +32,7 @@ class Findings:
     """What an experiment shows about a block. Names are relative to it.
 
     Args:
-        kind: The block's modules, printed.
+        kind: Blocks of the same kind have equal modules.
         mixers: The outermost submodules with weights that mix tokens, in the order of their calls.
         mixer: The one where the block is divided: the first, if all others read its output and the rest of the block
             has weights, too; None otherwise.
@@ -60,7 +60,8 @@ def examine(model: PreTrainedModel, names: Sequence[str], blocks: Sequence[nn.Mo
     Raises:
         ValueError: If the model cannot be run on seven tokens, or skips a block.
     """
-    kinds = [repr(block) for block in blocks]
+    # A forward of its own makes a block unlike the others.
+    kinds = [repr(one) + f"{index}" * ("forward" in vars(one)) for index, one in enumerate(blocks)]
     known = _findings.setdefault(model, {})
     if any(kind not in known for kind in kinds):
         known.update(_experiment(model, names, blocks, kinds))
@@ -80,7 +81,7 @@ def _experiment(
             if kind in found:
                 return Form.of(outputs[kind], names[index]).wrap(args[0] if args else kwargs["hidden_states"])
             trial = _Trial(block, forward, args, kwargs)
-            found[kind], outputs[kind] = trial.findings(), trial.output
+            found[kind], outputs[kind] = trial.findings(kind), trial.output
             if len(found) == len(set(kinds)):
                 raise Halt
             return trial.output
@@ -185,7 +186,7 @@ class _Trial:
             args, kwargs = _copied((self.args, self.kwargs))
             return self.forward(*args, **kwargs)
 
-    def findings(self) -> Findings:
+    def findings(self, kind: str) -> Findings:
         """Run the submodules again."""
         weights = {
             f"{name}.{inner}"
@@ -198,7 +199,7 @@ class _Trial:
         matrices = {name for name, module in self.block.named_modules() if is_matrix(module)}
         kinds = {_without_numbers(name) for name in self.called}
         uncalled = frozenset(name for name in matrices if _without_numbers(name) not in kinds)
-        return Findings(repr(self.block), tuple(mixers), mixers[0] if divides else None, uncalled)
+        return Findings(kind, tuple(mixers), mixers[0] if divides else None, uncalled)
 
     def _mixes(self, name: str) -> bool:
         """Tell whether the other tokens change when the first one does."""

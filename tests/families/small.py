@@ -71,6 +71,7 @@ OWN: dict[str, dict[str, Any]] = {
     "gemma4": {"text_config": _GEMMA},
     "gemma4_text": _GEMMA,
     "bamba": {"attn_layer_indices": [1, 3]},
+    "deepseek_v2": {"num_experts_per_tok": 2},
     "dots3_note": {"text_config": _NOTE, "audio_config": {"adapter_in_dim": 64, "hidden_size": 64, "d_model": 64}},
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
