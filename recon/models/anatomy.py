@@ -111,6 +111,13 @@ class Anatomy:
         _refuse_unreadable_matrices(blocks)
         return cls(blocks)
 
+    @property
+    def dense(self) -> dict[str, list[int]]:
+        """Name within a block -> shape, for parameters of two or more dimensions that are never pruned."""
+        return {
+            name.removeprefix(f"{block.name}."): shape for block in self.blocks for name, shape in block.dense.items()
+        }
+
     def prunable(self, exclude: Sequence[str] = ()) -> dict[str, nn.Module]:
         """Find the weights that may be pruned.
 

@@ -232,6 +232,8 @@ def block_patterns(
         ValueError: If blocks cannot differ under `pattern`, or the allocation's options do not suit it.
     """
     blocks = matrices_by_block(replay.anatomy, options.exclude)
+    if dense := replay.anatomy.dense:
+        log.info(f"left dense, trained if in a window  {'  '.join(f'{name} {shape}' for name, shape in dense.items())}")
     if options.allocation is None:
         return [pattern] * len(blocks)
     walk = Activations(replay, tokens, options.batch_size, replay.device, storage=storage)

@@ -281,10 +281,10 @@ class Distillation(LocalScope):
 
 
 class SubmoduleDistillation(Distillation):
-    """Recovers every attention and every MLP submodule by itself, or other groups of a block's matrices.
+    """Recovers every token mixer (attention) and every MLP submodule by itself, or other groups of a block's matrices.
 
-    An attention window ends where the attention submodule returns; an MLP window is the block with its
-    attention output given.
+    A mixer window ends where the token mixer returns; an MLP window is the block with its mixer's output given. A
+    block that no mixer divides (a state-space layer without an MLP) is one window.
 
     Args:
         epochs: Passes over the calibration sequences, for each window.
@@ -322,7 +322,7 @@ class SubmoduleDistillation(Distillation):
             require_owners({f"{name}.weight" for name in grouped}, pruned)
 
     def build_windows(self) -> Sequence[Window]:
-        """Lay out attention and MLP of every block, or the groups."""
+        """Lay out token mixer and MLP of every block, or the groups."""
         return submodule_windows(self.replay) if self.groups is None else group_windows(self.replay, self.groups)
 
 

@@ -10,6 +10,7 @@ Run it in the repository's root.
 import argparse
 import contextlib
 import io
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -43,6 +44,7 @@ def main() -> int:
 
 
 def _recover(wanted: list[str]) -> None:
+    os.environ["RECON_TRACEBACK"] = "1"  # errors are raised, and become the outcome
     for model_type in wanted or MODEL_TYPES:
         done = read_recovered().get(model_type, {})
         if (done and not wanted) or outcome_of(model_type).status != "accepted":

@@ -47,8 +47,7 @@ def outcome_of(model_type: str) -> Outcome:
     except ValueError as error:
         return Outcome("refused", reason(str(error)))
     kinds = dict.fromkeys(kind_of(window.name) for window in windows)
-    dense = {name.removeprefix(f"{block.name}.") for block in anatomy.blocks for name in block.dense}
-    return Outcome("accepted", ", ".join(kinds), tuple(sorted(dense)))
+    return Outcome("accepted", ", ".join(kinds), tuple(sorted(anatomy.dense)))
 
 
 def first_line(message: str) -> str:
@@ -78,7 +77,8 @@ def recover(model_type: str, scope: str, directory: Path) -> str:
         try:
             status = main(command)
         except Exception as error:  # it is the outcome
-            return f"recon {command[0]}: {type(error).__name__}: {first_line(str(error))}"
+            said = first_line(str(error).replace(f"{directory}/", ""))
+            return f"recon {command[0]}: {type(error).__name__}: {said}"
         if status:
             return f"recon {command[0]} ended with status {status}"
     violations = violations_in(run)
@@ -86,7 +86,7 @@ def recover(model_type: str, scope: str, directory: Path) -> str:
 
 
 def violations_in(run: Path) -> int:
-    """Count the pruned weights that are not zero in the written model, loaded: some families rename weights in files."""
+    """Count the pruned weights that are not zero in the written model, loaded: some families rename those in files."""
     model = AutoModelForCausalLM.from_pretrained(run / "model")
     weights, masks = dict(model.named_parameters()), Masks.load(run / "masks.safetensors")
     return sum(int(weights[name][~keep].count_nonzero()) for name, keep in masks.items())

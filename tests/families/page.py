@@ -55,7 +55,7 @@ def counts(found: Mapping[str, Outcome], recovered: Recovered) -> str:
     whole = [name for name in accepted if _scopes(recovered.get(name, {})) == SCOPES]
     return (
         f"Of {len(found)} causal-LM configurations {built} can be built; **{number['accepted']} of {built} are "
-        f"accepted**, {len(whole)} of them were recovered at all three local scopes; {number['refused']} are refused, "
+        f"accepted**,\n{len(whole)} of them were recovered at all three local scopes; {number['refused']} are refused, "
         f"with the reason."
     )
 
@@ -70,7 +70,8 @@ def page(found: Mapping[str, Outcome], recovered: Recovered) -> str:
             dense = ", ".join(f"`{path}`" for path in _folded(one.dense)) or "-"
             scopes = recovered.get(name, {})
             lines.append(f"| {name} | {one.text} | {dense} | {', '.join(_scopes(scopes)) or '-'} |\n")
-            failed |= {name: said for said in scopes.values() if said != "ok"}
+            if wrong := [said for said in scopes.values() if said != "ok"]:
+                failed[name] = wrong[0]
     reasons = {status: {n: one.text for n, one in found.items() if one.status == status} for status in TITLES}
     for status, title in TITLES.items():
         lines += _by_reason(title, failed if status == "failed" else reasons[status])

@@ -19,7 +19,7 @@ def model_of(dtype: torch.dtype = torch.float32) -> nn.Sequential:
 
 
 def block_of(model: nn.Sequential) -> Block:
-    return Block(0, "0", model[0], "0", model[0], {"0": model[0]})
+    return Block(0, "0", model[0], {"0": model[0]})
 
 
 def windows_of(model: nn.Sequential) -> tuple[Window, Window]:
