@@ -229,6 +229,7 @@ class Summary(Callback):
         (self.path / f"{trainer.global_rank}.json").write_text(json.dumps(self.throughput.summary()))
 
 
+@pytest.mark.slow
 def test_two_ranks_are_counted_and_told_apart(tmp_path: Path) -> None:
     throughput = Throughput(window=2, peak_flops=PEAK)
     trainer = L.Trainer(

@@ -204,6 +204,7 @@ def test_an_offloaded_model_is_recovered_in_place_too(offload: str) -> None:
     assert same(*recovered)
 
 
+@pytest.mark.slow
 def test_a_data_source_and_configurations_are_taken(tmp_path: Path) -> None:
     (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": one}) for one in TEXT))
     source = TextFiles([str(tmp_path / "text.jsonl")])

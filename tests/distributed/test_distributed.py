@@ -254,6 +254,7 @@ def in_session(leader: int) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_one_process_that_fails_saves_its_last_step_and_ends_bit_identically(directory: Path) -> None:
     run = directory / "failed" / "bf16-mixed"
     with pytest.raises(Failed, match="the test says stop"):  # when batch 5 begins, the second of step 3

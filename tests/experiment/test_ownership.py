@@ -77,6 +77,7 @@ def test_of_two_commands_in_one_directory_one_runs_and_the_other_names_it(
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.slow
 def test_parts_share_a_directory_and_merge_waits_for_none_of_them(tmp_path: Path, capsys: Any) -> None:
     run = tmp_path / "run"
     first, second = ([*fit("submodule"), "--run_dir", str(run), "--windows", f"{number}/2"] for number in (1, 2))

@@ -62,6 +62,7 @@ def test_a_bf16_model_comes_back_in_bf16_and_is_measured_as_written(case: str, b
     assert tested["perplexity"] == pytest.approx(report["perplexity"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_save_dtype_wins_and_is_the_unrounded_model(bf16: str, tmp_path: Path) -> None:
     enough = "--data.num_sequences=64"  # for windows that do not keep their start, which is in bf16
     rounded = fitted(bf16, "matrix", tmp_path / "bf16", enough)

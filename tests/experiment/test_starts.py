@@ -79,6 +79,7 @@ def test_full_retraining_that_saved_as_it_ended_has_all_tokens_and_seconds(tmp_p
     assert same(weights(tmp_path / "run"), weights(tmp_path / "straight"))
 
 
+@pytest.mark.slow
 def test_full_retraining_that_was_killed_says_that_seconds_are_missing(tmp_path: Path) -> None:
     every = ("--checkpoint_every_n_steps=3",)
     with mock.patch.object(Checkpoints, "on_exception"), pytest.raises(Killed):
@@ -115,6 +116,7 @@ def test_windows_keep_tokens_and_seconds(tmp_path: Path) -> None:
     assert same(weights(tmp_path / "run"), weights(tmp_path / "straight"))
 
 
+@pytest.mark.slow
 def test_parts_that_were_killed_add_up_and_merge_says_so(tmp_path: Path) -> None:
     from recon.cli.merge import main as merge
 

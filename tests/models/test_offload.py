@@ -357,6 +357,7 @@ DATA = [
 ]
 
 
+@pytest.mark.slow
 def test_a_run_reports_and_writes_the_same_wherever_the_model_is(tmp_path: Path) -> None:
     reports, written = {}, {}
     for offload in ("none", "host", "disk"):

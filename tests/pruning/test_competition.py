@@ -56,6 +56,7 @@ def test_other_scores_in_the_second_pass_are_refused() -> None:
         list(competition.masks())
 
 
+@pytest.mark.slow
 def test_pruning_across_the_model_keeps_the_scores_of_one_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[weakref.ref[Tensor]] = []
     largest, scores = 0, Wanda.scores
