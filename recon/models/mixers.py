@@ -45,8 +45,8 @@ class Findings:
     uncalled: frozenset[str]
 
 
-_findings: WeakKeyDictionary[PreTrainedModel, dict[str, Findings]] = WeakKeyDictionary()
-"""Of models that were examined: later, an engine may have taken their parameters away."""
+_findings: WeakKeyDictionary[PreTrainedModel, tuple[list[nn.Module], list[Findings]]] = WeakKeyDictionary()
+"""Modules and findings of models that were examined: later, an engine may have taken their parameters away."""
 
 
 def examine(model: PreTrainedModel, names: Sequence[str], blocks: Sequence[nn.Module]) -> list[Findings]:
@@ -60,12 +60,15 @@ def examine(model: PreTrainedModel, names: Sequence[str], blocks: Sequence[nn.Mo
     Raises:
         ValueError: If the model cannot be run on seven tokens, or skips a block.
     """
+    modules = [module for block in blocks for module in block.modules()]
+    known, findings = _findings.get(model, ([], []))
+    if len(known) == len(modules) and all(one is other for one, other in zip(known, modules, strict=True)):
+        return findings
     # A forward of its own makes a block unlike the others.
     kinds = [repr(one) + f"{index}" * ("forward" in vars(one)) for index, one in enumerate(blocks)]
-    known = _findings.setdefault(model, {})
-    if any(kind not in known for kind in kinds):
-        known.update(_experiment(model, names, blocks, kinds))
-    return [known[kind] for kind in kinds]
+    found = _experiment(model, names, blocks, kinds)
+    _findings[model] = modules, [found[kind] for kind in kinds]
+    return _findings[model][1]
 
 
 def _experiment(
