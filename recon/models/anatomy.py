@@ -12,7 +12,9 @@ from fnmatch import fnmatchcase
 from torch import nn
 from transformers import PreTrainedModel
 
-from recon.models.linear import is_matrix
+from recon.distributed.parameters import whole_shape
+from recon.models.experts import FusedExperts, find_experts
+from recon.models.matrices import Matrix, is_matrix, parameters_of
 
 MAX_LISTED = 8  # names an error message lists before it only counts the rest
 
@@ -27,7 +29,7 @@ class Block:
         module: The block itself.
         attention_name: Full module name of the attention submodule, such as `model.layers.3.self_attn`.
         attention: The attention submodule itself.
-        matrices: Full module name -> linear map, for every prunable one, in module order.
+        matrices: Full name -> matrix, for every prunable one, in module order.
     """
 
     index: int
@@ -35,12 +37,20 @@ class Block:
     module: nn.Module
     attention_name: str
     attention: nn.Module
-    matrices: dict[str, nn.Module]
+    matrices: dict[str, Matrix]
 
-    def weights_among(self, names: Container[str]) -> dict[str, nn.Module]:
-        """Return parameter name -> linear map, for those of its matrices whose weight is one of `names`."""
-        matrices = {f"{name}.weight": module for name, module in self.matrices.items()}
-        return {name: module for name, module in matrices.items() if name in names}
+    def weights_among(self, names: Container[str]) -> dict[str, Matrix]:
+        """Return name of the weight -> matrix, for those whose weight or parameter is one of `names`."""
+        return {
+            one.weight_name: one
+            for one in self.matrices.values()
+            if one.weight_name in names or one.parameter_name in names
+        }
+
+    @property
+    def experts(self) -> list[nn.Module]:
+        """The modules that hold stacks of matrices."""
+        return list({id(one.module): one.module for one in self.matrices.values() if one.index is not None}.values())
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return all floating-point parameters, under their names in `model.named_parameters()`."""
@@ -63,8 +73,8 @@ class Anatomy:
 
         Raises:
             ValueError: If the model is an encoder-decoder, has no block list, has blocks without exactly
-                one attention submodule or without linear maps, shares parameters between blocks, or
-                keeps parameters that are neither vectors nor matrices (fused experts) in its blocks.
+                one attention submodule or without linear maps, shares parameters between blocks, or has fused
+                experts that cannot be found.
         """
         if model.config.is_encoder_decoder:
             raise ValueError(
@@ -75,39 +85,53 @@ class Anatomy:
         names = [f"{list_name}.{index}" for index in range(len(modules))]
         _refuse_shared_parameters(names, modules)
         attentions = _attentions(names, modules)
-        _refuse_fused_parameters(names, modules)
+        experts = find_experts(model, names)
         blocks = []
         for index, (name, module, attention) in enumerate(zip(names, modules, attentions, strict=True)):
-            matrices = {f"{name}.{inner}": child for inner, child in module.named_modules() if is_matrix(child)}
+            matrices = {matrix.name: matrix for matrix in _matrices(name, module, experts)}
             blocks.append(Block(index, name, module, *attention, matrices))
         _refuse_unreadable_matrices(blocks)
         return cls(blocks)
 
-    def prunable(self, exclude: Sequence[str] = ()) -> dict[str, nn.Module]:
+    def weights_among(self, names: Container[str]) -> dict[str, Matrix]:
+        """As `Block.weights_among`, of all blocks."""
+        return {name: one for block in self.blocks for name, one in block.weights_among(names).items()}
+
+    def matrix_parameters(self) -> set[str]:
+        """Names of the parameters that hold matrices."""
+        return {one.parameter_name for block in self.blocks for one in block.matrices.values()}
+
+    def left_dense(self) -> dict[str, list[int]]:
+        """Return parameter name -> shape, of all in blocks with two dimensions or more that hold no matrix."""
+        shapes = {name: list(whole_shape(one)) for block in self.blocks for name, one in block.parameters().items()}
+        prunable = self.matrix_parameters()
+        return {name: shape for name, shape in shapes.items() if len(shape) > 1 and name not in prunable}
+
+    def prunable(self, exclude: Sequence[str] = ()) -> dict[str, Matrix]:
         """Find the weights that may be pruned.
 
         Args:
-            exclude: Shell patterns (`fnmatch`, case-sensitive) of full module names to leave dense, such
-                as `*.down_proj` or `model.layers.0.*`.
+            exclude: Shell patterns (`fnmatch`, case-sensitive) of full names of matrices to leave dense, such as
+                `*.down_proj` or `model.layers.0.*`; the name of a stacked parameter stands for all its slices.
 
         Returns:
-            Parameter name, such as `model.layers.0.mlp.up_proj.weight`, -> the linear map it belongs to.
+            Name of the weight, such as `model.layers.0.mlp.up_proj.weight`, -> the matrix it belongs to.
 
         Raises:
             ValueError: If a pattern matches no prunable matrix, or if nothing is left to prune.
         """
-        matrices = {name: matrix for block in self.blocks for name, matrix in block.matrices.items()}
+        matrices = [matrix for block in self.blocks for matrix in block.matrices.values()]
         for pattern in exclude:
-            if not any(fnmatchcase(name, pattern) for name in matrices):
+            if not any(_is_named(matrix, pattern) for matrix in matrices):
                 raise ValueError(
-                    f"Each pattern of pruning.exclude must match the module name of a prunable matrix, "
-                    f"{pattern!r} matches none of {_listed(list(matrices))}. Embeddings and the head are never pruned "
-                    f"and need no pattern; correct it."
+                    f"Each pattern of pruning.exclude must match the name of a prunable matrix, {pattern!r} matches "
+                    f"none of {_listed([matrix.name for matrix in matrices])}. Embeddings, routers and the head are "
+                    f"never pruned and need no pattern; correct it."
                 )
         kept = {
-            f"{name}.weight": matrix
-            for name, matrix in matrices.items()
-            if not any(fnmatchcase(name, pattern) for pattern in exclude)
+            matrix.weight_name: matrix
+            for matrix in matrices
+            if not any(_is_named(matrix, pattern) for pattern in exclude)
         }
         if not kept:
             raise ValueError(
@@ -115,6 +139,24 @@ class Anatomy:
                 f"{len(matrices)}; exclude less."
             )
         return kept
+
+
+def _is_named(matrix: Matrix, pattern: str) -> bool:
+    names = [matrix.name] if matrix.index is None else [matrix.name, matrix.parameter_name]
+    return any(fnmatchcase(name, pattern) for name in names)
+
+
+def _matrices(name: str, block: nn.Module, experts: FusedExperts) -> Iterator[Matrix]:
+    """Yield the matrices of the block called `name`, in module order; routers are none."""
+    for inner, module in block.named_modules():
+        full = f"{name}.{inner}" if inner else name
+        if is_matrix(module):
+            if full not in experts.routers:
+                yield Matrix.of_module(full, module)
+            continue
+        for own, _ in module.named_parameters(recurse=False):
+            if stack := experts.stacks.get(f"{full}.{own}"):
+                yield from Matrix.slices(f"{full}.{own}", module, stack.is_transposed, stack.rows_per_token)
 
 
 def _block_list(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
@@ -180,21 +222,6 @@ def _refuse_shared_parameters(names: list[str], modules: list[nn.Module]) -> Non
                 )
 
 
-def _refuse_fused_parameters(names: list[str], modules: list[nn.Module]) -> None:
-    fused = [
-        f"{name}.{inner} {list(parameter.shape)}"
-        for name, module in zip(names, modules, strict=True)
-        for inner, parameter in module.named_parameters()
-        if parameter.ndim > 2
-    ]
-    if fused:
-        raise ValueError(
-            f"recon prunes two-dimensional matrices of Linear and Conv1D modules, found {len(fused)} block "
-            f"parameters of more dimensions (fused experts or convolutions), which it would leave dense: "
-            f"{_listed(fused)}. Load a model whose blocks hold none."
-        )
-
-
 def _refuse_unreadable_matrices(blocks: list[Block]) -> None:
     for block in blocks:
         if not block.matrices:
@@ -202,11 +229,10 @@ def _refuse_unreadable_matrices(blocks: list[Block]) -> None:
             raise ValueError(
                 f"recon prunes Linear and Conv1D modules, found none in {block.name}, which holds {_listed(kinds)}."
             )
-        for name, matrix in block.matrices.items():
-            weight = matrix.get_parameter("weight")
+        for name, weight in parameters_of(block.matrices.values()).items():
             if not weight.is_floating_point():
                 raise ValueError(
-                    f"recon needs floating-point weights, got {weight.dtype} for {name}.weight. Load the "
+                    f"recon needs floating-point weights, got {weight.dtype} for {name}. Load the "
                     f"model without quantisation."
                 )
 
