@@ -1,6 +1,5 @@
 """The rows that no scope makes: a model as it is, dense or sparse, and the pruned one before recovery."""
 
-import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
@@ -29,7 +28,7 @@ from recon.models.matrices import is_matrix, parameters_of
 from recon.models.offload.opening import Offload
 from recon.profiling.process_memory import PeakMeter, resident_bytes
 from recon.pruning.masks import Masks
-from recon.pruning.prune import FEW_ROWS, LEFT_DENSE, moved_with, prune_to
+from recon.pruning.prune import moved_with, noted, prune_to
 from recon.report import Report
 
 log = logging.getLogger("recon")
@@ -168,7 +167,6 @@ def measure_pruned(
     else:
         sizes = {"model_sparsity": sparsities(model.parameters(), masks)["model_sparsity"]}
     evaluation = model.evaluate(data)
-    made_by = Masks.read_metadata(run.masks)
     report = costs.report(
         source,
         data,
@@ -181,8 +179,7 @@ def measure_pruned(
         mask_violations=model.violations(masks),
         seconds=seconds,
         run_dir=str(run.path),
-        few_rows=json.loads(made_by.get(FEW_ROWS, "{}")),
-        left_dense=json.loads(made_by.get(LEFT_DENSE, "{}")),
+        **noted(Masks.read_metadata(run.masks)),
         **sizes,
         **_compared(source, model, masks, data, opened, options),
     )

@@ -1,6 +1,5 @@
 """The report of a finished recovery."""
 
-import json
 from dataclasses import asdict
 
 import lightning as L
@@ -12,7 +11,7 @@ from recon.experiment.peaks import largest
 from recon.experiment.sizes import written_sizes
 from recon.experiment.training import Training
 from recon.pruning.masks import Masks
-from recon.pruning.prune import FEW_ROWS, LEFT_DENSE
+from recon.pruning.prune import FEW_ROWS, LEFT_DENSE, noted
 from recon.report import Report
 from recon.scopes.base import Scope
 
@@ -21,7 +20,7 @@ def build_report(job: Job, training: Training, measured: Measurement) -> Report:
     """The report of a run from its cost and its quality."""
     scope, masks, baselines = job.scope, job.scope.masks, measured.baselines
     made_by = Masks.read_metadata(job.run.masks) if masks else {}
-    chosen = {"criterion": "none", "pattern": "none"} | made_by
+    chosen, found = {"criterion": "none", "pattern": "none"} | made_by, noted(made_by)
     return Report(
         scope=scope.scope,
         label=scope.label,
@@ -45,8 +44,8 @@ def build_report(job: Job, training: Training, measured: Measurement) -> Report:
         prediction=dict(job.options.prediction),
         windows=_errors(scope),
         starts={name: one["start"] for name, one in scope.results.items() if "start" in one},
-        few_rows=json.loads(made_by.get(FEW_ROWS, "{}")) | scope.experts.few,
-        left_dense=json.loads(made_by.get(LEFT_DENSE, "{}")),
+        few_rows=found[FEW_ROWS] | scope.experts.few,
+        left_dense=found[LEFT_DENSE],
         rates=scope.rates,
         throughput=_throughput(job.trainer),
         drift=asdict(measured.drift) if measured.drift else {},

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -303,6 +304,11 @@ def made_by(
     known = {"criterion": str(criterion), "pattern": options.describe(pattern), **recorded(held, prunable.values())}
     lists = {FEW_ROWS: experts.few, LEFT_DENSE: anatomy.left_dense()}
     return known | {key: json.dumps(found) for key, found in lists.items() if found}
+
+
+def noted(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Read what the metadata of masks list beside criterion and pattern: `FEW_ROWS` and `LEFT_DENSE`."""
+    return {key: json.loads(metadata.get(key, "{}")) for key in (FEW_ROWS, LEFT_DENSE)}
 
 
 def moved_with(masks_file: Path, masks: Masks) -> Start | None:
