@@ -8,6 +8,7 @@ from recon.evaluation.drift import Drift
 from recon.evaluation.perplexity import Evaluation
 from recon.experiment.job import Job
 from recon.experiment.sizes import source_size, sparsities
+from recon.experiment.verification import violations_of_model
 from recon.profiling.phases import PhaseName
 from recon.pruning.masks import Masks
 from recon.pruning.start_weights import Start
@@ -86,10 +87,9 @@ def measure(job: Job, baselines: Baselines | None) -> Measurement:
 
 def _measure_written(job: Job, masks: Masks) -> tuple[Evaluation, int]:
     if job.scope.evaluation is not None:  # too large to be loaded by one process: measured before it was gathered
-        return job.scope.evaluation, masks.violations_in(job.run.model)
+        return job.scope.evaluation, violations_of_model(masks, job.run.model)
     model = job.reopened(job.written)
-    recovered = model.evaluate(job.data)
-    return recovered, masks.violations_in(job.run.model) if job.is_offloaded else model.violations(masks)
+    return model.evaluate(job.data), model.violations(masks)
 
 
 def _drift(job: Job) -> Drift:

@@ -113,6 +113,7 @@ def _connect(job: Job) -> None:
 
 def _load(job: Job) -> None:
     job.scope.phases.enter(PhaseName.LOAD)
+    job.scope.experts.rows = job.options.pruning.experts
     log.info(f"load {job.scope.source.name}")
     job.scope.load(job.data)
     measured: tuple[Split, ...] = () if job.options.part is not None else (job.options.evaluate_on,)

@@ -9,10 +9,12 @@ from recon.distributed.part import Share
 from recon.experiment.checkpoints import Checkpoints
 from recon.experiment.job import Job
 from recon.models.anatomy import Anatomy
+from recon.models.matrices import Matrix
 from recon.pruning.prune import require_fit
-from recon.scopes.base import NO_MOVED
+from recon.scopes.base import NO_MOVED, Scope
 from recon.scopes.local.module import LocalScope
 from recon.scopes.local.schedule import require_recovered_inputs
+from recon.scopes.lora import require_linear_maps
 
 CLEARLY = 0.9
 """Share of the predicted bytes below which a disk is refused: a prediction may be a little too high."""
@@ -53,6 +55,22 @@ def require_suitable(job: Job) -> None:
     pruned = anatomy.prunable(options.pruning.exclude) if options.prunes and not has_masks else {}
     if options.pattern is not None:
         require_fit(pruned, options.pattern, options.pruning)
+    require_matrices(scope, anatomy, pruned)
+
+
+def require_matrices(scope: Scope, anatomy: Anatomy, pruned: Mapping[str, Matrix]) -> None:
+    """Refuse matrices that the options of a scope do not fit.
+
+    Args:
+        scope: The scope.
+        anatomy: The blocks of the model.
+        pruned: Name of the weight -> matrix to be pruned.
+
+    Raises:
+        ValueError: Naming the option.
+    """
+    if vars(scope).get("which_parameters") == "lora":
+        require_linear_maps(pruned.values())
     scope.require_model(anatomy, pruned)
 
 

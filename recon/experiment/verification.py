@@ -131,14 +131,15 @@ def _weights(run: RunPaths, masks: Masks, intact: set[Path]) -> Iterator[Outcome
     for model in [run.model, *sorted(run.path.glob("model-step-*"))]:
         held = {file for file in run.manifest.records(model) if file.suffix not in FOR_PEOPLE}
         if held and held <= intact:
-            yield model, _said(lambda model=model: _require_zero(model, _violations_of_model(masks, model)))
+            yield model, _said(lambda model=model: _require_zero(model, violations_of_model(masks, model)))
     for file in sorted(path for path in intact if path.parent == run.windows):
         yield file, _said(lambda file=file: _require_zero(file, _violations_of_window(masks, file)))
     for file in (path for path in (run.moved, run.start) if path in intact):
         yield file, _said(lambda file=file: _require_zero(file, _violations_of_start(masks, file)))
 
 
-def _violations_of_model(masks: Masks, model: Path) -> int:
+def violations_of_model(masks: Masks, model: Path) -> int:
+    """Count the weights of the model in a directory that are pruned but not zero."""
     try:
         return masks.violations_in(model)
     except ValueError:  # its architecture saves weights under other names

@@ -6,15 +6,17 @@ found; no block and no matrix is ever skipped in silence. Embeddings and the hea
 therefore never prunable.
 """
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
-from recon.models.linear import is_matrix
-from recon.models.mixers import CONVOLUTIONS, Findings, entered_first, examine
+from recon.distributed.parameters import whole_shape
+from recon.models.experts import FusedExperts, find_experts
+from recon.models.matrices import Matrix, is_matrix, parameters_of
+from recon.models.mixers import Findings, entered_first, examine
 
 MAX_LISTED = 8  # names an error message lists before it only counts the rest
 
@@ -27,7 +29,7 @@ class Block:
         index: Depth, from 0.
         name: Full module name, such as `model.layers.3`.
         module: The block itself.
-        matrices: Full module name -> linear map, for every prunable one, in module order.
+        matrices: Full name -> matrix, for every prunable one, in module order.
         mixer_name: Full module name of the token mixer that divides the block, such as `model.layers.3.self_attn`;
             None if the block has none, several in parallel, or no weights outside it.
         kind: Blocks of the same kind have equal modules.
@@ -36,7 +38,7 @@ class Block:
     index: int
     name: str
     module: nn.Module
-    matrices: dict[str, nn.Module]
+    matrices: dict[str, Matrix]
     mixer_name: str | None = None
     kind: str = ""
 
@@ -53,23 +55,27 @@ class Block:
         kind = type(self.mixer).__name__.lower()
         return "attention" if "attention" in kind or "attn" in kind else "mixer"
 
+    def weights_among(self, names: Container[str]) -> dict[str, Matrix]:
+        """Return name of the weight -> matrix, for those whose weight or parameter is one of `names`."""
+        return {
+            one.weight_name: one
+            for one in self.matrices.values()
+            if one.weight_name in names or one.parameter_name in names
+        }
+
     @property
-    def dense(self) -> dict[str, list[int]]:
-        """Parameter name -> shape, for parameters of two or more dimensions that are trained and never pruned.
+    def experts(self) -> list[nn.Module]:
+        """The modules that hold stacks of matrices."""
+        return list({id(one.module): one.module for one in self.matrices.values() if one.index is not None}.values())
+
+    def left_dense(self) -> dict[str, list[int]]:
+        """Return name within the block -> shape, of parameters of two or more dimensions that are never pruned.
 
         They are kernels of convolutions, states, routers, and linear maps that the model does not call.
         """
-        pruned = {f"{name}.weight" for name in self.matrices}
-        return {
-            name: list(parameter.shape)
-            for name, parameter in self.parameters().items()
-            if rank(parameter) > 1 and name not in pruned
-        }
-
-    def weights_among(self, names: Container[str]) -> dict[str, nn.Module]:
-        """Return parameter name -> linear map, for those of its matrices whose weight is one of `names`."""
-        matrices = {f"{name}.weight": module for name, module in self.matrices.items()}
-        return {name: module for name, module in matrices.items() if name in names}
+        prunable = {one.parameter_name for one in self.matrices.values()}
+        shapes = {name: whole_shape(one) for name, one in self.parameters().items() if name not in prunable}
+        return {name.removeprefix(f"{self.name}."): list(one) for name, one in shapes.items() if rank(one) > 1}
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return all floating-point parameters, under their names in `model.named_parameters()`."""
@@ -91,9 +97,8 @@ class Anatomy:
         """Read the module tree of `model`.
 
         Raises:
-            ValueError: If the model is an encoder-decoder, has no block list, has blocks without linear maps that
-                it calls, shares parameters between blocks, or keeps parameters that are neither vectors nor
-                matrices (fused experts) in its blocks.
+            ValueError: If the model is an encoder-decoder, has no block list, has blocks without matrices that it
+                multiplies with, shares parameters between blocks, or has fused experts that cannot be found.
         """
         if model.config.is_encoder_decoder:
             raise ValueError(
@@ -103,46 +108,54 @@ class Anatomy:
         list_name, modules = _block_list(model)
         names = [f"{list_name}.{index}" for index in range(len(modules))]
         _refuse_shared_parameters(names, modules)
-        _refuse_fused_parameters(names, modules)
-        blocks = [Block(index, *one, _matrices(*one)) for index, one in enumerate(zip(names, modules, strict=True))]
+        experts = find_experts(model, names)
+        blocks = [
+            Block(index, name, module, {matrix.name: matrix for matrix in _matrices(name, module, experts)})
+            for index, (name, module) in enumerate(zip(names, modules, strict=True))
+        ]
         _refuse_unreadable_matrices(blocks)
         found = examine(model, names, modules)
         blocks = [_as_found(block, of_block) for block, of_block in zip(blocks, found, strict=True)]
         _refuse_unreadable_matrices(blocks)
         return cls(blocks)
 
-    @property
-    def dense(self) -> dict[str, list[int]]:
-        """Name within a block -> shape, for parameters of two or more dimensions that are never pruned."""
-        return {
-            name.removeprefix(f"{block.name}."): shape for block in self.blocks for name, shape in block.dense.items()
-        }
+    def weights_among(self, names: Container[str]) -> dict[str, Matrix]:
+        """As `Block.weights_among`, of all blocks."""
+        return {name: one for block in self.blocks for name, one in block.weights_among(names).items()}
 
-    def prunable(self, exclude: Sequence[str] = ()) -> dict[str, nn.Module]:
+    def matrix_parameters(self) -> set[str]:
+        """Names of the parameters that hold matrices."""
+        return {one.parameter_name for block in self.blocks for one in block.matrices.values()}
+
+    def left_dense(self) -> dict[str, list[int]]:
+        """As `Block.left_dense`, of all blocks, under full parameter names."""
+        return {f"{block.name}.{name}": shape for block in self.blocks for name, shape in block.left_dense().items()}
+
+    def prunable(self, exclude: Sequence[str] = ()) -> dict[str, Matrix]:
         """Find the weights that may be pruned.
 
         Args:
-            exclude: Shell patterns (`fnmatch`, case-sensitive) of full module names to leave dense, such
-                as `*.down_proj` or `model.layers.0.*`.
+            exclude: Shell patterns (`fnmatch`, case-sensitive) of full names of matrices to leave dense, such as
+                `*.down_proj` or `model.layers.0.*`; the name of a stacked parameter stands for all its slices.
 
         Returns:
-            Parameter name, such as `model.layers.0.mlp.up_proj.weight`, -> the linear map it belongs to.
+            Name of the weight, such as `model.layers.0.mlp.up_proj.weight`, -> the matrix it belongs to.
 
         Raises:
             ValueError: If a pattern matches no prunable matrix, or if nothing is left to prune.
         """
-        matrices = {name: matrix for block in self.blocks for name, matrix in block.matrices.items()}
+        matrices = [matrix for block in self.blocks for matrix in block.matrices.values()]
         for pattern in exclude:
-            if not any(fnmatchcase(name, pattern) for name in matrices):
+            if not any(_is_named(matrix, pattern) for matrix in matrices):
                 raise ValueError(
-                    f"Each pattern of pruning.exclude must match the module name of a prunable matrix, "
-                    f"{pattern!r} matches none of {_listed(list(matrices))}. Embeddings and the head are never pruned "
-                    f"and need no pattern; correct it."
+                    f"Each pattern of pruning.exclude must match the name of a prunable matrix, {pattern!r} matches "
+                    f"none of {_listed([matrix.name for matrix in matrices])}. Embeddings, routers and the head are "
+                    f"never pruned and need no pattern; correct it."
                 )
         kept = {
-            f"{name}.weight": matrix
-            for name, matrix in matrices.items()
-            if not any(fnmatchcase(name, pattern) for pattern in exclude)
+            matrix.weight_name: matrix
+            for matrix in matrices
+            if not any(_is_named(matrix, pattern) for pattern in exclude)
         }
         if not kept:
             raise ValueError(
@@ -150,6 +163,24 @@ class Anatomy:
                 f"{len(matrices)}; exclude less."
             )
         return kept
+
+
+def _is_named(matrix: Matrix, pattern: str) -> bool:
+    names = [matrix.name] if matrix.index is None else [matrix.name, matrix.parameter_name]
+    return any(fnmatchcase(name, pattern) for name in names)
+
+
+def _matrices(name: str, block: nn.Module, experts: FusedExperts) -> Iterator[Matrix]:
+    """Yield the matrices of the block called `name`, in module order; routers are none."""
+    for inner, module in block.named_modules():
+        full = f"{name}.{inner}" if inner else name
+        if is_matrix(module):
+            if full not in experts.routers:
+                yield Matrix.of_module(full, module)
+            continue
+        for own, _ in module.named_parameters(recurse=False):
+            if stack := experts.stacks.get(f"{full}.{own}"):
+                yield from Matrix.slices(f"{full}.{own}", module, stack.is_transposed, stack.rows_per_token)
 
 
 def _block_list(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
@@ -176,21 +207,17 @@ def _block_list(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
     return name, list(lists[name].children())
 
 
-def _matrices(name: str, module: nn.Module) -> dict[str, nn.Module]:
-    return {f"{name}.{inner}": child for inner, child in module.named_modules() if is_matrix(child)}
-
-
 def _as_found(block: Block, found: Findings) -> Block:
     """Add what the experiment shows about a block."""
     uncalled = {f"{block.name}.{inner}" for inner in found.uncalled}
-    matrices = {name: module for name, module in block.matrices.items() if name not in uncalled}
+    matrices = {name: matrix for name, matrix in block.matrices.items() if name not in uncalled}
     mixer_name = f"{block.name}.{found.mixer}" if found.mixer is not None else None
     return replace(block, matrices=matrices, mixer_name=mixer_name, kind=found.kind)
 
 
-def rank(parameter: Tensor) -> int:
-    """Count the dimensions of a parameter that are larger than 1: [1, 1, 64] is a vector."""
-    return sum(size > 1 for size in parameter.shape)
+def rank(shape: Sequence[int]) -> int:
+    """Count the dimensions that are larger than 1: [1, 1, 64] is a vector."""
+    return sum(size > 1 for size in shape)
 
 
 def _refuse_shared_parameters(names: list[str], modules: list[nn.Module]) -> None:
@@ -206,23 +233,6 @@ def _refuse_shared_parameters(names: list[str], modules: list[nn.Module]) -> Non
                 )
 
 
-def _refuse_fused_parameters(names: list[str], modules: list[nn.Module]) -> None:
-    fused = [
-        f"{name}.{inner} {list(parameter.shape)}"
-        for name, module in zip(names, modules, strict=True)
-        for inner, parameter in module.named_parameters()
-        if parameter.ndim > 2
-        and rank(parameter) > 1
-        and not isinstance(module.get_submodule(inner.rpartition(".")[0]), CONVOLUTIONS)
-    ]
-    if fused:
-        raise ValueError(
-            f"recon prunes two-dimensional matrices of Linear and Conv1D modules, found {len(fused)} block "
-            f"parameters of more dimensions outside convolutions (fused experts), which it would leave dense: "
-            f"{_listed(fused)}. Load a model whose blocks hold none."
-        )
-
-
 def _refuse_unreadable_matrices(blocks: list[Block]) -> None:
     for block in blocks:
         if not block.matrices:
@@ -231,11 +241,10 @@ def _refuse_unreadable_matrices(blocks: list[Block]) -> None:
                 f"recon prunes Linear and Conv1D modules, found none that is called in {block.name}, which holds "
                 f"{_listed(kinds)}."
             )
-        for name, matrix in block.matrices.items():
-            weight = matrix.get_parameter("weight")
+        for name, weight in parameters_of(block.matrices.values()).items():
             if not weight.is_floating_point():
                 raise ValueError(
-                    f"recon needs floating-point weights, got {weight.dtype} for {name}.weight. Load the "
+                    f"recon needs floating-point weights, got {weight.dtype} for {name}. Load the "
                     f"model without quantisation."
                 )
 

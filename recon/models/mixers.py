@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from recon.basics.trees import map_tensors, tensors_in
 from recon.models.forwards import Form, Halt, first_of, forward_replaced
-from recon.models.linear import is_matrix
+from recon.models.matrices import is_matrix
 from recon.models.synthetic import run_synthetic
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

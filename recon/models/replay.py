@@ -28,6 +28,7 @@ from recon.models.calls import (
     of_all_tokens,
     record_calls,
 )
+from recon.models.experts import ExpertStatistics, expert_by_expert
 from recon.models.forwards import Form, Halt, collecting, evaluating, first_of, forward_replaced
 from recon.models.offload.blocks import OffloadedBlocks
 
@@ -56,6 +57,9 @@ class Replay:
         offloaded: Onloads each block when it is run, if the blocks are offloaded.
         forms: Those of a replay of the same architecture, whose moves were tried; tried on this model if None.
 
+    Attributes:
+        experts: How the statistics of experts are made.
+
     Raises:
         ValueError: If blocks are not called exactly once and in order, with hidden states of three
             dimensions and without a cache, or if a replayed or stubbed block gives something else than
@@ -74,6 +78,7 @@ class Replay:
         self.model = model
         self.anatomy = anatomy
         self.offloaded = offloaded
+        self.experts = ExpertStatistics()
         self._calls: OrderedDict[tuple[Any, ...], list[Call]] = OrderedDict()
         if forms is not None:
             self.forms = forms
@@ -106,6 +111,12 @@ class Replay:
     def rest_onloaded(self) -> Iterator[None]:
         """Keep the embeddings, the head and all else outside the blocks on the device within the context."""
         with self.offloaded.rest_onloaded() if self.offloaded is not None else nullcontext():
+            yield
+
+    @contextmanager
+    def expert_by_expert(self) -> Iterator[None]:
+        """Multiply the slices of stacks one by one within the context, so that their inputs can be seen."""
+        with expert_by_expert([module for block in self.anatomy.blocks for module in block.experts]):
             yield
 
     def embed(self, tokens: Tokens) -> Hidden:
@@ -228,7 +239,8 @@ class Replay:
 
         with ExitStack() as stack:
             for name, calls in outputs.items():
-                stack.enter_context(block.matrices[name].register_forward_hook(collect(calls)))
+                if block.matrices[name].index is None:  # no module returns the outputs of a slice
+                    stack.enter_context(block.matrices[name].module.register_forward_hook(collect(calls)))
             stack.enter_context(suppress(Halt))
             self.run(index, hidden)
         return outputs

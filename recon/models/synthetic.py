@@ -16,8 +16,9 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.func import functional_call
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from recon.distributed.parameters import whole_shape
 from recon.models.forwards import evaluating, forward_replaced
-from recon.models.linear import LINEAR_MAPS, is_matrix, is_transposed
+from recon.models.matrices import LINEAR_MAPS, Matrix, is_matrix
 
 IMPLEMENTATIONS = ("_attn_implementation_internal", "_experts_implementation_internal")
 """Fields of a configuration that name the kernels of attention and experts; the eager ones run everywhere."""
@@ -47,7 +48,7 @@ def run_synthetic(model: PreTrainedModel, tokens: Sequence[int]) -> None:
 
 def numbers_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
     """Make fp32 numbers of the shape of a parameter, or `ones_like` if it is not of floating point."""
-    shape = _shape(tensor)
+    shape = tuple(whole_shape(tensor))
     if not tensor.is_floating_point():
         return ones_like(tensor)
     length = sum(shape) + 1 - len(shape)
@@ -66,14 +67,9 @@ def ones_like(tensor: Tensor) -> Tensor:
     return one((), dtype=tensor.dtype).expand(tensor.shape)
 
 
-def _shape(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(getattr(tensor, "ds_shape", tensor.shape))  # ZeRO-3 keeps that of a partitioned parameter there
-
-
 def sparse_map(module: nn.Module, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
     """Make a linear map of the shape of `module` whose outputs read one input each."""
-    shape = _shape(module.get_parameter("weight"))
-    out, in_ = reversed(shape) if is_transposed(module) else shape
+    out, in_ = Matrix.of_module("", module).shape
     read = torch.randperm(in_, generator=generator)[torch.arange(out) % in_]
     gains = torch.randn(out, generator=generator)
     return lambda input: input[..., read] * gains

@@ -16,6 +16,7 @@ import torch
 
 from recon.models.anatomy import MAX_LISTED, Anatomy, Block
 from recon.models.calls import Hidden
+from recon.models.matrices import Matrix
 from recon.models.replay import Outputs, Replay
 
 Target = Literal["attention", "output", "recorded"]
@@ -247,7 +248,7 @@ def group_windows(replay: Replay, groups: Sequence[Sequence[str]]) -> list[Group
     return windows
 
 
-def require_groups(anatomy: Anatomy, groups: Sequence[Sequence[str]]) -> list[str]:
+def require_groups(anatomy: Anatomy, groups: Sequence[Sequence[str]]) -> list[Matrix]:
     """Refuse groups that do not fit a model.
 
     Args:
@@ -255,7 +256,7 @@ def require_groups(anatomy: Anatomy, groups: Sequence[Sequence[str]]) -> list[st
         groups: Shell patterns of full module names: see `Windows`.
 
     Returns:
-        The module names of the linear maps in a group.
+        The matrices in a group.
 
     Raises:
         ValueError: If a pattern matches no linear map, or two groups match the same one.
@@ -274,7 +275,8 @@ def require_groups(anatomy: Anatomy, groups: Sequence[Sequence[str]]) -> list[st
                 f"Each linear map may belong to only one group of windows.groups, {name} matches {len(matching)}: "
                 f"{' and '.join(map(str, matching))}. Make their patterns narrower, such as `*.mlp.c_proj`."
             )
-    return [name for name in matrices if any(_matches(name, group) for group in groups)]
+    grouped = (one for block in anatomy.blocks for one in block.matrices.values())
+    return [one for one in grouped if any(_matches(one.name, group) for group in groups)]
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -74,6 +74,12 @@ class Group:
                     f"{_name(cell)}: {len(reset)} of {len(cell.windows)} windows ended worse than they began and kept "
                     f"their start: the learning rate is too high for this data, or there is too little of it"
                 )
+            if few := cell.few_rows:
+                name = min(few, key=lambda one: few[one])
+                notes.append(
+                    f"{_name(cell)}: {len(few)} matrices of experts saw fewer rows than they have inputs, the fewest "
+                    f"{few[name]} for {name}: give more sequences, or pruning.experts: all"
+                )
         if _num_protocols(self.cells) > 1:
             notes.append("These perplexities are not comparable: their protocols differ, see results.json")
         if baseline := estimate(cell.baseline_host_bytes for cell in self.cells):

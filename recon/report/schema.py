@@ -69,6 +69,9 @@ class Report(BaseModel):
         windows: Name of each recovered window -> held-out error `before` and `after` of the weights that it has kept.
             One that ended worse than it began has kept its start, with the error of its end as `discarded`.
         starts: Name of each recovered window -> `exact` or `pruned`, where `model.start: auto` has chosen.
+        few_rows: Name of each expert's matrix whose statistics had fewer rows than it has inputs -> rows.
+        left_dense: Name of each parameter of the blocks with two dimensions or more that is never pruned, such as
+            routers and kernels of convolutions -> shape; empty where nothing was pruned.
         rates: Kind of window -> the learning rate that `model.lr: auto` has chosen for it (`lr`), the `steps` of a
             trial, and `tried`, each rate with its held-out `error`, None if it diverged.
         throughput: Tokens per second of all processes, model FLOP utilisation, and the tokens and seconds of their
@@ -112,6 +115,8 @@ class Report(BaseModel):
     references: dict[str, dict[str, Any]] = {}
     windows: dict[str, dict[str, float]] = {}
     starts: dict[str, Literal["exact", "pruned"]] = {}
+    few_rows: dict[str, int] = {}
+    left_dense: dict[str, list[int]] = {}
     rates: dict[str, dict[str, Any]] = {}
     throughput: dict[str, Any] = {}
     drift: dict[str, Any] = {}

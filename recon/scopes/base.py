@@ -19,6 +19,7 @@ from recon.data import TokenData
 from recon.distributed.part import Share
 from recon.evaluation.perplexity import Evaluation
 from recon.models.anatomy import Anatomy
+from recon.models.experts import ExpertStatistics
 from recon.models.loading import ModelSource, empty
 from recon.models.offload.blocks import OffloadedBlocks
 from recon.models.offload.opening import Offload, open_offloaded
@@ -103,6 +104,7 @@ class Scope(L.LightningModule, ABC):
         self.start_weights: Mapping[str, torch.Tensor] | None = None  # of every mask; None for the dense survivors
         self.start_seconds = 0.0  # what it took to solve for them, in this start of the run
         self.tally, self.losses, self.phases, self.masks = Tally(), StepLosses(), Phases(), Masks({})
+        self.experts = ExpertStatistics()
         self.model: PreTrainedModel
         self.dtype_to_save: torch.dtype
         self.data: TokenData
@@ -117,10 +119,7 @@ class Scope(L.LightningModule, ABC):
     @property
     @abstractmethod
     def train_tokens(self) -> int:
-        """Calibration tokens that went through a training step, in all processes and in all starts of the run.
-
-        Counted once per pass over the model; known when the fit has ended.
-        """
+        """Calibration tokens of training steps, in all processes and starts, once per pass; known after the fit."""
 
     @property
     @abstractmethod
@@ -289,6 +288,7 @@ class Scope(L.LightningModule, ABC):
         if self.offloaded is not None:
             self.offloaded.move_to(self.device)
         replay = Replay(self.model, Anatomy.of(self.model), self.offloaded, self.forms)
+        replay.experts = self.experts
         self.forms = replay.forms
         return replay
 

@@ -2,11 +2,7 @@
 
 import logging
 
-import torch
-
-from recon.distributed.parameters import whole_shape
 from recon.models.anatomy import Anatomy
-from recon.models.linear import as_out_in
 from recon.scopes.losses import ModelLoss
 
 log = logging.getLogger("recon")
@@ -26,7 +22,6 @@ def rate_for(anatomy: Anatomy, loss: ModelLoss) -> float:
         loss: Loss of the training.
     """
     first = next(iter(anatomy.prunable().values()))  # reads the hidden state
-    out_in = as_out_in(first, torch.empty(whole_shape(first.get_parameter("weight")), device="meta"))
-    rate = TIMES_WIDTH[loss] / out_in.shape[1]
+    rate = TIMES_WIDTH[loss] / first.shape[1]
     log.info(f"learning rate {rate:.2e}, by the width of the model")
     return rate

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from recon.calibration.pairs import Pairs, collect_pairs
+from recon.models.matrices import Matrix
 from recon.solvers import ConjugateGradients, LeastSquares
 from tests.support import references
 
@@ -28,8 +29,8 @@ class Attention(nn.Module):
     def mixed(self, x: torch.Tensor) -> torch.Tensor:
         return self.q(x) * self.k(x)
 
-    def matrices(self) -> dict[str, nn.Module]:
-        return {"q": self.q, "k": self.k, "o": self.o}
+    def matrices(self) -> dict[str, Matrix]:
+        return {name: Matrix.of_module(name, getattr(self, name)) for name in ("q", "k", "o")}
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from recon.calibration.collection import collect
 from recon.calibration.statistics import InputStatistics, full_fp32
+from recon.models.matrices import Matrix
 from tests.support import references
 
 
@@ -24,8 +25,8 @@ class Attention(nn.Module):
         x = x + 0  # a fresh tensor in each call, freed after it
         return self.o(self.q(x) * self.k(x))
 
-    def matrices(self) -> dict[str, nn.Module]:
-        return {"q": self.q, "k": self.k, "o": self.o}
+    def matrices(self) -> dict[str, Matrix]:
+        return {name: Matrix.of_module(name, getattr(self, name)) for name in ("q", "k", "o")}
 
 
 @pytest.fixture
@@ -204,4 +205,4 @@ def test_matrices_that_stop_sharing_are_named(attention: Attention, k_gets: str)
 def test_hooks_are_removed(attention: Attention) -> None:
     with collect(attention.matrices(), "gram"):
         attention(batches(1)[0])
-    assert not any(module._forward_pre_hooks for module in attention.matrices().values())
+    assert not any(module._forward_pre_hooks for module in attention.children())

@@ -47,7 +47,9 @@ def outcome_of(model_type: str) -> Outcome:
     except ValueError as error:
         return Outcome("refused", reason(str(error)))
     kinds = dict.fromkeys(kind_of(window.name) for window in windows)
-    return Outcome("accepted", ", ".join(kinds), tuple(sorted(anatomy.dense)))
+    return Outcome(
+        "accepted", ", ".join(kinds), tuple(sorted({name for block in anatomy.blocks for name in block.left_dense()}))
+    )
 
 
 def first_line(message: str) -> str:

@@ -68,8 +68,8 @@ def test_a_plan_reads_the_same_anatomy_without_numbers(family: str) -> None:
 
 def test_kernels_states_and_maps_that_are_not_called_are_left_dense() -> None:
     block = Anatomy.of(small_model(small_config("mamba"))).blocks[0]
-    shapes = {name.removeprefix(f"{block.name}.mixer."): shape for name, shape in block.dense.items()}
-    assert shapes == {"A_log": [64, 8], "conv1d.weight": [64, 1, 4], "dt_proj.weight": [64, 8]}
+    shapes = {"mixer.A_log": [64, 8], "mixer.conv1d.weight": [64, 1, 4], "mixer.dt_proj.weight": [64, 8]}
+    assert block.left_dense() == shapes
     assert [name.rpartition(".")[2] for name in block.matrices] == ["in_proj", "x_proj", "out_proj"]
 
 

@@ -255,7 +255,9 @@ def matrix_outputs(model: PreTrainedModel, tokens: Tensor) -> dict[str, Tensor]:
     """What every matrix of every block returns in a plain forward pass; copies, since Falcon adds to one in place."""
     outputs: dict[str, Tensor] = {}
     handles = [
-        matrix.register_forward_hook(lambda module, args, output, name=name: outputs.update({name: output.clone()}))
+        matrix.module.register_forward_hook(
+            lambda module, args, output, name=name: outputs.update({name: output.clone()})
+        )
         for block in Anatomy.of(model).blocks
         for name, matrix in block.matrices.items()
     ]
