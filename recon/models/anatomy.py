@@ -7,15 +7,14 @@ therefore never prunable.
 """
 
 from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from recon.distributed.parameters import whole_shape
-from recon.models.experts import FusedExperts, find_experts
-from recon.models.matrices import Matrix, is_matrix, parameters_of
+from recon.models.matrices import Matrix, is_matrix
 from recon.models.mixers import Findings, entered_first, examine
 
 MAX_LISTED = 8  # names an error message lists before it only counts the rest
@@ -97,8 +96,8 @@ class Anatomy:
         """Read the module tree of `model`.
 
         Raises:
-            ValueError: If the model is an encoder-decoder, has no block list, has blocks without matrices that it
-                multiplies with, shares parameters between blocks, or has fused experts that cannot be found.
+            ValueError: If the model is an encoder-decoder, has no block list, is quantised, cannot be run on a CPU
+                with synthetic numbers, has blocks without matrices that it calls, or shares parameters between blocks.
         """
         if model.config.is_encoder_decoder:
             raise ValueError(
@@ -108,15 +107,10 @@ class Anatomy:
         list_name, modules = _block_list(model)
         names = [f"{list_name}.{index}" for index in range(len(modules))]
         _refuse_shared_parameters(names, modules)
-        experts = find_experts(model, names)
-        blocks = [
-            Block(index, name, module, {matrix.name: matrix for matrix in _matrices(name, module, experts)})
-            for index, (name, module) in enumerate(zip(names, modules, strict=True))
-        ]
-        _refuse_unreadable_matrices(blocks)
+        _refuse_quantised(names, modules)
         found = examine(model, names, modules)
-        blocks = [_as_found(block, of_block) for block, of_block in zip(blocks, found, strict=True)]
-        _refuse_unreadable_matrices(blocks)
+        blocks = [_block(index, *of_block) for index, of_block in enumerate(zip(names, modules, found, strict=True))]
+        _refuse_blocks_without_matrices(blocks)
         return cls(blocks)
 
     def weights_among(self, names: Container[str]) -> dict[str, Matrix]:
@@ -170,16 +164,22 @@ def _is_named(matrix: Matrix, pattern: str) -> bool:
     return any(fnmatchcase(name, pattern) for name in names)
 
 
-def _matrices(name: str, block: nn.Module, experts: FusedExperts) -> Iterator[Matrix]:
-    """Yield the matrices of the block called `name`, in module order; routers are none."""
+def _block(index: int, name: str, module: nn.Module, found: Findings) -> Block:
+    matrices = {matrix.name: matrix for matrix in _matrices(name, module, found)}
+    mixer_name = f"{name}.{found.mixer}" if found.mixer is not None else None
+    return Block(index, name, module, matrices, mixer_name, found.kind)
+
+
+def _matrices(name: str, block: nn.Module, found: Findings) -> Iterator[Matrix]:
+    """Yield the matrices of the block called `name`, in module order; routers and uncalled linear maps are none."""
     for inner, module in block.named_modules():
         full = f"{name}.{inner}" if inner else name
         if is_matrix(module):
-            if full not in experts.routers:
+            if inner not in found.routers | found.uncalled:
                 yield Matrix.of_module(full, module)
             continue
         for own, _ in module.named_parameters(recurse=False):
-            if stack := experts.stacks.get(f"{full}.{own}"):
+            if stack := found.stacks.get(f"{inner}.{own}".lstrip(".")):
                 yield from Matrix.slices(f"{full}.{own}", module, stack.is_transposed, stack.rows_per_token)
 
 
@@ -207,14 +207,6 @@ def _block_list(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
     return name, list(lists[name].children())
 
 
-def _as_found(block: Block, found: Findings) -> Block:
-    """Add what the experiment shows about a block."""
-    uncalled = {f"{block.name}.{inner}" for inner in found.uncalled}
-    matrices = {name: matrix for name, matrix in block.matrices.items() if name not in uncalled}
-    mixer_name = f"{block.name}.{found.mixer}" if found.mixer is not None else None
-    return replace(block, matrices=matrices, mixer_name=mixer_name, kind=found.kind)
-
-
 def rank(shape: Sequence[int]) -> int:
     """Count the dimensions that are larger than 1: [1, 1, 64] is a vector."""
     return sum(size > 1 for size in shape)
@@ -233,20 +225,24 @@ def _refuse_shared_parameters(names: list[str], modules: list[nn.Module]) -> Non
                 )
 
 
-def _refuse_unreadable_matrices(blocks: list[Block]) -> None:
+def _refuse_quantised(names: list[str], modules: list[nn.Module]) -> None:
+    for name, module in zip(names, modules, strict=True):
+        for inner, weight in module.named_parameters():
+            if not weight.is_floating_point() and rank(whole_shape(weight)) > 1:
+                raise ValueError(
+                    f"recon needs floating-point weights, got {weight.dtype} for {name}.{inner}. Load the "
+                    f"model without quantisation."
+                )
+
+
+def _refuse_blocks_without_matrices(blocks: list[Block]) -> None:
     for block in blocks:
         if not block.matrices:
             kinds = sorted({type(module).__name__ for module in block.module.modules()})
             raise ValueError(
-                f"recon prunes Linear and Conv1D modules, found none that is called in {block.name}, which holds "
-                f"{_listed(kinds)}."
+                f"recon prunes Linear and Conv1D modules and stacks of experts, found none that is called in "
+                f"{block.name}, which holds {_listed(kinds)}."
             )
-        for name, weight in parameters_of(block.matrices.values()).items():
-            if not weight.is_floating_point():
-                raise ValueError(
-                    f"recon needs floating-point weights, got {weight.dtype} for {name}. Load the "
-                    f"model without quantisation."
-                )
 
 
 def _listed(names: Sequence[str]) -> str:

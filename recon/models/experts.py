@@ -1,30 +1,25 @@
 """The fused experts of a model: its stacks of matrices, found by how they are multiplied.
 
 A parameter of three dimensions may be a stack of experts or the kernel of a convolution, and a stack may hold its
-matrices as out x in or in x out. The module tree tells neither. So a copy of the model without numbers is run on four
-tokens: all its parameters are zeros that share a few bytes. A stack is what it multiplies with slice by slice.
+matrices as out x in or in x out. The module tree tells neither. A stack is what a block multiplies with slice by slice,
+when it is run with synthetic numbers: see `recon.models.mixers`.
 """
 
-import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from transformers import PreTrainedModel
 
-from recon.basics.seeds import isolated_seed
-from recon.distributed.parameters import whole_shape
 from recon.models.matrices import is_matrix
-from recon.models.meta import parameters_on_meta
 from recon.models.products import Product, Products
 
-NUM_TOKENS = 4
 EAGER = "eager"
 """The implementation of transformers that multiplies expert by expert."""
 
@@ -52,7 +47,7 @@ class ExpertStatistics:
     few: dict[str, int] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Stack:
     """A three-dimensional parameter whose slices are matrices.
 
@@ -63,49 +58,6 @@ class Stack:
 
     is_transposed: bool
     rows_per_token: float
-
-
-@dataclass
-class FusedExperts:
-    """What the blocks of a model hold beside plain linear maps; empty without three-dimensional parameters.
-
-    Args:
-        stacks: Full parameter name -> stack.
-        routers: Full names of the linear maps whose outputs choose among as many slices.
-    """
-
-    stacks: dict[str, Stack] = field(default_factory=dict)
-    routers: set[str] = field(default_factory=set)
-
-
-_found: dict[Any, FusedExperts] = {}
-"""Class and configuration of a model -> its experts: several models of a run have the same."""
-
-
-def find_experts(model: PreTrainedModel, names: Sequence[str]) -> FusedExperts:
-    """Find the stacks and routers in the blocks of a model. Its parameters may be anywhere; they are not read.
-
-    Args:
-        model: The model.
-        names: Full names of its blocks.
-
-    Raises:
-        ValueError: If a copy of the model cannot be made or run.
-    """
-    kinds = {name: _kind(model.get_submodule(name)) for name in names}
-    if not any(_stackable(kind) for kind in kinds.values()):
-        return FusedExperts()
-    key = type(model), model.config.to_json_string(), tuple(names)
-    if key not in _found:
-        try:
-            with unset_fake_temporarily(), torch.inference_mode(False), torch.no_grad():
-                _found[key] = _observed(model, kinds)
-        except Exception as error:  # whatever code the model comes with
-            raise ValueError(
-                f"recon finds fused experts by running a copy of the model on {NUM_TOKENS} tokens, got "
-                f"{type(error).__name__} from {type(model).__name__}: {error}. This model is not supported."
-            ) from error
-    return _found[key]
 
 
 @contextmanager
@@ -122,111 +74,59 @@ def expert_by_expert(modules: Sequence[nn.Module]) -> Iterator[None]:
             config._experts_implementation = implementation
 
 
-Kind = tuple[tuple[str, tuple[int, ...]], ...]
-"""Names and shapes of the parameters of a block."""
+class Multiplications(TorchFunctionMode):
+    """Notes the products of a block with slices, and the linear maps whose outputs choose among as many slices.
 
-
-def _kind(block: nn.Module) -> Kind:
-    return tuple((name, tuple(whole_shape(one))) for name, one in block.named_parameters())
-
-
-def _stackable(kind: Kind) -> list[str]:
-    return [name for name, shape in kind if len(shape) == 3 and sum(size > 1 for size in shape) > 1]
-
-
-def _observed(model: PreTrainedModel, kinds: Mapping[str, Kind]) -> FusedExperts:
-    """Run one block of each kind, and say of all blocks what is seen in these."""
-    names = list(kinds)
-    first = {kinds[name]: name for name in reversed(names) if _stackable(kinds[name])}
-    last = max(names.index(name) for name in first.values())
-    clone = _without_numbers(model)
-    if any(_kind(clone.get_submodule(name)) != kind for name, kind in kinds.items()):
-        raise ValueError("its parameters are not those of its configuration")
-    seen = _Seen(clone, list(first.values()))
-    if last + 1 < len(names):
-        clone.get_submodule(names[last + 1]).register_forward_pre_hook(_halt)
-    padding = getattr(clone.config.get_text_config(), "pad_token_id", None)
-    tokens = [token for token in range(NUM_TOKENS + 1) if token != padding][:NUM_TOKENS]
-    with seen, suppress(_Halt):
-        clone(input_ids=torch.tensor([tokens]), use_cache=False)
-    found = FusedExperts()
-    for name, kind in kinds.items():
-        if kind in first:
-            for inner in _stackable(kind):
-                if stack := seen.stacks.get(f"{first[kind]}.{inner}"):
-                    found.stacks[f"{name}.{inner}"] = stack
-            of_kind = [one for one in seen.routers if one.startswith(f"{first[kind]}.")]
-            found.routers.update(name + one.removeprefix(first[kind]) for one in of_kind)
-    return found
-
-
-class _Halt(Exception):
-    """Ends the pass behind the last block that is needed."""
-
-
-def _halt(module: nn.Module, args: Any) -> None:
-    raise _Halt
-
-
-def _without_numbers(model: PreTrainedModel) -> PreTrainedModel:
-    """Make a model of the same configuration whose parameters are zeros, expanded from a few numbers."""
-    config = copy.deepcopy(model.config)
-    config._experts_implementation = EAGER
-    with torch.device("cpu"), parameters_on_meta(), isolated_seed(0):
-        clone = type(model)(config).eval()
-    for module in clone.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            zeros = torch.zeros(())
-            if parameter.ndim == 3:  # slices at different offsets, rows and columns with different strides
-                num, _, columns = parameter.shape
-                expanded = torch.zeros(num + columns).as_strided(parameter.shape, (1, 0, 1))
-            else:
-                expanded = zeros.expand(parameter.shape)
-            setattr(module, name, nn.Parameter(expanded, requires_grad=False))
-    return clone
-
-
-class _Seen(TorchFunctionMode):
-    """Notes products with slices, and the linear maps whose outputs are ranked to choose among as many slices.
+    Args:
+        block: With numbers in its parameters.
+        num_tokens: Of all calls within the context together.
 
     Attributes:
-        stacks: Full parameter name -> stack.
-        routers: Full names of linear maps.
+        routers: Names of linear maps within the block.
     """
 
-    def __init__(self, model: PreTrainedModel, names: Sequence[str]) -> None:
+    def __init__(self, block: nn.Module, num_tokens: int) -> None:
         super().__init__()
-        self.stacks: dict[str, Stack] = {}
         self.routers: set[str] = set()
-        blocks = {name: model.get_submodule(name) for name in names}
-        stacked = {
-            f"{name}.{inner}": one
-            for name, block in blocks.items()
-            for inner, one in block.named_parameters()
-            if one.ndim == 3
-        }
+        self._num_tokens = num_tokens
+        self._rows: Counter[tuple[str, bool]] = Counter()  # of each parameter, and whether its slices are in x out
+        numbers = dict(block.named_parameters())
+        stacked = {name: one for name, one in numbers.items() if one.ndim == 3}
         self._products, self._sizes = Products(stacked, self._note), {len(one) for one in stacked.values()}
-        self._linear_maps = {
-            id(module.get_parameter("weight")): f"{name}.{inner}"
-            for name, block in blocks.items()
-            for inner, module in block.named_modules()
-            if is_matrix(module)
-        }
+        self._linear_maps = {name: module for name, module in block.named_modules() if is_matrix(module)}
+        self._by_weight = {id(numbers[f"{name}.weight"]): name for name in self._linear_maps}
         self._latest: str | None = None  # the linear map that was computed last
+        self._hooks = ExitStack()
+
+    def __enter__(self) -> "Multiplications":
+        """Watch linear maps, too."""
+        for name, module in self._linear_maps.items():
+            self._hooks.callback(module.register_forward_hook(partial(self._computed, name)).remove)
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        """Stop to watch."""
+        self._hooks.close()
+        super().__exit__(*raised)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Look at linear maps and at choices among slices; products are seen by a mode of their own."""
-        if func is F.linear:
-            self._latest = self._linear_maps.get(id(args[1]))
-        elif func in RANKINGS and self._latest is not None and args[0].shape[-1:].numel() in self._sizes:
+        if func in RANKINGS and self._latest is not None and args[0].shape[-1:].numel() in self._sizes:
             self.routers.add(self._latest)
         with self._products:
             output = func(*args, **(kwargs or {}))
-        if func is F.linear and output.shape[-1] not in self._sizes:
-            self._latest = None
+        if func is F.linear:
+            self._computed(self._by_weight.get(id(args[1])), None, args, output)
         return output
 
+    @property
+    def stacks(self) -> dict[str, Stack]:
+        """Name of the parameter within the block -> stack."""
+        return {name: Stack(turned, rows / self._num_tokens) for (name, turned), rows in self._rows.items()}
+
+    def _computed(self, name: str | None, module: nn.Module | None, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor):  # a router of its own kind may return its choice, too
+            self._latest = name if output.shape[-1] in self._sizes else None
+
     def _note(self, product: Product) -> None:
-        rows = product.inputs.numel() // product.inputs.shape[-1] / NUM_TOKENS
-        stack = self.stacks.setdefault(product.name, Stack(product.is_transposed, 0.0))
-        stack.rows_per_token += rows
+        self._rows[product.name, product.is_transposed] += product.inputs.numel() // product.inputs.shape[-1]

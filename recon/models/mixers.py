@@ -2,7 +2,7 @@
 
 It is attention, a state-space mixer, a linear recurrence, a short convolution: it is found by what it does and not by
 its name. Each kind of block is run on seven tokens with synthetic numbers, and each of its submodules is run again with
-another first token. The same pass shows the linear maps that are never called.
+another first token. The same pass shows the linear maps that are never called, the stacks of experts and the routers.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from recon.basics.trees import map_tensors, tensors_in
+from recon.distributed.parameters import whole_shape
+from recon.models.experts import Multiplications, Stack
 from recon.models.forwards import Form, Halt, first_of, forward_replaced
 from recon.models.matrices import is_matrix
 from recon.models.synthetic import run_synthetic
@@ -37,12 +39,16 @@ class Findings:
         mixer: The one where the block is divided: the first, if all others read its output and the rest of the block
             has weights, too; None otherwise.
         uncalled: The linear maps that the model does not call.
+        routers: The linear maps whose outputs choose among experts.
+        stacks: Name of each parameter that holds a stack of experts -> stack.
     """
 
     kind: str
     mixers: tuple[str, ...]
     mixer: str | None
     uncalled: frozenset[str]
+    routers: frozenset[str]
+    stacks: dict[str, Stack]
 
 
 _findings: WeakKeyDictionary[PreTrainedModel, tuple[list[nn.Module], list[Findings]]] = WeakKeyDictionary()
@@ -65,10 +71,15 @@ def examine(model: PreTrainedModel, names: Sequence[str], blocks: Sequence[nn.Mo
     if len(known) == len(modules) and all(one is other for one, other in zip(known, modules, strict=True)):
         return findings
     # A forward of its own makes a block unlike the others.
-    kinds = [repr(one) + f"{index}" * ("forward" in vars(one)) for index, one in enumerate(blocks)]
+    own = [f"{index}" * ("forward" in vars(one)) for index, one in enumerate(blocks)]
+    kinds = [f"{one}{_shapes(one)}{forward}" for one, forward in zip(blocks, own, strict=True)]
     found = _experiment(model, names, blocks, kinds)
     _findings[model] = modules, [found[kind] for kind in kinds]
     return _findings[model][1]
+
+
+def _shapes(block: nn.Module) -> dict[str, list[int]]:
+    return {name: list(whole_shape(one)) for name, one in block.named_parameters()}
 
 
 def _experiment(
@@ -157,6 +168,7 @@ class _Trial:
         output: What it returns.
         called: Names of all submodules that it calls.
         calls: Name -> arguments of the first call, for submodules called by no other one, in the order of calls.
+        multiplications: Its products with experts.
     """
 
     def __init__(self, block: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> None:
@@ -164,7 +176,8 @@ class _Trial:
         self.args, self.kwargs = _copied((args, kwargs))
         self.called: set[str] = set()
         self.calls: dict[str, Any] = {}
-        self.output = self._run(self.calls, self.called)
+        with Multiplications(block, LENGTH) as self.multiplications:
+            self.output = self._run(self.calls, self.called)
 
     def _run(self, calls: dict[str, Any], called: set[str]) -> Any:
         inside: list[str] = []
@@ -202,7 +215,14 @@ class _Trial:
         matrices = {name for name, module in self.block.named_modules() if is_matrix(module)}
         kinds = {_without_numbers(name) for name in self.called}
         uncalled = frozenset(name for name in matrices if _without_numbers(name) not in kinds)
-        return Findings(kind, tuple(mixers), mixers[0] if divides else None, uncalled)
+        return Findings(
+            kind,
+            tuple(mixers),
+            mixers[0] if divides else None,
+            uncalled,
+            frozenset(self.multiplications.routers),
+            self.multiplications.stacks,
+        )
 
     def _mixes(self, name: str) -> bool:
         """Tell whether the other tokens change when the first one does."""

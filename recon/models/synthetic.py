@@ -51,12 +51,13 @@ def numbers_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
     shape = tuple(whole_shape(tensor))
     if not tensor.is_floating_point():
         return ones_like(tensor)
-    length = sum(shape) + 1 - len(shape)
+    strides = tuple(reversed(range(1, len(shape) + 1)))  # all different: a view tells its axes
+    length = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     values = torch.rand(max(length, 1), generator=generator) + 0.5  # vectors are gains, decays and biases
     if len(shape) > 1:
         signs = torch.randint(2, values.shape, generator=generator) * 2 - 1
         values = values * signs / math.sqrt(max(shape[-2:]))
-    return values.as_strided(shape, (1,) * len(shape))
+    return values.as_strided(shape, strides)
 
 
 def ones_like(tensor: Tensor) -> Tensor:

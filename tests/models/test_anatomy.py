@@ -146,8 +146,7 @@ def test_quantised_weights_are_refused() -> None:
 def test_blocks_without_matrices_are_refused() -> None:
     model = tiny("gpt2")
     for block in model.transformer.h:
-        block.mlp = nn.Identity()
-        block.attn.c_attn = block.attn.c_proj = nn.LayerNorm(32)
+        block.forward = lambda hidden_states, *args, **kwargs: hidden_states
     with pytest.raises(ValueError, match=r"found none that is called in transformer\.h\.0, which holds .*GPT2Block"):
         Anatomy.of(model)
 

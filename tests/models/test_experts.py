@@ -108,16 +108,10 @@ def test_kernels_of_convolutions_are_no_matrices_and_left_dense() -> None:
     assert anatomy.left_dense() == {f"model.layers.{i}.mlp.conv.weight": [DIM, 1, 3] for i in range(3)}
 
 
-def test_a_model_that_its_configuration_does_not_make_is_refused() -> None:
+def test_parameters_of_three_dimensions_that_multiply_with_nothing_are_left_dense() -> None:
     model = tiny("llama")
     model.model.layers[0].mlp.kernel = nn.Parameter(torch.zeros(4, 2, 2))
-    with pytest.raises(ValueError, match=r"finds fused experts by running a copy.*not those of its configuration"):
-        Anatomy.of(model)
-
-
-def test_models_without_parameters_of_three_dimensions_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("recon.models.experts._without_numbers", lambda model: pytest.fail("copied"))
-    assert len(Anatomy.of(tiny("llama")).blocks) == 3
+    assert Anatomy.of(model).left_dense() == {"model.layers.0.mlp.kernel": [4, 2, 2]}
 
 
 def test_products_are_told_by_storage_not_by_shape() -> None:

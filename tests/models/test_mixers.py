@@ -116,6 +116,6 @@ def test_numbers_of_any_size_take_no_memory() -> None:
     generator = torch.Generator().manual_seed(0)
     large = numbers_like(torch.empty(64, 200_000, 50_000, device="meta", dtype=torch.bfloat16), generator)
     assert large.shape == (64, 200_000, 50_000)
-    assert large.untyped_storage().nbytes() < 2**20
+    assert large.untyped_storage().nbytes() < 2**21
     assert ones_like(torch.empty(10**6, 10**6, device="meta")).untyped_storage().nbytes() == 4
     assert ones_like(torch.empty(3, dtype=torch.int64)).tolist() == [0, 0, 0]

@@ -593,7 +593,7 @@ def test_a_block_that_does_not_call_its_attention_is_one_window_without_it() -> 
         "up_proj",
         "down_proj",
     ]
-    assert len(replay.anatomy.blocks[0].dense) == 4
+    assert len(replay.anatomy.blocks[0].left_dense()) == 4
 
 
 def test_blocks_called_out_of_order_are_refused() -> None:
