@@ -165,6 +165,12 @@ def _is_named(matrix: Matrix, pattern: str) -> bool:
 
 
 def _block(index: int, name: str, module: nn.Module, found: Findings) -> Block:
+    if found.divided is not None:
+        shape = list(whole_shape(module.get_parameter(found.divided)))
+        raise ValueError(
+            f"recon prunes linear maps and experts that are stacked along a dimension of their own, got "
+            f"{name}.{found.divided} {shape}, which multiplies in parts. This model is not supported."
+        )
     matrices = {matrix.name: matrix for matrix in _matrices(name, module, found)}
     mixer_name = f"{name}.{found.mixer}" if found.mixer is not None else None
     return Block(index, name, module, matrices, mixer_name, found.kind)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from recon.models.matrices import is_matrix
-from recon.models.products import Product, Products
+from recon.models.products import Product, Products, factors
 
 EAGER = "eager"
 """The implementation of transformers that multiplies expert by expert."""
@@ -83,17 +83,22 @@ class Multiplications(TorchFunctionMode):
 
     Attributes:
         routers: Names of linear maps within the block.
+        divided: Name of the first two-dimensional parameter that multiplies in parts, each a view of it; None if
+            there is none. Experts that lie side by side in one matrix are no matrices of their own.
     """
 
     def __init__(self, block: nn.Module, num_tokens: int) -> None:
         super().__init__()
         self.routers: set[str] = set()
+        self.divided: str | None = None
         self._num_tokens = num_tokens
         self._rows: Counter[tuple[str, bool]] = Counter()  # of each parameter, and whether its slices are in x out
         numbers = dict(block.named_parameters())
         stacked = {name: one for name, one in numbers.items() if one.ndim == 3}
         self._products, self._sizes = Products(stacked, self._note), {len(one) for one in stacked.values()}
         self._linear_maps = {name: module for name, module in block.named_modules() if is_matrix(module)}
+        mapped = {f"{name}.weight" for name in self._linear_maps}
+        self._others = {name: one for name, one in numbers.items() if one.ndim == 2 and name not in mapped}
         self._by_weight = {id(numbers[f"{name}.weight"]): name for name in self._linear_maps}
         self._latest: str | None = None  # the linear map that was computed last
         self._hooks = ExitStack()
@@ -113,6 +118,9 @@ class Multiplications(TorchFunctionMode):
         """Look at linear maps and at choices among slices; products are seen by a mode of their own."""
         if func in RANKINGS and self._latest is not None and args[0].shape[-1:].numel() in self._sizes:
             self.routers.add(self._latest)
+        for _, factor in factors(func, (*args, *(kwargs or {}).values())):
+            parts = [name for name, one in self._others.items() if _is_part(factor, one)]
+            self.divided = self.divided or next(iter(parts), None)
         with self._products:
             output = func(*args, **(kwargs or {}))
         if func is F.linear:
@@ -130,3 +138,7 @@ class Multiplications(TorchFunctionMode):
 
     def _note(self, product: Product) -> None:
         self._rows[product.name, product.is_transposed] += product.inputs.numel() // product.inputs.shape[-1]
+
+
+def _is_part(factor: Tensor, parameter: Tensor) -> bool:
+    return factor.untyped_storage()._cdata == parameter.untyped_storage()._cdata and factor.numel() < parameter.numel()

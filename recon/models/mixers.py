@@ -41,6 +41,7 @@ class Findings:
         uncalled: The linear maps that the model does not call.
         routers: The linear maps whose outputs choose among experts.
         stacks: Name of each parameter that holds a stack of experts -> stack.
+        divided: As in `Multiplications`.
     """
 
     kind: str
@@ -49,6 +50,7 @@ class Findings:
     uncalled: frozenset[str]
     routers: frozenset[str]
     stacks: dict[str, Stack]
+    divided: str | None
 
 
 _findings: WeakKeyDictionary[PreTrainedModel, tuple[list[nn.Module], list[Findings]]] = WeakKeyDictionary()
@@ -150,8 +152,8 @@ def _run(model: PreTrainedModel) -> None:
             run_synthetic(model, tokens)
     except Exception as error:  # the model's own code may raise anything
         raise ValueError(
-            f"recon runs the code of a model on a CPU with synthetic numbers, to find its token mixers. "
-            f"{type(model).__name__} cannot be run on {LENGTH} tokens: {type(error).__name__}: {error}"
+            f"A model must run on {LENGTH} tokens on a CPU with synthetic numbers, by which recon finds token mixers "
+            f"and experts, {type(model).__name__} raised {type(error).__name__}: {error}"
         ) from error
 
 
@@ -222,6 +224,7 @@ class _Trial:
             uncalled,
             frozenset(self.multiplications.routers),
             self.multiplications.stacks,
+            self.multiplications.divided,
         )
 
     def _mixes(self, name: str) -> bool:

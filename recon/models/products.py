@@ -54,7 +54,7 @@ class Products(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Look at the factors of products and compute."""
-        for x, factor in _factors(func, (*args, *(kwargs or {}).values())):
+        for x, factor in factors(func, (*args, *(kwargs or {}).values())):
             for product in self._products(x, factor):
                 self._see(product)
         return func(*args, **(kwargs or {}))
@@ -86,7 +86,7 @@ class Products(TorchFunctionMode):
         return None
 
 
-def _factors(func: Any, args: tuple[Any, ...]) -> Iterator[tuple[Tensor, Tensor]]:
+def factors(func: Any, args: tuple[Any, ...]) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the inputs (..., in) and the factor (in, out) of a product, for each of its factors that may be a slice."""
     if func is F.linear:
         yield args[0], args[1].mT

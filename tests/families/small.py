@@ -65,6 +65,15 @@ _INDEXER = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16,
 _QWEN4 = {**_INDEXER, "indexer_compress_ratio": 2, "ple_embed_dim": 32, "ngram_vocab_size_base": 96}
 _GEMMA = {"vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 8}
 OWN: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": {
+        "layer_types": ["full_attention"] * DEPTH,
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}},
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
+        "ffn_config": {"ffn_hidden_size": 32, "hidden_size": 64, "moe_top_k": 2},
+    },
+    "dots1": {"moe_intermediate_size": 32, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "blt": {"encoder_hash_byte_group_vocab": 96},
     "dots3_note_text": _NOTE,
     "gemma3n_text": {**_GEMMA, "num_kv_shared_layers": 0, "intermediate_size": 64, "laurel_rank": 8},
