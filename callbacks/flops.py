@@ -8,6 +8,7 @@ The convention is that of PaLM (arXiv 2204.02311, appendix B), one multiply-add 
   L layers, H heads of size Q and sequences of T tokens, and twice that backward. Causality does not halve it,
   nor does a sliding window reduce it;
 - norms, activations, softmax, positions, biases, loss and optimizer are left out;
+- fused experts count with the rows that the router sends to them;
 - repeated computation counts once: gradient checkpointing does not raise the number (this is model, not hardware,
   FLOP utilisation);
 - a pruned weight counts like any other: dense products compute with the zeros.
@@ -17,20 +18,24 @@ gradient of its own and counts 4N here, unless it has adapters (`recon.scopes.lo
 The adapters' own products take operations per step, not per token, and are left out.
 """
 
+import math
+
 from torch import nn
 from transformers import PreTrainedModel
 
 from recon.distributed.parameters import whole_shape
-from recon.models.linear import is_matrix
+from recon.models.anatomy import Anatomy
+from recon.models.matrices import Matrix, by_parameter, is_matrix
 from recon.scopes.lora import is_adapted
 
 
 def flops_per_token(model: PreTrainedModel, seq_len: int, backward: bool = True) -> int:
     """Count the FLOPs per token of one forward and backward pass, or of the forward pass alone.
 
-    Architectures are not told apart: every linear map of the decoder is taken to run once per token, and every
-    layer to attend with as many dimensions for values as for keys. Parameters that ZeRO-3 has partitioned or FSDP2
-    has sharded count whole; a strategy that splits modules or flattens parameters must come after.
+    Architectures are not told apart: every linear map of the decoder is taken to run once per token, fused experts as
+    often as the router chooses, and every layer to attend with as many dimensions for values as for keys. Parameters
+    that ZeRO-3 has partitioned or FSDP2 has sharded count whole; a strategy that splits modules or flattens parameters
+    must come after.
 
     Args:
         model: A decoder-only model; weights with `requires_grad` learn.
@@ -38,8 +43,7 @@ def flops_per_token(model: PreTrainedModel, seq_len: int, backward: bool = True)
         backward: Count the backward pass too.
 
     Raises:
-        ValueError: If the decoder holds fused experts, of which only some run for a token, or its config lacks the
-            sizes of attention.
+        ValueError: If the decoder holds fused experts that cannot be found, or its config lacks the sizes of attention.
     """
     attention = 4 * _attention_width(model) * seq_len
     flops = attention * (3 if backward else 1)
@@ -47,20 +51,23 @@ def flops_per_token(model: PreTrainedModel, seq_len: int, backward: bool = True)
         weight = matrix.get_parameter("weight")
         products = 1 + backward * (2 if weight.requires_grad or is_adapted(matrix) else 1)
         flops += 2 * products * whole_shape(weight).numel()
+    for experts in by_parameter({one.name: one for one in _slices(model)}):
+        weight = next(iter(experts.values())).parameter
+        rows = sum(one.rows_per_token * math.prod(one.shape) for one in experts.values())
+        flops += 2 * (1 + backward * (2 if weight.requires_grad else 1)) * round(rows)
     return flops
+
+
+def _slices(model: PreTrainedModel) -> list[Matrix]:
+    """List the matrices of fused experts in the decoder; none without parameters of three dimensions."""
+    if not any(len(whole_shape(one)) == 3 for one in model.get_decoder().parameters()):
+        return []
+    return [one for block in Anatomy.of(model).blocks for one in block.matrices.values() if one.index is not None]
 
 
 def _matrices(model: PreTrainedModel) -> list[nn.Module]:
     """List the linear maps that a token passes: those of the decoder and the head, not those of a vision tower."""
     decoder, head = model.get_decoder(), model.get_output_embeddings()
-    shapes = {name: list(whole_shape(parameter)) for name, parameter in decoder.named_parameters()}
-    fused = [f"{name} {shape}" for name, shape in shapes.items() if len(shape) > 2]
-    if fused:
-        raise ValueError(
-            f"FLOPs are counted from Linear and Conv1D modules that run once per token, got {len(fused)} parameters of "
-            f"more than two dimensions (fused experts or convolutions) in {type(decoder).__name__}, the first "
-            f"{fused[0]}; leave out what needs the FLOPs, such as callbacks.Throughput"
-        )
     inside = [module for module in decoder.modules() if is_matrix(module)]
     return [*inside, head] if head is not None and all(head is not one for one in inside) else inside
 

@@ -6,11 +6,12 @@ Overlapping windows on dense inputs keep one copy more for each window that begi
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Literal
+from functools import wraps
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from recon.calibration.collection import collect
 from recon.calibration.pairs import collect_pairs
@@ -18,6 +19,7 @@ from recon.calibration.prefetch import Batch, Key, Prefetch
 from recon.calibration.rows import Rows
 from recon.calibration.statistics import InputStatistics, Need
 from recon.calibration.storage import ON_DEVICE, Storage
+from recon.models.matrices import Matrix
 from recon.models.replay import Replay
 from recon.models.windows import Window
 from recon.profiling.entries import Held
@@ -37,6 +39,17 @@ Observation = Need | Literal["cross"]
 """Statistics of the inputs of matrices; `cross` are Gram matrices of recovered and dense inputs together."""
 
 
+def _walking(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Compute without gradients, and expert by expert, in every walk: hidden states must not depend on statistics."""
+
+    @wraps(method)
+    def walk(self: "Activations", *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad(), self.replay.expert_by_expert():
+            return method(self, *args, **kwargs)
+
+    return walk
+
+
 class Activations:
     """Inputs and targets of the blocks under way.
 
@@ -46,14 +59,14 @@ class Activations:
         batch_size: Sequences per forward pass.
         device: Device that the model computes on.
         propagation: Which inputs and targets windows have.
-        tap: Whether to record attention's outputs where a single block is entered.
+        tap: Whether to record the outputs of the token mixer where a single block is entered that it divides.
         starts: Indices of blocks at which later windows begin. If windows overlap, the inputs of these blocks are kept
             from the time when the blocks before them were dense.
         storage: Place and precision of the activations.
 
     Attributes:
         hidden: Inputs of the current blocks, [num_sequences, seq_len, dim].
-        attention: Targets of the attention submodule of the current block, and after `pass_attention` its outputs;
+        attention: Targets of the token mixer of the current block, and after `pass_attention` its outputs;
             None where they are not recorded.
         output: Targets of the current blocks; None before `enter`.
         recorded: Targets of a window that ends elsewhere, after `record`.
@@ -145,9 +158,9 @@ class Activations:
         for start in range(0, len(self.hidden), self.batch_size):
             yield slice(start, start + self.batch_size)
 
-    @torch.no_grad()
+    @_walking
     def enter(
-        self, blocks: Sequence[int], matrices: Mapping[str, nn.Module] | None = None, need: Observation = "none"
+        self, blocks: Sequence[int], matrices: Mapping[str, Matrix] | None = None, need: Observation = "none"
     ) -> dict[str, InputStatistics]:
         """Go on to consecutive `blocks`; do nothing if they are current.
 
@@ -155,7 +168,7 @@ class Activations:
 
         Args:
             blocks: Indices; the first may lie among the current blocks, the last may not.
-            matrices: Name -> linear map, of blocks that were never entered before and are still dense.
+            matrices: Name -> matrix, of blocks that were never entered before and are still dense.
             need: Statistics to collect of their inputs; `cross` only with `recovered`.
 
         Returns:
@@ -170,7 +183,7 @@ class Activations:
         assert start >= self._at, f"blocks are walked in order: {blocks} cannot follow {self.blocks}"
         assert stop > self._ahead, f"blocks are walked in order: {blocks} cannot follow {self.blocks}"
         self.replay.keep(range(start, stop))
-        tapped = self.tap and len(blocks) == 1
+        tapped = self.tap and len(blocks) == 1 and self.replay.anatomy.blocks[start].mixer is not None
         self.attention = (self.attention if self.attention is not None else self._room()) if tapped else None
         if self.propagation != "dense":
             for index in range(self._at, start):
@@ -179,12 +192,22 @@ class Activations:
             found = self._pass_both(start, stop, matrices, need)
         else:
             assert need != "cross", "there is one stream"
-            with collect(matrices, need) as found:
+            with collect(matrices, need, self.replay.experts.rows) as found:
                 (self._pass_dense if self.propagation == "dense" else self._pass_local)(start, stop)
         self.replay.hold(range(start, stop))
         self.blocks, self._at, self._ahead = list(blocks), start, stop
         self.recorded = None
-        return found
+        return self._noted(matrices, found)
+
+    def _noted(
+        self, matrices: Mapping[str, Matrix], statistics: dict[str, InputStatistics]
+    ) -> dict[str, InputStatistics]:
+        """Note the experts with fewer rows than inputs, and return the statistics."""
+        for name, one in matrices.items():
+            found = statistics[name]
+            if one.index is not None and found.has_sums and found.num_tokens < one.shape[1]:
+                self.replay.experts.few[name] = found.num_tokens
+        return statistics
 
     def held(self) -> list[Held]:
         """List the copies of all sequences, for the memory ledger; those that exist, before `__init__` has ended."""
@@ -194,7 +217,7 @@ class Activations:
         return [Held("calibration", one, on_host=self.storage.is_on_host(one)) for one in copies]
 
     def prepare(
-        self, window: Window, matrices: Mapping[str, nn.Module] | None = None, need: Need = "none"
+        self, window: Window, matrices: Mapping[str, Matrix] | None = None, need: Need = "none"
     ) -> dict[str, InputStatistics]:
         """Complete inputs and target of `window`, whose blocks are entered and which is still dense.
 
@@ -210,7 +233,7 @@ class Activations:
             self.record(window)
         return self.pass_attention(matrices, need) if window.takes_attention else {}
 
-    @torch.no_grad()
+    @_walking
     def record(self, window: Window) -> None:
         """Record the outputs of `window`, with its present weights, for the inputs of the current blocks."""
         self.recorded = None  # frees the last one
@@ -220,9 +243,9 @@ class Activations:
                 self.recorded = self._room(piece.shape[1:])
             self.recorded[rows] = piece
 
-    @torch.no_grad()
+    @_walking
     def pass_attention(
-        self, matrices: Mapping[str, nn.Module] | None = None, need: Need = "none"
+        self, matrices: Mapping[str, Matrix] | None = None, need: Need = "none"
     ) -> dict[str, InputStatistics]:
         """Replace the targets of attention by its outputs, now that it is recovered; do nothing for dense inputs.
 
@@ -238,7 +261,7 @@ class Activations:
         assert self.attention is not None, "enter one block first, with `tap`"
         assert self.output is not None
         matrices, (block,) = dict(matrices or {}), self.blocks
-        with collect(matrices, need) as found:
+        with collect(matrices, need, self.replay.experts.rows) as found:
             for rows, hidden in self._loaded(self.hidden, "pass attention"):
                 attention = self.replay.tap(block, hidden)
                 self.attention[rows] = attention
@@ -246,9 +269,9 @@ class Activations:
                     self.output[rows] = self.replay.stub(block, hidden, attention)
                 elif need != "none":
                     self.replay.stub(block, hidden, attention)
-        return found
+        return self._noted(matrices, found)
 
-    @torch.no_grad()
+    @_walking
     def compute(self) -> None:
         """Replace the targets of the current blocks by their outputs, with their present weights.
 
@@ -285,7 +308,7 @@ class Activations:
             source = self.output
 
     def _pass_both(
-        self, start: int, stop: int, matrices: dict[str, nn.Module], need: Observation
+        self, start: int, stop: int, matrices: dict[str, Matrix], need: Observation
     ) -> dict[str, InputStatistics]:
         """Walk the dense stream on; send the recovered one through the dense blocks if its statistics are needed."""
         if self.output is None:
@@ -295,7 +318,7 @@ class Activations:
         self._adds = self.attention is not None and self.replay.adds_attention(start)
         passed, fresh = range(start, self._ahead), range(max(start, self._ahead), stop)
         if need == "cross":
-            with collect_pairs(matrices) as pairs:
+            with collect_pairs(matrices, self.replay.experts.rows) as pairs:
                 for rows, hidden in self._loaded(self.hidden, "walk both"):
                     hidden = self._through(passed, hidden)
                     for index in fresh:  # both streams block by block: only one block's dense inputs are held
@@ -304,7 +327,7 @@ class Activations:
                         with pairs.recovered():
                             hidden = self.replay.run(index, hidden)
             return pairs.statistics
-        with collect(matrices, need) as found:
+        with collect(matrices, need, self.replay.experts.rows) as found:
             for _, hidden in self._loaded(self.hidden, "walk recovered") if need != "none" else ():
                 self._through([*passed, *fresh], hidden)
         for index in fresh:

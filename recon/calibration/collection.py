@@ -5,41 +5,48 @@ matrices instead of seven. The first forward call shows which matrices share, fo
 """
 
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from recon.calibration.all_rows import visiting_all_experts
 from recon.calibration.gram import StartGram
 from recon.calibration.statistics import InputStatistics, Need, full_fp32
-from recon.models.linear import weight_out_in
+from recon.models.experts import ExpertRows
+from recon.models.matrices import Matrix, parameters_of
+from recon.models.products import Product, Products
 from recon.profiling.ledger import claim
 
 
 @contextmanager
-def collect(matrices: dict[str, nn.Module], need: Need) -> Iterator[dict[str, InputStatistics]]:
+def collect(
+    matrices: Mapping[str, Matrix], need: Need, experts: ExpertRows = "routed"
+) -> Iterator[dict[str, InputStatistics]]:
     """Accumulate the statistics of the inputs of `matrices` over all forward calls inside the context.
 
     Every position counts as a token: run sequences without padding. Matrices that share their input share the
-    tensors of their statistics too; treat those as read-only.
+    tensors of their statistics too; treat those as read-only. An expert without a row has statistics of zeros.
 
     Args:
-        matrices: Name -> Linear or Conv1D module. Inputs may have any shape (..., in).
+        matrices: Name -> matrix. Inputs may have any shape (..., in). The model has to multiply slices one by one:
+            see `recon.models.experts.expert_by_expert`.
         need: "gram" collects G (the norms are its diagonal), "start gram" G as exact as a start needs it, "norms" the
             sums of squares, "none" nothing.
+        experts: Rows that the statistics of slices are made from.
 
     Yields:
         A dict that is filled when the context ends without an exception: name -> statistics.
 
     Raises:
-        ValueError: If an input holds NaN or Inf, if a matrix was never called, or if matrices that shared
-            their first input do not share a later one.
+        ValueError: If an input holds NaN or Inf, if a matrix was never called, if matrices that shared their first
+            input do not share a later one, or if the rows of `experts` cannot be had.
     """
     statistics: dict[str, InputStatistics] = {}
-    collector = Collector(need)
+    collector = Collector(need, matrices, experts)
     with collector.watching(matrices if need != "none" else {}):
         yield statistics
     for name in matrices:
@@ -92,6 +99,11 @@ class SharedInput:
 class Collector:
     """Assigns matrices to shared inputs in their first call, and checks that later calls share alike.
 
+    Args:
+        need: See `collect`.
+        matrices: Name -> matrix, of all whose result is asked for.
+        experts: See `collect`.
+
     Attributes:
         inputs: Name of the inputs in error messages.
         input_of: Name of each matrix that was called -> its input.
@@ -99,31 +111,49 @@ class Collector:
 
     inputs = "inputs"
 
-    def __init__(self, need: Need) -> None:
+    def __init__(self, need: Need, matrices: Mapping[str, Matrix], experts: ExpertRows = "routed") -> None:
         self._need: Need = need
+        self._matrices, self._experts = matrices, experts
         self.input_of: dict[str, SharedInput] = {}
         self._num_calls: dict[str, int] = {}
+        self._stacks: set[str] = set()  # names of the parameters whose slices were seen
+        self._watches_slices = True
 
     @contextmanager
-    def watching(self, matrices: dict[str, nn.Module]) -> Iterator[None]:
+    def watching(self, matrices: Mapping[str, Matrix]) -> Iterator[None]:
         """Collect from every forward call of `matrices` within the context."""
-        hooks = [
-            module.register_forward_pre_hook(partial(self.see, name), with_kwargs=True)
-            for name, module in matrices.items()
-        ]
-        try:
+        slices = {(one.parameter_name, one.index): name for name, one in matrices.items() if one.index is not None}
+
+        def see(product: Product) -> None:
+            self._stacks.add(product.name)
+            name = slices.get((product.name, product.index))
+            if name is not None and self._watches_slices:
+                self.take(name, _rows(product), product.inputs.shape[-1])
+
+        with ExitStack() as stack:
+            for name, one in matrices.items():
+                if one.index is None:
+                    hook = partial(self.see, name)
+                    stack.callback(one.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            if stacked := [matrix for matrix in matrices.values() if matrix.index is not None]:
+                stack.enter_context(Products(parameters_of(stacked), see))
+                if self._experts == "all":
+                    stack.enter_context(visiting_all_experts(stacked, self._watch_slices))
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+
+    def _watch_slices(self, watches: bool) -> None:
+        self._watches_slices = watches
 
     def see(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the matrix `name`."""
-        x: Tensor = (*args, *kwargs.values())[0]
+        self.take(name, (*args, *kwargs.values())[0], self._matrices[name].shape[1])
+
+    def take(self, name: str, x: Tensor, in_features: int) -> None:
+        """Add the inputs of one call of the matrix `name`."""
         batch = self._num_calls.get(name, 0)
         self._num_calls[name] = batch + 1
         if name not in self.input_of:
-            self.input_of[name] = self._find_or_start(name, x, weight_out_in(module).shape[1])
+            self.input_of[name] = self._find_or_start(name, x, in_features)
         shared = self.input_of[name]
         if batch == shared.num_calls:
             self._add(shared, x, name, batch)
@@ -140,10 +170,14 @@ class Collector:
     def result(self, name: str) -> InputStatistics:
         """Return the statistics of the matrix `name` after the last call."""
         if name not in self.input_of:
-            raise ValueError(
-                f"statistics need at least one forward call, got none for `{name}`; run the part of the "
-                "model that holds it, use more calibration data, or exclude it with `pruning.exclude`"
-            )
+            matrix = self._matrices[name]
+            if matrix.index is None or matrix.parameter_name not in self._stacks:
+                raise ValueError(
+                    f"statistics need at least one forward call, got none for `{name}`; run the part of the "
+                    "model that holds it, use more calibration data, or exclude it with `pruning.exclude`"
+                )
+            self.input_of[name] = self._start(matrix.shape[1], matrix.parameter.device)  # no row was routed to it
+            self._num_calls[name] = 0
         shared = self.input_of[name]
         if self._num_calls[name] != shared.num_calls:
             raise self._diverged(name, self._num_calls[name])
@@ -167,6 +201,12 @@ class Collector:
             f"`{name}` shared its first input with {', '.join(f'`{n}`' for n in partners)} and needs to "
             f"share every one, but does not in batch {batch} (counted from 0); collect it in its own pass"
         )
+
+
+def _rows(product: Product) -> Tensor:
+    """The inputs of a product, without the rows that are there only for other slices of the same operation."""
+    x = product.inputs
+    return x[x.any(dim=-1)] if product.is_batched else x
 
 
 def _version(x: Tensor) -> int | None:

@@ -6,25 +6,28 @@ the dense ones of one batch are held.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from recon.calibration.collection import Collector, SharedInput
 from recon.calibration.statistics import InputStatistics, full_fp32
+from recon.models.experts import ExpertRows
+from recon.models.matrices import Matrix
 from recon.profiling.ledger import claim
 
 
 @contextmanager
-def collect_pairs(matrices: dict[str, nn.Module]) -> "Iterator[Pairs]":
+def collect_pairs(matrices: Mapping[str, Matrix], experts: ExpertRows = "routed") -> "Iterator[Pairs]":
     """Sum the Gram and cross-Gram matrices of the inputs of `matrices` in two streams of the same tokens.
 
     Matrices that share their input share the tensors of their statistics too; treat those as read-only.
 
     Args:
-        matrices: Name -> Linear or Conv1D module. Inputs may have any shape (..., in).
+        matrices: Name -> matrix. Inputs may have any shape (..., in).
+        experts: Rows of slices; two routers choose differently, so slices need `all`.
 
     Yields:
         Contexts to run each batch in, the dense stream first. Its `statistics` are filled when the context ends
@@ -32,9 +35,15 @@ def collect_pairs(matrices: dict[str, nn.Module]) -> "Iterator[Pairs]":
 
     Raises:
         ValueError: If an input holds NaN or Inf, if a matrix was never called or does not see as many tokens in both
-            streams, or if matrices that shared their first input do not share a later one.
+            streams, if matrices that shared their first input do not share a later one, or for routed rows of slices.
     """
-    pairs = Pairs(matrices)
+    if experts == "routed" and (slices := [name for name, one in matrices.items() if one.index is not None]):
+        raise ValueError(
+            f"recovered inputs with dense targets need the same tokens to enter `{slices[0]}` in both streams, got "
+            f"pruning.experts: routed, where the router of each stream chooses; choose pruning.experts: all, or "
+            f"model.propagation: dense or recovered_local"
+        )
+    pairs = Pairs(matrices, experts)
     yield pairs
     pairs.finish()
 
@@ -46,11 +55,11 @@ class Pairs:
         statistics: Name -> statistics, empty until both streams have ended.
     """
 
-    def __init__(self, matrices: dict[str, nn.Module]) -> None:
+    def __init__(self, matrices: Mapping[str, Matrix], experts: ExpertRows = "routed") -> None:
         self.statistics: dict[str, InputStatistics] = {}
         self._matrices = matrices
-        self._dense = _DenseCollector()
-        self._recovered = _RecoveredCollector(self._dense)
+        self._dense = _DenseCollector(matrices, experts)
+        self._recovered = _RecoveredCollector(matrices, experts, self._dense)
 
     @contextmanager
     def dense(self) -> Iterator[None]:
@@ -110,8 +119,8 @@ class _RecoveredInput(SharedInput):
 class _DenseCollector(Collector):
     inputs = "dense inputs"
 
-    def __init__(self) -> None:
-        super().__init__("gram")
+    def __init__(self, matrices: Mapping[str, Matrix], experts: ExpertRows) -> None:
+        super().__init__("gram", matrices, experts)
 
     def waiting(self) -> list[str]:
         """The matrices whose dense inputs still wait for the recovered ones."""
@@ -126,8 +135,8 @@ class _RecoveredCollector(Collector):
 
     inputs = "recovered inputs"
 
-    def __init__(self, dense: _DenseCollector) -> None:
-        super().__init__("gram")
+    def __init__(self, matrices: Mapping[str, Matrix], experts: ExpertRows, dense: _DenseCollector) -> None:
+        super().__init__("gram", matrices, experts)
         self._dense = dense
         self._of_twin: dict[SharedInput, _RecoveredInput] = {}
 

@@ -40,6 +40,11 @@ class InputStatistics:
     dense_gram: Float[Tensor, "in_ in_"] | None = None
 
     @property
+    def has_sums(self) -> bool:
+        """Whether anything was collected."""
+        return self.sum_squares is not None or self.gram is not None
+
+    @property
     def norms(self) -> Float[Tensor, "in_"]:
         """||X_j||_2 for each input j, from the sums of squares or the diagonal of G."""
         if self.sum_squares is not None:

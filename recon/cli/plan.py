@@ -17,6 +17,7 @@ from recon.cli.fit import ParsingCLI, _cli, choose_optimizer
 from recon.cli.quiet import quiet
 from recon.cli.trainer_identity import class_at
 from recon.data import TokenData
+from recon.experiment.requirements import require_matrices
 from recon.models.loading import ModelSource
 from recon.planner import SCOPES, Kind, PlanOptions, Prediction, Proposal, Shape, predict, print_plan, propose
 from recon.planner.fake.model import FakeModel
@@ -164,7 +165,7 @@ def _require_fit(scope: Scope, fake: FakeModel, pattern: Pattern | None, pruning
     prunable = fake.prunable(pruning.exclude)
     if pattern is not None:
         require_fit(prunable, pattern, pruning)
-    scope.require_model(fake.anatomy, prunable)
+    require_matrices(scope, fake.anatomy, prunable)
 
 
 def _of_fit(args: list[str]) -> list[str]:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from recon.evaluation.perplexity import CHUNK, NOT_FINITE
 from recon.models.anatomy import Anatomy, Block
+from recon.models.forwards import first_of
 from recon.profiling.ledger import sampled
 
 Logits = Float[Tensor, "token vocabulary"]
@@ -112,7 +113,7 @@ def _run(model: PreTrainedModel, blocks: list[Block], ids: Tensor, visit: Callab
         def tell(module: nn.Module, args: Any, output: Any) -> None:
             calls[depth] += 1
             if calls[depth] == 1:
-                visit(depth, output[0] if isinstance(output, tuple) else output)
+                visit(depth, first_of(output))
 
         return tell
 

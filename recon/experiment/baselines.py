@@ -26,12 +26,12 @@ from recon.experiment.tasks import require_scorable, score_tasks
 from recon.experiment.writing import save_model
 from recon.models.anatomy import Anatomy
 from recon.models.author import DenseAuthor
-from recon.models.linear import is_matrix
 from recon.models.loading import ModelSource
+from recon.models.matrices import is_matrix, parameters_of
 from recon.models.offload.opening import Offload
 from recon.profiling.process_memory import PeakMeter, resident_bytes
 from recon.pruning.masks import Masks
-from recon.pruning.prune import moved_with, prune_to
+from recon.pruning.prune import moved_with, noted, prune_to
 from recon.report import Report
 
 log = logging.getLogger("recon")
@@ -102,12 +102,15 @@ def measure(
 
 
 def matrices(model: PreTrainedModel) -> set[str]:
-    """The names of the weights of all linear maps but the head, in any model, recovered by recon or not."""
+    """The names of the weights of all linear maps but the head, in any model, recovered by recon or not.
+
+    Parameters of three dimensions count, most of which are experts.
+    """
     head = model.get_output_embeddings()
     weights = {
         id(module.get_parameter("weight")) for module in model.modules() if is_matrix(module) and module is not head
     }
-    return {name for name, parameter in model.named_parameters() if id(parameter) in weights}
+    return {name for name, one in model.named_parameters() if id(one) in weights or one.ndim == 3}
 
 
 @contextmanager
@@ -193,6 +196,7 @@ def measure_pruned(
         densities=masks.densities,
         run_dir=str(run.path),
         tasks=score_tasks(options.suite, model, data.tokenizer, "pruned", run),
+        **noted(Masks.read_metadata(run.masks)),
         **sizes,
         **_compared(source, model, masks, data, opened, options, run),
     )
@@ -205,7 +209,7 @@ def measure_pruned(
 def _written(source: ModelSource, model: PreTrainedModel, options: RunOptions, keep_model: bool) -> dict[str, int]:
     """What pruning writes -> its bytes."""
     prunable = Anatomy.of(model).prunable(options.pruning.exclude)
-    pruned = [module.get_parameter("weight") for module in prunable.values()]
+    pruned = parameters_of(prunable.values()).values()
     stored = source.stored_dtype().itemsize if keep_model else 0
     return {
         "masks": sum(weight.numel() for weight in pruned) // 8,

@@ -10,6 +10,7 @@ from recon.experiment.job import Job
 from recon.experiment.opened import OpenModel
 from recon.experiment.sizes import source_size, sparsities
 from recon.experiment.tasks import Scores, Subject, score_tasks
+from recon.experiment.verification import violations_of_model
 from recon.profiling.phases import PhaseName
 from recon.pruning.masks import Masks
 from recon.pruning.start_weights import Start
@@ -107,10 +108,10 @@ def _parents(job: Job, recovered: Evaluation) -> list[dict[str, Any]]:
 
 def _measure_written(job: Job, masks: Masks) -> tuple[Evaluation, int, Scores]:
     if job.scope.evaluation is not None:  # too large to be loaded by one process: measured before it was gathered
-        return job.scope.evaluation, masks.violations_in(job.run.model), {}
+        return job.scope.evaluation, violations_of_model(masks, job.run.model), {}
     model = job.reopened(job.written)
     recovered = model.evaluate(job.data)
-    violations = masks.violations_in(job.run.model) if job.is_offloaded else model.violations(masks)
+    violations = model.violations(masks)
     return recovered, violations, _scores(job, model, "recovered")
 
 

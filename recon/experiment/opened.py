@@ -16,10 +16,9 @@ from recon.evaluation.blockwise import evaluate_blockwise, measure_drift_blockwi
 from recon.evaluation.drift import Drift, measure_drift
 from recon.evaluation.perplexity import Evaluation, evaluate
 from recon.experiment.sizes import offloaded_parameters
-from recon.models.calls import Form
 from recon.models.loading import ModelSource, empty
 from recon.models.offload.opening import Offload, open_offloaded
-from recon.models.replay import Replay
+from recon.models.replay import Forms, Replay
 from recon.pruning.masks import Masks
 from recon.pruning.start_weights import amend_by, apply
 
@@ -152,7 +151,7 @@ class Opener:
     device: torch.device
     storage: Storage = ON_HOST
     dense: Path | None = None
-    forms: tuple[Form, Form] | None = None
+    forms: Forms | None = None
 
     def __call__(self, source: ModelSource) -> OpenModel:
         """Load a model.

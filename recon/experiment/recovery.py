@@ -115,6 +115,7 @@ def _connect(job: Job) -> None:
 
 def _load(job: Job) -> None:
     job.scope.phases.enter(PhaseName.LOAD)
+    job.scope.experts.rows = job.options.pruning.experts
     log.info(f"load {job.scope.source.name}")
     job.scope.load(job.data)
     assert job.data.tokenizer is not None

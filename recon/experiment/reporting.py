@@ -11,6 +11,7 @@ from recon.experiment.peaks import largest
 from recon.experiment.sizes import written_sizes
 from recon.experiment.training import Training
 from recon.pruning.masks import Masks
+from recon.pruning.prune import FEW_ROWS, LEFT_DENSE, noted
 from recon.report import Report
 from recon.scopes.base import Scope
 
@@ -18,7 +19,8 @@ from recon.scopes.base import Scope
 def build_report(job: Job, training: Training, measured: Measurement) -> Report:
     """The report of a run from its cost and its quality."""
     scope, masks, baselines = job.scope, job.scope.masks, measured.baselines
-    chosen = {"criterion": "none", "pattern": "none"} | (Masks.read_metadata(job.run.masks) if masks else {})
+    made_by = Masks.read_metadata(job.run.masks) if masks else {}
+    chosen, found = {"criterion": "none", "pattern": "none"} | made_by, noted(made_by)
     return Report(
         scope=scope.scope,
         label=" after ".join([scope.label, *(one["label"] for one in measured.parents)]),
@@ -42,6 +44,8 @@ def build_report(job: Job, training: Training, measured: Measurement) -> Report:
         prediction=dict(job.options.prediction),
         windows=_errors(scope),
         starts={name: one["start"] for name, one in scope.results.items() if "start" in one},
+        few_rows=found[FEW_ROWS] | scope.experts.few,
+        left_dense=found[LEFT_DENSE],
         rates=scope.rates,
         throughput=_throughput(job.trainer),
         parents=measured.parents,

@@ -11,9 +11,12 @@ from recon.experiment.job import Job
 from recon.experiment.origin import Origin, require_masks_of
 from recon.experiment.tasks import require_scorable
 from recon.models.anatomy import Anatomy
+from recon.models.matrices import Matrix
 from recon.pruning.prune import require_fit
+from recon.scopes.base import Scope
 from recon.scopes.local.module import LocalScope
 from recon.scopes.local.schedule import require_recovered_inputs
+from recon.scopes.lora import require_linear_maps
 from recon.scopes.starts import NO_MOVED, NO_RUN
 
 CLEARLY = 0.9
@@ -83,6 +86,22 @@ def require_suitable(job: Job) -> None:
     pruned = anatomy.prunable(options.pruning.exclude) if options.prunes and not _has_masks(job) else {}
     if options.pattern is not None:
         require_fit(pruned, options.pattern, options.pruning)
+    require_matrices(scope, anatomy, pruned)
+
+
+def require_matrices(scope: Scope, anatomy: Anatomy, pruned: Mapping[str, Matrix]) -> None:
+    """Refuse matrices that the options of a scope do not fit.
+
+    Args:
+        scope: The scope.
+        anatomy: The blocks of the model.
+        pruned: Name of the weight -> matrix to be pruned.
+
+    Raises:
+        ValueError: Naming the option.
+    """
+    if vars(scope).get("which_parameters") == "lora":
+        require_linear_maps(pruned.values())
     scope.require_model(anatomy, pruned)
 
 

@@ -15,7 +15,6 @@ from recon.basics.run_paths import RunPaths
 from recon.evaluation.products import TOLERANCES, measure_storages
 from recon.experiment.environment import environment
 from recon.models.anatomy import Anatomy
-from recon.models.linear import is_transposed
 from recon.models.loading import ModelSource
 from recon.models.stored import dtype_of
 from recon.models.weight_files import directory_digest, weight_places
@@ -108,18 +107,23 @@ def _matrices(
 ) -> Iterable[MatrixSpeed]:
     """Measure one matrix of each shape, of several the one of median sparsity."""
     transposed = _transposed(run)
-    shapes: dict[tuple[int, ...], list[str]] = {}
+    shapes: dict[tuple[int, ...], list[tuple[float, str, int]]] = {}
     for name, shape in masks.shapes.items():
-        shapes.setdefault(shape[::-1] if name in transposed else shape, []).append(name)
-    for (rows, columns), names in sorted(shapes.items()):
-        sparsity, name = median_low((masks.subset([name]).sparsity, name) for name in names)
+        stack = masks[name].reshape(-1, *shape[-2:])
+        sparsities = 1 - stack.float().mean((1, 2))
+        rows_columns = shape[:-3:-1] if name in transposed else shape[-2:]
+        shapes.setdefault(rows_columns, []).extend((each.item(), name, i) for i, each in enumerate(sparsities))
+    for (rows, columns), found in sorted(shapes.items()):
+        sparsity, name, index = median_low(found)
+        shape = masks.shapes[name]
         log.info(f"timing {rows} x {columns}: {name}")
-        keep, weight = masks[name], _weight(run.model, name, masks.shapes[name])
+        keep, weight = masks[name], _weight(run.model, name, shape)
         if count := masks.violations_of(name, weight):
             raise ValueError(
                 f"recon speed needs pruned weights that are zero, got {count} of `{name}` in {run.model} that are not; "
                 f"`recon verify {run.path}` tells more"
             )
+        keep, weight = (tensor.reshape(-1, *shape[-2:])[index] for tensor in (keep, weight))
         if name in transposed:
             keep, weight = keep.T, weight.T
         keep, weight = keep.contiguous(), weight.to(options.device, dtype).contiguous()
@@ -129,16 +133,17 @@ def _matrices(
             for storage, kind in STORAGES.items()
         }
         stored = measure_storages(weight, makers, options.tokens, options.min_seconds, options.seed)
-        yield MatrixSpeed(name, rows, columns, len(names), sparsity, stored)
+        label = name if len(shape) == 2 else f"{name}.{index}"
+        yield MatrixSpeed(label, rows, columns, len(found), sparsity, stored)
 
 
 def _transposed(run: RunPaths) -> set[str]:
-    """Names of the matrices that are stored in x out: from the masks, else from the code of the model."""
+    """Names of the parameters that are stored in x out: from the masks, else from the code of the model."""
     known = transposed_in(Masks.read_metadata(run.masks))
     if known is not None:
         return known
     prunable = Anatomy.of(ModelSource(str(run.model)).skeleton()).prunable()
-    return {name for name, module in prunable.items() if is_transposed(module)}
+    return {matrix.parameter_name for matrix in prunable.values() if matrix.is_transposed}
 
 
 def _weight(model: Path, name: str, shape: tuple[int, ...]) -> Tensor:

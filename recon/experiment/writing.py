@@ -23,8 +23,8 @@ def write(job: Job) -> None:
     if options.interleaves:
         assert options.pattern is not None
         assert options.criterion is not None
-        prunable = Anatomy.of(scope.model).prunable(options.pruning.exclude)
-        known = made_by(options.criterion, options.pattern, options.pruning, scope.masks, prunable)
+        anatomy = Anatomy.of(scope.model)
+        known = made_by(options.criterion, options.pattern, options.pruning, scope.masks, anatomy, scope.experts)
         scope.masks.save(job.run.masks, known, job.run.manifest.writing)
     assert job.data.tokenizer is not None
     model, state = scope.result()

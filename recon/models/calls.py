@@ -3,8 +3,8 @@
 Everything is learned by running the model once, cheaply, without knowledge of any architecture.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -15,39 +15,13 @@ from transformers import Cache, PreTrainedModel
 
 from recon.basics.trees import map_tensors
 from recon.models.anatomy import Anatomy, Block
+from recon.models.forwards import Form, Halt, evaluating, forward_replaced
 
 Hidden: TypeAlias = Float[Tensor, "batch seq dim"]
 Outputs: TypeAlias = Float[Tensor, "batch seq _"]  # of any width, as matrices return them
 Tokens: TypeAlias = Int[Tensor, "batch seq"]
 
 PROBE_LENGTH = 4  # tokens of the sequence on which forms and dependencies are learned
-
-
-class Halt(Exception):
-    """Ends a forward pass whose remaining part nobody needs."""
-
-
-@dataclass(frozen=True)
-class Form:
-    """The form of a module's output: a tensor (`length` is None), or a tuple of `length` that begins with one."""
-
-    length: int | None
-
-    @classmethod
-    def of(cls, output: Any, name: str) -> "Form":
-        """Read the form off a real output of the module called `name`."""
-        if isinstance(output, Tensor):
-            return cls(None)
-        if type(output) is tuple and output and isinstance(output[0], Tensor):
-            return cls(len(output))
-        raise ValueError(
-            f"Blocks and attention submodules must return a tensor or a tuple that begins with one, {name} "
-            f"returned {type(output).__name__}. This model is not supported."
-        )
-
-    def wrap(self, tensor: Tensor) -> Tensor | tuple[Tensor | None, ...]:
-        """Return `tensor` in this form, with None for the other elements (caches, attention weights)."""
-        return tensor if self.length is None else (tensor, *[None] * (self.length - 1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +68,7 @@ class Call:
         return block(hidden, *self.args, **self.kwargs)
 
 
-def record_calls(model: PreTrainedModel, anatomy: Anatomy, tokens: Tokens, form: Form) -> list[Call]:
+def record_calls(model: PreTrainedModel, anatomy: Anatomy, tokens: Tokens, forms: Sequence[Form]) -> list[Call]:
     """Record how `model` calls each of its blocks, in one forward pass that computes none of them.
 
     Every block is replaced by the identity, and the pass halts at the last block's call. Masks, rotary
@@ -105,7 +79,7 @@ def record_calls(model: PreTrainedModel, anatomy: Anatomy, tokens: Tokens, form:
         model: Any model that `Anatomy` can read.
         anatomy: Its anatomy.
         tokens: Token ids of the shape to record.
-        form: Form of the blocks' outputs.
+        forms: Form of each block's output.
 
     Returns:
         One call a block.
@@ -126,7 +100,7 @@ def record_calls(model: PreTrainedModel, anatomy: Anatomy, tokens: Tokens, form:
             calls.append(call)
             if len(calls) == len(anatomy.blocks):
                 raise Halt
-            return form.wrap(hidden)
+            return forms[block.index].wrap(hidden)
 
         return identity
 
@@ -180,11 +154,6 @@ def arbitrary_tokens(model: PreTrainedModel, batch: int = 1, seq: int = PROBE_LE
     return tokens.to(embedding_weight(model).device)
 
 
-def first_of(output: Any) -> Tensor:
-    """Return the tensor of a module's output. Indexing a bare tensor would take its first sequence instead."""
-    return output[0] if isinstance(output, tuple) else output
-
-
 def of_all_tokens(name: str, calls: list[Tensor], hidden: Hidden) -> Outputs:
     """Return the one output of a matrix as [batch, seq, dim]; many MLPs with experts see [batch * seq, dim].
 
@@ -205,41 +174,3 @@ def of_all_tokens(name: str, calls: list[Tensor], hidden: Hidden) -> Outputs:
             f"pruning, or choose scopes/submodule or scopes/block."
         )
     return calls[0].reshape(batch, seq, -1)
-
-
-def collecting(outputs: list[Any], halt: bool = False) -> Callable[[nn.Module, Any, Any], None]:
-    """Make a forward hook that appends the module's output to `outputs`, and ends the pass if `halt`."""
-
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        outputs.append(output)
-        if halt:
-            raise Halt
-
-    return hook
-
-
-@contextmanager
-def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Shadow `module.forward` within the context; afterwards restore a forward that others (accelerate) have set."""
-    previous = vars(module).get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if previous is None:
-            del module.forward
-        else:
-            module.forward = previous
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Switch off dropout and layer drop within the context, whatever mode a trainer has put the model in."""
-    training = [child for child in module.modules() if child.training]
-    for child in training:
-        child.training = False
-    try:
-        yield
-    finally:
-        for child in training:
-            child.training = True

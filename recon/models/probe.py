@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from recon.models.anatomy import Anatomy
-from recon.models.calls import Form, Halt, Hidden, Tokens, arbitrary_tokens, collecting, first_of, of_all_tokens
+from recon.models.anatomy import Anatomy, Block
+from recon.models.calls import Hidden, Tokens, arbitrary_tokens, of_all_tokens
+from recon.models.forwards import Form, Halt, collecting, first_of
 
 MAX_RELATIVE_ERROR = 1e-2  # of a replayed block; nondeterministic kernels stay below, lost arguments do not
 MAX_SUM_ERROR = 1e-4  # of a block that is given the sum of its input and its attention output instead of both
@@ -55,28 +56,40 @@ class Moves(Protocol):
         ...
 
 
-def learn_forms(replay: Moves) -> tuple[Form, Form]:
-    """Run block 0 once and read the forms in which it and its attention submodule return.
+def learn_forms(replay: Moves) -> list[tuple[Form, Form | None]]:
+    """Run the first block of every kind once and read the forms in which it and its token mixer return.
+
+    Returns:
+        Both forms of each block; that of the mixer is None where no mixer divides the block.
 
     Raises:
-        ValueError: If the block does not call its attention submodule once, or a form is not supported.
+        ValueError: If a block does not call its mixer once, or a form is not supported.
     """
-    first, tokens = replay.anatomy.blocks[0], arbitrary_tokens(replay.model)
-    outputs: list[Any] = []  # attention returns before the block does
-    with (
-        replay.whole_model(),
-        first.attention.register_forward_hook(collecting(outputs)),
-        first.module.register_forward_hook(collecting(outputs, halt=True)),
-        suppress(Halt),
-    ):
-        replay.model(input_ids=tokens, use_cache=False)
+    firsts = {block.kind: block for block in reversed(replay.anatomy.blocks)}
+    last = max(block.index for block in firsts.values())
+    outputs: dict[str, list[Any]] = {kind: [] for kind in firsts}  # a mixer returns before its block does
+    with ExitStack() as stack:
+        stack.enter_context(replay.whole_model())
+        for kind, block in firsts.items():
+            if block.mixer is not None:
+                stack.callback(block.mixer.register_forward_hook(collecting(outputs[kind])).remove)
+            hook = collecting(outputs[kind], halt=block.index == last)
+            stack.callback(block.module.register_forward_hook(hook).remove)
+        stack.enter_context(suppress(Halt))
+        replay.model(input_ids=arbitrary_tokens(replay.model), use_cache=False)
+    return [_forms(firsts[block.kind], outputs[block.kind]) for block in replay.anatomy.blocks]
+
+
+def _forms(block: Block, outputs: list[Any]) -> tuple[Form, Form | None]:
+    if block.mixer is None:
+        return Form.of(outputs[-1] if outputs else None, block.name), None
     if len(outputs) != 2:
         raise ValueError(
-            f"A block must call its attention submodule once, {first.name} called {first.attention_name} "
+            f"A block must call its token mixer once, {block.name} called {block.mixer_name} "
             f"{len(outputs) - 1} times. This model is not supported."
         )
-    attention, block = outputs
-    return Form.of(block, first.name), Form.of(attention, first.attention_name)
+    mixer, of_block = outputs
+    return Form.of(of_block, block.name), Form.of(mixer, block.mixer_name or "")
 
 
 @torch.no_grad()
@@ -95,6 +108,11 @@ def verify(replay: Moves) -> None:
             stack.enter_context(block.module.register_forward_hook(collecting(outputs)))
         replay.model(input_ids=tokens, use_cache=False)
     hidden = replay.embed(tokens)
+    if hidden.shape[:2] != tokens.shape:
+        raise ValueError(
+            f"Blocks must get one hidden state a token, {blocks[0].name} got {list(hidden.shape)} for "
+            f"{list(tokens.shape)} tokens. This model is not supported."
+        )
     for block, outputs in zip(blocks, expected, strict=True):
         if len(outputs) != 1:
             raise ValueError(
@@ -107,22 +125,28 @@ def verify(replay: Moves) -> None:
                 f"A model must have finite hidden states, got NaN or infinity after {block.name}. Copy the model "
                 f"again, or load it in a wider model.dtype."
             )
-        attention = replay.tap(block.index, hidden)
-        try:
-            stubbed = replay.stub(block.index, hidden, attention)
-        except (AttributeError, TypeError) as error:  # it met None
-            raise ValueError(
-                f"A block must need only the first output of its attention submodule, {block.name} needs "
-                f"more than the first output of {block.attention_name}. This model is not supported."
-            ) from error
-        hidden = replay.run(block.index, hidden)
-        for move, output in (("replayed", hidden), ("tapped and stubbed", stubbed)):
+        moves = {"replayed": replay.run(block.index, hidden)}
+        if block.mixer is not None:
+            moves["tapped and stubbed"] = _stubbed(replay, block, hidden)
+        hidden = moves["replayed"]
+        for move, output in moves.items():
             error = ((output - reference).float().norm() / reference.float().norm()).item()
             if not error <= MAX_RELATIVE_ERROR:
                 raise ValueError(
                     f"A {move} block must give what it gives within the model, {block.name} differs by "
                     f"{error:.1e} of the norm. This model cannot be recovered window by window."
                 )
+
+
+def _stubbed(replay: Moves, block: Block, hidden: Hidden) -> Hidden:
+    attention = replay.tap(block.index, hidden)
+    try:
+        return replay.stub(block.index, hidden, attention)
+    except (AttributeError, TypeError) as error:  # it met None
+        raise ValueError(
+            f"A block must need only the first output of its token mixer, {block.name} needs more than the first "
+            f"output of {block.mixer_name}. This model is not supported."
+        ) from error
 
 
 def dependencies(replay: Moves, index: int) -> tuple[set[str], set[str]]:

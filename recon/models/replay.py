@@ -1,7 +1,7 @@
 """Running single blocks of a model by the model's own code: replay, tap and stub.
 
-**Replay** calls a block with the arguments that the model itself passes. **Tap** halts a block where its attention
-submodule returns. **Stub** runs a block with that submodule's output replaced by a recorded one. A block can be halted
+**Replay** calls a block with the arguments that the model itself passes. **Tap** halts a block where its token
+mixer returns. **Stub** runs a block with that submodule's output replaced by a recorded one. A block can be halted
 after some of its matrices, too. Dropout is off in all of them.
 """
 
@@ -16,25 +16,24 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from recon.models import probe
-from recon.models.anatomy import Anatomy
+from recon.models.anatomy import Anatomy, Block
 from recon.models.calls import (
     Call,
     Conversion,
-    Form,
-    Halt,
     Hidden,
     Outputs,
     Tokens,
     arbitrary_tokens,
-    collecting,
     embedding_weight,
-    evaluating,
-    first_of,
-    forward_replaced,
     of_all_tokens,
     record_calls,
 )
+from recon.models.experts import ExpertStatistics, expert_by_expert
+from recon.models.forwards import Form, Halt, collecting, evaluating, first_of, forward_replaced
 from recon.models.offload.blocks import OffloadedBlocks
+
+Forms: TypeAlias = list[tuple[Form, Form | None]]
+"""Of each block: the form in which it returns, and that of its token mixer, if one divides it."""
 
 Logits: TypeAlias = Float[Tensor, "batch seq vocabulary"]
 
@@ -49,7 +48,7 @@ class Replay:
     in another precision, while the rest of the model stays behind. Grad mode and autocast are the caller's.
 
     A module tree can be misread in ways that only numbers show: blocks that run twice, exchange more than hidden states
-    or see the tokens (Gemma 4), an attention submodule that returns more than its output (DBRX). So the moves are first
+    or see the tokens (Gemma 4), an token mixer that returns more than its output (DBRX). So the moves are first
     tried on four tokens, against the model itself: see `recon.models.probe`.
 
     Args:
@@ -57,6 +56,9 @@ class Replay:
         anatomy: Its anatomy.
         offloaded: Onloads each block when it is run, if the blocks are offloaded.
         forms: Those of a replay of the same architecture, whose moves were tried; tried on this model if None.
+
+    Attributes:
+        experts: How the statistics of experts are made.
 
     Raises:
         ValueError: If blocks are not called exactly once and in order, with hidden states of three
@@ -71,28 +73,24 @@ class Replay:
         model: PreTrainedModel,
         anatomy: Anatomy,
         offloaded: OffloadedBlocks | None = None,
-        forms: tuple[Form, Form] | None = None,
+        forms: Forms | None = None,
     ):
         self.model = model
         self.anatomy = anatomy
         self.offloaded = offloaded
+        self.experts = ExpertStatistics()
         self._calls: OrderedDict[tuple[Any, ...], list[Call]] = OrderedDict()
         if forms is not None:
-            self._block_form, self._attention_form = forms
+            self.forms = forms
             return
         with self.recording():
-            self._block_form, self._attention_form = probe.learn_forms(self)
+            self.forms = probe.learn_forms(self)
         self.verify()
 
     @classmethod
-    def within(cls, offloaded: OffloadedBlocks, forms: tuple[Form, Form] | None = None) -> "Replay":
+    def within(cls, offloaded: OffloadedBlocks, forms: Forms | None = None) -> "Replay":
         """Make the replay of a model whose blocks are offloaded."""
         return cls(offloaded.model, offloaded.anatomy, offloaded, forms)
-
-    @property
-    def forms(self) -> tuple[Form, Form]:
-        """Forms in which blocks and attention submodules return, for another replay of this architecture."""
-        return self._block_form, self._attention_form
 
     @property
     def device(self) -> torch.device:
@@ -115,6 +113,12 @@ class Replay:
         with self.offloaded.rest_onloaded() if self.offloaded is not None else nullcontext():
             yield
 
+    @contextmanager
+    def expert_by_expert(self) -> Iterator[None]:
+        """Multiply the slices of stacks one by one within the context, so that their inputs can be seen."""
+        with expert_by_expert([module for block in self.anatomy.blocks for module in block.experts]):
+            yield
+
     def embed(self, tokens: Tokens) -> Hidden:
         """Compute the hidden states that enter block 0, on the device that blocks are run on."""
         first = self.anatomy.blocks[0]
@@ -134,16 +138,17 @@ class Replay:
 
     def head(self, tokens: Tokens, hidden: Hidden) -> Logits:
         """Compute the logits that follow if the last block returns `hidden` for `tokens`; no block is run."""
-        form = self._block_form
         last = self.anatomy.blocks[-1]
 
-        def pass_on(*args: Any, **kwargs: Any) -> Any:
-            return form.wrap(Call.split(last.name, args, kwargs)[1])
+        def passing_on(block: Block) -> Callable[..., Any]:
+            form = self.forms[block.index][0]
+            return lambda *args, **kwargs: form.wrap(Call.split(block.name, args, kwargs)[1])
 
         with ExitStack() as stack:
             stack.enter_context(evaluating(self.model))
             for block in self.anatomy.blocks[:-1]:
-                stack.enter_context(forward_replaced(block.module, pass_on))
+                stack.enter_context(forward_replaced(block.module, passing_on(block)))
+            form = self.forms[last.index][0]
             stack.enter_context(forward_replaced(last.module, lambda *args, **kwargs: form.wrap(hidden)))
             weight = embedding_weight(self.model)
             return self.model(input_ids=tokens.to(weight.device), use_cache=False).logits
@@ -158,24 +163,26 @@ class Replay:
             return first_of(call.run(block, hidden))
 
     def tap(self, index: int, hidden: Hidden) -> Hidden:
-        """Compute the output of the attention submodule of block `index`, and nothing that follows it."""
+        """Compute the output of the token mixer of block `index`, and nothing that follows it."""
         outputs: list[Any] = []
         hook = collecting(outputs, halt=True)
-        with self.anatomy.blocks[index].attention.register_forward_hook(hook), suppress(Halt):
+        with self._mixer(index).register_forward_hook(hook), suppress(Halt):
             self.run(index, hidden)
         return first_of(outputs[0])
 
     def run_and_tap(self, index: int, hidden: Hidden) -> tuple[Hidden, Hidden]:
-        """Compute the outputs of the attention submodule and of block `index`, in one pass."""
+        """Compute the outputs of the token mixer and of block `index`, in one pass."""
         outputs: list[Any] = []
-        with self.anatomy.blocks[index].attention.register_forward_hook(collecting(outputs)):
+        with self._mixer(index).register_forward_hook(collecting(outputs)):
             hidden = self.run(index, hidden)
         return first_of(outputs[0]), hidden
 
     def stub(self, index: int, hidden: Hidden, attention: Hidden) -> Hidden:
-        """Compute the output of block `index` with `attention` as the output of its attention submodule."""
-        output = self._attention_form.wrap(attention)
-        with forward_replaced(self.anatomy.blocks[index].attention, lambda *args, **kwargs: output):
+        """Compute the output of block `index` with `attention` as the output of its token mixer."""
+        form = self.forms[index][1]
+        assert form is not None
+        output = form.wrap(attention)
+        with forward_replaced(self._mixer(index), lambda *args, **kwargs: output):
             return self.run(index, hidden)
 
     def outputs(self, index: int, hidden: Hidden, names: Sequence[str]) -> list[Outputs]:
@@ -232,10 +239,16 @@ class Replay:
 
         with ExitStack() as stack:
             for name, calls in outputs.items():
-                stack.enter_context(block.matrices[name].register_forward_hook(collect(calls)))
+                if block.matrices[name].index is None:  # no module returns the outputs of a slice
+                    stack.enter_context(block.matrices[name].module.register_forward_hook(collect(calls)))
             stack.enter_context(suppress(Halt))
             self.run(index, hidden)
         return outputs
+
+    def _mixer(self, index: int) -> nn.Module:
+        mixer = self.anatomy.blocks[index].mixer
+        assert mixer is not None, f"no token mixer divides block {index}"
+        return mixer
 
     def _calls_for(self, hidden: Tensor) -> list[Call]:
         """Find or record the calls for hidden states of this shape."""
@@ -244,7 +257,7 @@ class Replay:
         if key not in self._calls:
             tokens = arbitrary_tokens(self.model, *hidden.shape[:2])
             with self.recording():
-                calls = record_calls(self.model, self.anatomy, tokens, self._block_form)
+                calls = record_calls(self.model, self.anatomy, tokens, [form for form, _ in self.forms])
                 convert = Conversion(hidden.device, weight.dtype, torch.promote_types(weight.dtype, hidden.dtype))
                 self._calls[key] = [call.to(convert) for call in calls]
             if len(self._calls) > MAX_RECORDED_SHAPES:

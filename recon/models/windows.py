@@ -1,7 +1,7 @@
 """Windows: the parts of a model that are recovered at once.
 
 A window answers for itself: how it is run, which hidden states enter it, which it should reproduce. No forward pass is
-rewritten. An attention window is a tapped block; an MLP window is a stubbed one, so norms, residuals and multipliers
+rewritten. A mixer window is a tapped block; an MLP window is a stubbed one, so norms, residuals and multipliers
 all come from the model; a block window is one or more replayed blocks; a group window is a block halted after some of
 its linear maps.
 """
@@ -16,12 +16,13 @@ import torch
 
 from recon.models.anatomy import MAX_LISTED, Anatomy, Block
 from recon.models.calls import Hidden
+from recon.models.matrices import Matrix
 from recon.models.replay import Outputs, Replay
 
 Target = Literal["attention", "output", "recorded"]
 """Output that a window should reproduce:
 
-- `attention`: that of the attention submodule;
+- `attention`: that of the token mixer;
 - `output`: that of the last block;
 - `recorded`: that of the dense window, which is recorded before the window is pruned.
 """
@@ -32,7 +33,8 @@ class Window(ABC):
     """A part of the model that is recovered at once.
 
     Args:
-        name: Such as `003.attention`, `003.mlp`, `003.1-o_proj`, `002-004`; names sort in the order of recovery.
+        name: Such as `003.attention`, `003.mixer`, `003.mlp`, `003.1-o_proj`, `002-004`; names sort in the order of
+            recovery.
         blocks: The consecutive blocks that it lies in.
         owned: The parameters that it trains, under their names in `model.named_parameters()`.
         shared: Parameters that it depends on but leaves frozen, since the other window of its block
@@ -40,8 +42,8 @@ class Window(ABC):
 
     Attributes:
         target: Output that it should reproduce.
-        takes_attention: Whether it takes the output of the attention submodule as an input, which is known once
-            attention is recovered.
+        takes_attention: Whether it takes the output of the token mixer as an input, which is known once the mixer is
+            recovered.
         needs_dense_block: Whether the rest of its block must be dense while it is recovered. Windows of the block that
             are recovered already then give their weights back only after the block's last window.
     """
@@ -77,22 +79,22 @@ class Window(ABC):
         Args:
             replay: The model that holds the window.
             hidden: Hidden states that enter its first block.
-            attention: Output of the attention submodule; read only where the window `takes_attention`.
+            attention: Output of the token mixer; read only where the window `takes_attention`.
         """
 
 
-class AttentionWindow(Window):
-    """One block up to the point where its attention submodule returns."""
+class MixerWindow(Window):
+    """One block up to the point where its token mixer returns."""
 
     target: ClassVar[Target] = "attention"
 
     def forward(self, replay: Replay, hidden: Hidden, attention: Hidden | None = None) -> Hidden:
-        """Compute the output of the attention submodule."""
+        """Compute the output of the token mixer."""
         return replay.tap(self.blocks[0].index, hidden)
 
 
 class MLPWindow(Window):
-    """One block with the output of its attention submodule given."""
+    """One block with the output of its token mixer given."""
 
     takes_attention: ClassVar[bool] = True
 
@@ -100,7 +102,7 @@ class MLPWindow(Window):
         """Compute the output of the block; `attention` is required."""
         if attention is None:
             raise ValueError(
-                f"Window {self.name} needs the output of {self.blocks[0].attention_name} as `attention`, got "
+                f"Window {self.name} needs the output of {self.blocks[0].mixer_name} as `attention`, got "
                 f"None. Record it with `Replay.tap` or `Replay.run_and_tap`."
             )
         return replay.stub(self.blocks[0].index, hidden, attention)
@@ -171,19 +173,23 @@ def kind_of(name: str) -> str:
 
 
 def submodule_windows(replay: Replay) -> list[Window]:
-    """Lay out the attention and the MLP window of every block, in the order of depth.
+    """Lay out the mixer and the MLP window of every block, in the order of depth.
 
-    The attention window owns the parameters that its output depends on, the MLP window all others of the block. Neither
-    owns parameters that both depend on (the input norm, where attention and MLP run in parallel).
+    The mixer window owns the parameters that its output depends on, the MLP window all others of the block. Neither
+    owns parameters that both depend on (the input norm, where attention and MLP run in parallel). A block that no mixer
+    divides is one window.
     """
     windows: list[Window] = []
     for block in replay.anatomy.blocks:
+        if block.mixer is None:
+            windows.append(BlockWindow(f"{block.index:03d}", [block], list(block.parameters()), []))
+            continue
         by_attention, by_mlp = replay.dependencies(block.index)
         shared = [name for name in block.parameters() if name in by_attention & by_mlp]
         attention = [name for name in block.parameters() if name in by_attention - by_mlp]
         # Not `by_mlp`: an expert to which the probe routes no token is the MLP's all the same.
         mlp = [name for name in block.parameters() if name not in by_attention]
-        windows.append(AttentionWindow(f"{block.index:03d}.attention", [block], attention, shared))
+        windows.append(MixerWindow(f"{block.index:03d}.{block.mixer_kind}", [block], attention, shared))
         windows.append(MLPWindow(f"{block.index:03d}.mlp", [block], mlp, shared))
     return windows
 
@@ -242,7 +248,7 @@ def group_windows(replay: Replay, groups: Sequence[Sequence[str]]) -> list[Group
     return windows
 
 
-def require_groups(anatomy: Anatomy, groups: Sequence[Sequence[str]]) -> list[str]:
+def require_groups(anatomy: Anatomy, groups: Sequence[Sequence[str]]) -> list[Matrix]:
     """Refuse groups that do not fit a model.
 
     Args:
@@ -250,7 +256,7 @@ def require_groups(anatomy: Anatomy, groups: Sequence[Sequence[str]]) -> list[st
         groups: Shell patterns of full module names: see `Windows`.
 
     Returns:
-        The module names of the linear maps in a group.
+        The matrices in a group.
 
     Raises:
         ValueError: If a pattern matches no linear map, or two groups match the same one.
@@ -269,7 +275,8 @@ def require_groups(anatomy: Anatomy, groups: Sequence[Sequence[str]]) -> list[st
                 f"Each linear map may belong to only one group of windows.groups, {name} matches {len(matching)}: "
                 f"{' and '.join(map(str, matching))}. Make their patterns narrower, such as `*.mlp.c_proj`."
             )
-    return [name for name in matrices if any(_matches(name, group) for group in groups)]
+    grouped = (one for block in anatomy.blocks for one in block.matrices.values())
+    return [one for one in grouped if any(_matches(one.name, group) for group in groups)]
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

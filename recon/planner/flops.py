@@ -137,13 +137,13 @@ def _matrix_flops(fake: FakeModel, index: int, names: list[str], options: PlanOp
     tokens = options.num_sequences * options.seq_len
     block = fake.anatomy.blocks[index]
     products = sum(2 * fake.products(name) for name in names)
-    widths = fake.inputs(block, names, options)
+    inputs = fake.inputs(block, names, options)
     flops: Counter[Kind] = Counter()
     if options.collects_for_starts:
-        flops["gram"] = 2 * tokens * sum(gram.products(width) for width in widths)
+        flops["gram"] = round(2 * tokens * sum(one.rows_per_token * gram.products(one.width) for one in inputs))
     else:
         sums = 3 if options.crosses else 1
-        flops["gram"] = sums * 2 * tokens * sum(width**2 for width in widths)
+        flops["gram"] = round(sums * 2 * tokens * sum(one.rows_per_token * one.width**2 for one in inputs))
     if options.starts_exact:
         flops["solve"], flops["start"] = START_RESIDUALS * products, START_ITERATIONS * products
     else:

@@ -4,12 +4,14 @@ Activations are those of the model with one block, and the addition of each furt
 1910.02054, section 5; `tests/profiling/test_footprint.py` checks them against DeepSpeed and FSDP2.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from recon.models.matrices import parameters_of
 from recon.planner.fake.model import FakeModel
 from recon.planner.fake.step import GRADIENTS, KEPT, Step
 from recon.planner.local import solver_bytes
@@ -97,7 +99,7 @@ def _held_all_along(fake: FakeModel, options: PlanOptions) -> tuple[Counter[str]
     item, world = fake.dtype.itemsize, options.world_size
     num, trained = fake.num_parameters, numel(learning(fake, options))
     pruned = fake.prunable(options.exclude).values() if options.masked else []
-    masks = numel(module.get_parameter("weight") for module in pruned)  # unpacked, a byte each
+    masks = numel(parameters_of(pruned).values())  # unpacked, a byte each
     shares = partial(_share, world=world)
     copies = 2 if options.loss == "distillation" else 1
     optimizer = optimizer_bytes(fake, options)
@@ -154,11 +156,11 @@ def _start_snapshots(fake: FakeModel, options: PlanOptions) -> Iterator[Snapshot
         names = list(block.weights_among(pruned))
         if not names:
             continue
-        gram = FP32 * sum(width**2 for width in fake.inputs(block, names, options))
-        largest = max((pruned[name].get_parameter("weight") for name in names), key=nn.Parameter.numel)
+        gram = FP32 * sum(one.width**2 for one in fake.inputs(block, names, options))
+        largest = max(math.prod(pruned[name].shape) for name in names)
         base = held(weights=weights, calibration=calibration, gram=gram)
         yield Snapshot("collect", held(base, fake.passed(block, options).forward))
-        yield Snapshot("solve", held(base, other=solver_bytes(largest.numel(), fake.item < FP32)))
+        yield Snapshot("solve", held(base, other=solver_bytes(largest, fake.item < FP32)))
 
 
 def _share(amount: int, world: int) -> int:

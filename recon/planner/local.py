@@ -4,15 +4,17 @@ Follows `recon.scopes.local` in the order of time. Blocks are passed in the stor
 in fp32, so there are two fake models; they are one if the model is stored in fp32.
 """
 
+import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from recon.calibration.storage import Budget, Place
+from recon.models.matrices import Matrix, parameters_of
 from recon.models.replay import MAX_RECORDED_SHAPES
 from recon.models.windows import Window
 from recon.planner.fake.model import FakeModel
@@ -52,7 +54,7 @@ def windows_to_recover(fake: FakeModel, options: PlanOptions) -> list[Window]:
             f"the {options.scope} scope recovers windows that hold pruned weights, got no pattern; give one, or plan "
             f"scopes/full"
         )
-    pruned = set(fake.prunable(options.exclude))
+    pruned = set(parameters_of(fake.prunable(options.exclude).values()))
     return [window for window in fake.windows(options) if pruned.intersection(window.owned)]
 
 
@@ -101,8 +103,8 @@ def local_snapshots(fakes: FakeModels, options: PlanOptions) -> Iterator[Snapsho
             rest = stored.num_parameters * stored.item + stored.buffer_bytes - blocks * stored.item
         passing = held(weights=rest + blocks * stored.item, calibration=calibration, other=given)
         training = held(weights=rest + blocks * FP32, calibration=calibration, other=given)
-        names = _observed(window, list(pruned), options)
-        matrices = [pruned[name].get_parameter("weight") for name in names]
+        names = _observed(window, pruned, options)
+        matrices = [math.prod(pruned[name].shape) for name in names]
         gram = _gram_bytes(stored, window, names, options) if options.collects else 0
         yield Snapshot("collect", held(passing, _passed(stored, window, names, options), gram=gram))
         if options.scope == "matrix":
@@ -144,26 +146,26 @@ def _training_snapshots(
     yield Snapshot("step", held(base, gradients=gradients, other=adamw_temporary(learning, options.device) + batch))
 
 
-def _solve_snapshots(stored: FakeModel, matrices: Sequence[nn.Parameter], base: Counter[str]) -> Iterator[Snapshot]:
+def _solve_snapshots(stored: FakeModel, matrices: Sequence[int], base: Counter[str]) -> Iterator[Snapshot]:
     """Solutions wait for their windows while the block's other matrices are solved."""
     found = 0
     for matrix in matrices:
-        yield Snapshot("solve", held(base, other=found + solver_bytes(matrix.numel(), stored.item < FP32)))
-        found += matrix.numel() * stored.item
+        yield Snapshot("solve", held(base, other=found + solver_bytes(matrix, stored.item < FP32)))
+        found += matrix * stored.item
 
 
 def _matrix_snapshots(
-    fakes: FakeModels, window: Window, matrices: Sequence[nn.Parameter], base: Counter[str], options: PlanOptions
+    fakes: FakeModels, window: Window, matrices: Sequence[int], base: Counter[str], options: PlanOptions
 ) -> Iterator[Snapshot]:
     """Yield those of each matrix in turn, or of all at once by descent; dense weights are there from the beginning."""
-    dense = FP32 * numel(matrices)
+    dense = FP32 * sum(matrices)
     held_out = held(fakes.trained.passed(window.blocks[0], options).forward, other=_loaded_bytes(fakes, options))
     yield Snapshot("held-out error", held(base, held_out, other=dense))
     if not options.descent_steps:
-        yield Snapshot("solve", held(base, other=dense + solver_bytes(max(one.numel() for one in matrices), False)))
+        yield Snapshot("solve", held(base, other=dense + solver_bytes(max(matrices), False)))
         return
     # The dense weights and their targets stay; saved are the difference from the weights and its product.
-    base = held(base, masks=numel(matrices), optimizer=2 * dense + FP32 * len(matrices), other=2 * dense)
+    base = held(base, masks=sum(matrices), optimizer=2 * dense + FP32 * len(matrices), other=2 * dense)
     yield Snapshot("backward", held(base, gradients=dense, activations=2 * dense))
     yield Snapshot("held-out error", held(base, held_out, gradients=dense))
 
@@ -176,7 +178,7 @@ def _passed(stored: FakeModel, window: Window, names: Sequence[str], options: Pl
         other += (1 + _is_fetched(options)) * _one_copy(stored, options) * stored.item
     if options.collects:
         tokens = options.batch_size * options.seq_len
-        widths = [width for block in window.blocks for width in stored.inputs(block, names, options)]
+        widths = [one.width for block in window.blocks for one in stored.inputs(block, names, options)]
         if stored.item < FP32:
             other += FP32 * tokens * max(widths)  # of one input at a time
         if options.crosses:
@@ -220,8 +222,8 @@ def _waiting(stored: FakeModel, window: Window, options: PlanOptions) -> int:
 
 
 def _gram_bytes(fake: FakeModel, window: Window, names: Sequence[str], options: PlanOptions) -> int:
-    widths = [width for block in window.blocks for width in fake.inputs(block, names, options)]
-    return (3 if options.crosses else 1) * FP32 * sum(width**2 for width in widths)
+    inputs = [one for block in window.blocks for one in fake.inputs(block, names, options)]
+    return (3 if options.crosses else 1) * FP32 * sum(one.width**2 for one in inputs)
 
 
 def _one_copy(fake: FakeModel, options: PlanOptions) -> int:
@@ -246,7 +248,7 @@ def _kept_dtype(stored: FakeModel, options: PlanOptions) -> torch.dtype:
 def one_of_each(fake: FakeModel, options: PlanOptions) -> dict[Window, int]:
     """Pick one window of every kind, with the number of windows of this kind."""
     kinds: dict[Any, list[Window]] = {}
-    pruned = list(fake.prunable(options.exclude))
+    pruned = fake.prunable(options.exclude)
     for window in windows_to_recover(fake, options):
         offset = len(window.blocks[0].name)
         observed = tuple(name[offset:] for name in _observed(window, pruned, options))
@@ -254,9 +256,10 @@ def one_of_each(fake: FakeModel, options: PlanOptions) -> dict[Window, int]:
     return {windows[0]: len(windows) for windows in kinds.values()}
 
 
-def _observed(window: Window, pruned: Sequence[str], options: PlanOptions) -> list[str]:
+def _observed(window: Window, pruned: Mapping[str, Matrix], options: PlanOptions) -> list[str]:
     """Select the pruned matrices that are observed for a window: all of its blocks, unless attention goes first."""
     if options.taps and options.propagation != "dense":
-        return [name for name in pruned if name in window.owned]
-    matrices = {f"{name}.weight" for block in window.blocks for name in block.matrices}
+        owned = set(window.owned)
+        return [name for name, one in pruned.items() if one.parameter_name in owned]
+    matrices = {one.weight_name for block in window.blocks for one in block.matrices.values()}
     return [name for name in pruned if name in matrices]

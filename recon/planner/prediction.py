@@ -12,6 +12,7 @@ import torch
 
 from recon.data import TokenData
 from recon.models.loading import ModelSource
+from recon.models.matrices import parameters_of
 from recon.planner.evaluation import evaluation_snapshots
 from recon.planner.fake.model import FakeModel
 from recon.planner.flops import PREPARATION, Kind, full_flops, local_flops, seconds_of, uniform
@@ -192,8 +193,8 @@ def _masks(fake: FakeModel, options: PlanOptions) -> int:
     """Bytes of all bit-packed masks, on the host and on disk."""
     if not options.masked:
         return 0
-    prunable = fake.prunable(options.exclude)
-    return sum(-(-module.get_parameter("weight").numel() // 8) for module in prunable.values())
+    pruned = parameters_of(fake.prunable(options.exclude).values())
+    return sum(-(-parameter.numel() // 8) for parameter in pruned.values())
 
 
 def _host(shape: Shape, options: PlanOptions) -> dict[str, int]:

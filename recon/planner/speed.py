@@ -4,6 +4,7 @@ The seconds include more than matrix products: norms, activation functions, mask
 own time in each step, a good part of the time of very small models.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ from torch import Tensor
 from recon.calibration.gram import StartGram, products
 from recon.calibration.statistics import Products, full_fp32
 from recon.models.loading import ModelSource
+from recon.models.matrices import parameters_of
 from recon.models.offload.blocks import OffloadedBlocks
 from recon.models.windows import BlockWindow, Window
 from recon.planner.fake.model import FakeModel, only_first
@@ -89,20 +91,22 @@ class _FirstBlock:
         self.replay = Unverified(self.model, self.offloaded.anatomy, self.offloaded)
         self.offloaded.hold([0])
         pruned = self.fake.prunable(options.exclude) if options.masked else {}
-        self.names = [name for name in self.block.parameters() if name in pruned]
+        self.matrices = self.fake_block.weights_among(pruned)
+        self.names = list(parameters_of(self.matrices.values()))
         self.tokens = self.small.batch_size * self.small.seq_len
 
     def walk(self) -> float:
         """Measure the pass through the block."""
         hidden = self._hidden(self.stored)
-        run = self.replay.run_and_tap if self.small.taps else self.replay.run
+        taps = self.small.taps and self.block.mixer is not None
+        run = self.replay.run_and_tap if taps else self.replay.run
         with torch.no_grad():
             seconds = self._seconds(lambda: run(0, hidden))
         return self.fake.passed(self.fake_block, self.small).flops / seconds
 
     def gram(self) -> float:
         """Measure sums of products of inputs."""
-        widths = self.fake.inputs(self.fake_block, self.names, self.small)
+        widths = [one.width for one in self.fake.inputs(self.fake_block, list(self.matrices), self.small)]
         inputs = [torch.randn(self.tokens, width, device=self.device, dtype=self.stored) for width in widths]
         sums = [torch.zeros(width, width, device=self.device) for width in widths]
         if self.asked.collects_for_starts:
@@ -119,8 +123,7 @@ class _FirstBlock:
 
     def solve(self, products: Products) -> float:
         """Measure the solution of the largest matrix."""
-        name = max(self.names, key=lambda name: self.fake.parameters[name].numel())
-        rows, width = self.fake.shape_of(name)
+        rows, width = max((one.shape for one in self.matrices.values()), key=math.prod)
         inputs = torch.randn(2 * width, width, device=self.device)
         problem = LeastSquares(inputs.T @ inputs, torch.randn(rows, width, device=self.device))
         keep = torch.rand(rows, width, device=self.device) < 0.5

@@ -32,6 +32,16 @@ def unpack(packed: UInt8[Tensor, "num_bytes"], shape: tuple[int, ...]) -> Bool[T
     return (shifted & 1).bool().flatten()[:num_weights].view(shape)
 
 
+def bits_between(packed: UInt8[Tensor, "num_bytes"], num: int, index: int) -> UInt8[Tensor, "some_bytes"]:
+    """Cut out the `num` bits from `index * num` on, packed like the others; a view where they fill whole bytes."""
+    first, last = index * num, (index + 1) * num
+    some = packed[first // 8 : -(-last // 8)]
+    if num % 8 == 0:
+        return some
+    bits = np.unpackbits(some.numpy(), bitorder="little")[first % 8 :][:num]
+    return torch.from_numpy(np.packbits(bits, bitorder="little"))
+
+
 def count_bits(packed: UInt8[Tensor, "num_bytes"]) -> int:
     """Count the bits that are set."""
     return int(np.bitwise_count(packed.numpy()).sum(dtype=np.int64))

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from recon.basics.manifest import Manifest
 from recon.calibration.statistics import InputStatistics
 from recon.models.anatomy import Block
-from recon.models.linear import is_transposed
+from recon.models.matrices import Matrix, parameters_of
 from recon.profiling.ledger import followed
 from recon.pruning.criteria import Criterion
 from recon.pruning.masks import Masks
@@ -28,19 +28,19 @@ class Interleaved:
     Args:
         criterion: The measure of importance.
         patterns: The pattern of each block.
-        prunable: Parameter name -> linear map, over all blocks.
+        prunable: Name of the weight -> matrix, over all blocks.
         directory: Directory of the run, for the masks of each block, so that a killed run can resume; None writes none.
     """
 
     criterion: Criterion
     patterns: Sequence[Pattern]
-    prunable: Mapping[str, nn.Module]
+    prunable: Mapping[str, Matrix]
     directory: Path | None = None
 
     @property
-    def transposed(self) -> list[str]:
-        """Names of the matrices that are stored in x out."""
-        return [name for name, module in self.prunable.items() if is_transposed(module)]
+    def parameters(self) -> list[str]:
+        """Names of the parameters that get a mask."""
+        return list(parameters_of(self.prunable.values()))
 
     def held(self, block: Block) -> Masks | None:
         """Load the masks of a block that were chosen before; None if there are none."""
@@ -58,7 +58,8 @@ class Interleaved:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             pattern = self.patterns[block.index]
-            made_by = {"criterion": str(self.criterion), "pattern": str(pattern), **recorded(pattern, self.transposed)}
+            rule = recorded(pattern, self.prunable.values())
+            made_by = {"criterion": str(self.criterion), "pattern": str(pattern), **rule}
             masks.save(path, made_by, self._manifest.writing)
         return masks, moved
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from recon.basics.digests import sha256_of
 from recon.basics.files import Writer, atomic_write
 from recon.distributed.parameters import copies, whole, whole_shape
-from recon.pruning.bits import count_bits, pack, unpack
+from recon.models.matrices import Matrix
+from recon.pruning.bits import bits_between, count_bits, pack, unpack
 from recon.pruning.recorded_pattern import broken
 
 FORMAT = "recon-masks-1"
@@ -114,6 +115,19 @@ class Masks(Mapping[str, Tensor]):
     def on(self, device: torch.device, name: str) -> Bool[Tensor, "..."]:
         """The mask of `name` on a device: packed bytes are copied, an eighth of the mask's, and unpacked there."""
         return unpack(self._packed[name].to(device), self._shapes[name])
+
+    def of(self, matrix: Matrix, device: torch.device) -> Bool[Tensor, "out in_"]:
+        """The mask of one matrix on a device, out x in; that of a slice is unpacked without the others."""
+        shape = self._shapes[matrix.parameter_name][-2:]
+        return matrix.out_in(unpack(self._packed_of(matrix).to(device), shape))
+
+    def num_pruned_of(self, matrix: Matrix) -> int:
+        """Number of weights of one matrix that are pruned."""
+        return math.prod(matrix.shape) - count_bits(self._packed_of(matrix))
+
+    def _packed_of(self, matrix: Matrix) -> UInt8[Tensor, "num_bytes"]:
+        packed, shape = self._packed[matrix.parameter_name], self._shapes[matrix.parameter_name]
+        return packed if matrix.index is None else bits_between(packed, math.prod(shape[1:]), matrix.index)
 
     @staticmethod
     def of_packed(packed: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> "Masks":

@@ -1,12 +1,13 @@
 """Pruning of a model: the survivors of its blocks, chosen one block after another."""
 
+import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +15,16 @@ from transformers import PreTrainedModel
 
 from recon.basics.manifest import Manifest, require_unchanged
 from recon.calibration.activations import Activations
-from recon.calibration.collection import collect
 from recon.calibration.statistics import InputStatistics
 from recon.calibration.storage import ON_DEVICE, Storage
 from recon.models.anatomy import Anatomy
-from recon.models.linear import as_out_in, is_transposed, weight_out_in
+from recon.models.experts import ExpertStatistics
+from recon.models.matrices import Matrix, by_parameter, joined, parameters_of
 from recon.models.replay import Replay
 from recon.profiling.ledger import followed
-from recon.pruning.allocation import Allocation
 from recon.pruning.criteria import Criterion
 from recon.pruning.masks import Masks
+from recon.pruning.options import Pruning
 from recon.pruning.patterns import Counted, Pattern
 from recon.pruning.recorded_pattern import recorded
 from recon.pruning.refinement import Refined
@@ -34,34 +35,11 @@ log = logging.getLogger("recon")
 CAME_WITH_MOVED = "moved"
 """Key in the metadata of masks: path of the moved weights written with them, relative to their directory."""
 
+FEW_ROWS = "few_rows"
+"""Key in the metadata of masks: matrices of experts whose statistics had fewer rows than inputs -> rows, as JSON."""
 
-@dataclass
-class Pruning:
-    """Options of pruning beside criterion and pattern.
-
-    Args:
-        exclude: Names of modules that stay dense; shell patterns such as `*.down_proj`.
-        inputs: Source of a block's statistics: the outputs of the dense blocks before it ("dense"), of the pruned
-            ones ("pruned") or of the recovered ones ("recovered"). With the first two all masks are chosen upfront;
-            with the last the masks of a block are chosen when recovery gets there, which needs a local scope with
-            model.propagation recovered or recovered_local.
-        batch_size: Sequences per forward pass.
-        allocation: Densities of the blocks; the pattern's everywhere if null. It is measured on the dense model,
-            whatever `inputs` is.
-    """
-
-    exclude: list[str] = field(default_factory=list)
-    inputs: Literal["dense", "pruned", "recovered"] = "dense"
-    batch_size: int = 8
-    allocation: Allocation | None = None
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"pruning.batch_size must be at least 1, got {self.batch_size}; 8 is the default")
-
-    def describe(self, pattern: Pattern) -> str:
-        """Name `pattern` for reports, with the allocation if there is one: `60% per row, owl`."""
-        return str(pattern) if self.allocation is None else f"{pattern}, {self.allocation}"
+LEFT_DENSE = "left_dense"
+"""Key in the metadata of masks: parameters of blocks with two dimensions or more without a matrix -> shape, as JSON."""
 
 
 def prune(
@@ -97,6 +75,7 @@ def prune(
     options = options or Pruning()
     _require_compatible(criterion, pattern, options)
     replay = replay or Replay(model, Anatomy.of(model))
+    replay.experts.rows = options.experts
     blocks = matrices_by_block(replay.anatomy, options.exclude)
     require_fit(replay.anatomy.prunable(options.exclude), pattern, options)
     patterns = block_patterns(replay, tokens, criterion, pattern, options, storage)
@@ -108,8 +87,7 @@ def prune(
         return _refined(begin(), blocks, criterion, pattern, masks, moved) if isinstance(criterion, Refined) else masks
     walk, masks = begin(), Masks({})
     for index, (matrices, of_block) in enumerate(zip(blocks, patterns, strict=True)):
-        with collect(matrices, need=criterion.needs) as statistics:
-            walk.enter([index])
+        statistics = walk.enter([index], matrices, criterion.needs)
         with followed("choose masks"):
             chosen, start = prune_block(matrices, statistics, criterion, of_block)
         block_masks = Masks(chosen)
@@ -124,7 +102,7 @@ def prune(
 
 
 def _across_model(
-    begin: Callable[[], Activations], blocks: Sequence[dict[str, nn.Module]], criterion: Criterion, pattern: Pattern
+    begin: Callable[[], Activations], blocks: Sequence[dict[str, Matrix]], criterion: Criterion, pattern: Pattern
 ) -> Masks:
     """Choose among the weights of all blocks, in two walks that compute the same scores: none are kept."""
     competition = pattern.competition()
@@ -132,21 +110,20 @@ def _across_model(
     for said, take in (("score", competition.count), ("prune", competition.mark)):
         walk = begin()
         for index, matrices in enumerate(blocks):
-            with collect(matrices, need=criterion.needs) as statistics:
-                walk.enter([index])
-            for name, module in matrices.items():
-                take(name, criterion.scores(weight_out_in(module), statistics[name], name))
+            statistics = walk.enter([index], matrices, criterion.needs)
+            for name, matrix in matrices.items():
+                take(name, criterion.scores(matrix.weight, statistics[name], name))
             log.info(f"{said}  block {index + 1}/{len(blocks)}  {len(matrices)} matrices  {criterion}  {pattern}")
-    modules = {name: module for matrices in blocks for name, module in matrices.items()}
+    matrices = {name: matrix for of_block in blocks for name, matrix in of_block.items()}
     masks = Masks({})
-    for name, keep in competition.masks():
-        masks.add(Masks({name: as_out_in(modules[name], keep)}))
+    for _, chosen in groupby(competition.masks(), lambda one: matrices[one[0]].parameter_name):
+        masks.add(Masks(joined(matrices, dict(chosen), _all_kept_on_host)))
     return masks
 
 
 def _refined(
     walk: Activations,
-    blocks: Sequence[dict[str, nn.Module]],
+    blocks: Sequence[dict[str, Matrix]],
     criterion: Refined,
     pattern: Pattern,
     masks: Masks,
@@ -155,21 +132,25 @@ def _refined(
     """Improve masks that were chosen across the model, block by block: one more walk, now with Gram matrices."""
     better = Masks({})
     for index, matrices in enumerate(blocks):
-        with collect(matrices, need=criterion.needs) as statistics:
-            walk.enter([index])
-        for name, module in matrices.items():
-            weight = weight_out_in(module)
-            keep = as_out_in(module, masks[name]).to(weight.device)
-            after, chosen = criterion.refine(weight, statistics[name], weight, keep, pattern, name)
-            better.add(Masks({name: as_out_in(module, chosen).cpu().contiguous()}))
+        statistics = walk.enter([index], matrices, criterion.needs)
+        for group in by_parameter(matrices):
+            keep, weights = {}, {}
+            for name, matrix in group.items():
+                weight = matrix.weight
+                before = masks.of(matrix, weight.device)
+                after, keep[name] = criterion.refine(weight, statistics[name], weight, before, pattern, name)
+                if moved is not None:
+                    weights[name] = after.to(weight.dtype).masked_fill(~keep[name], 0)
+            better.add(Masks({name: one.cpu().contiguous() for name, one in joined(group, keep, _all_kept).items()}))
             if moved is not None:
-                moved(name, as_out_in(module, after.to(weight.dtype).masked_fill(~chosen, 0)))
+                for name, weight in joined(group, weights, Tensor.clone).items():
+                    moved(name, weight)
         log.info(f"refine  block {index + 1}/{len(blocks)}  {len(matrices)} matrices  {criterion}  {pattern}")
     return better
 
 
 def prune_block(
-    matrices: Mapping[str, nn.Module],
+    matrices: Mapping[str, Matrix],
     statistics: Mapping[str, InputStatistics],
     criterion: Criterion,
     pattern: Pattern,
@@ -180,8 +161,8 @@ def prune_block(
     for one row may depend on the others.
 
     Args:
-        matrices: Parameter name -> linear map, dense.
-        statistics: Parameter name -> statistics of its inputs.
+        matrices: Name of the weight -> matrix, dense.
+        statistics: Name of the weight -> statistics of its inputs.
         criterion: The measure of importance.
         pattern: The pattern of this block; none that ranks across the model.
 
@@ -194,8 +175,8 @@ def prune_block(
     """
     keep: dict[str, Tensor] = {}
     moved: dict[str, Tensor] = {}
-    for name, module in matrices.items():
-        weight = weight_out_in(module)
+    for name, matrix in matrices.items():
+        weight = matrix.weight
         parts = pattern.parts(name, weight.shape[0], weight.shape[1])
         results = [criterion.prune(weight, statistics[name], part, name) for _, part in parts]
         after, chosen = results[0]
@@ -204,10 +185,18 @@ def prune_block(
             after, chosen = (
                 torch.cat([result[i][some] for result, some in zip(results, rows, strict=True)]) for i in range(2)
             )
-        keep[name] = as_out_in(module, chosen)
+        keep[name] = chosen
         if criterion.moves_weights:
-            moved[name] = as_out_in(module, after.to(weight.dtype).masked_fill(~chosen, 0))
-    return keep, moved
+            moved[name] = after.to(weight.dtype).masked_fill(~chosen, 0)
+    return joined(matrices, keep, _all_kept), joined(matrices, moved, Tensor.clone)
+
+
+def _all_kept(parameter: Tensor) -> Tensor:
+    return torch.ones_like(parameter, dtype=torch.bool)
+
+
+def _all_kept_on_host(parameter: Tensor) -> Tensor:
+    return torch.ones(parameter.shape, dtype=torch.bool)
 
 
 def block_patterns(
@@ -232,6 +221,8 @@ def block_patterns(
         ValueError: If blocks cannot differ under `pattern`, or the allocation's options do not suit it.
     """
     blocks = matrices_by_block(replay.anatomy, options.exclude)
+    if dense := {name: one for block in replay.anatomy.blocks for name, one in block.left_dense().items()}:
+        log.info(f"left dense, trained if in a window  {'  '.join(f'{name} {shape}' for name, shape in dense.items())}")
     if options.allocation is None:
         return [pattern] * len(blocks)
     walk = Activations(replay, tokens, options.batch_size, replay.device, storage=storage)
@@ -240,8 +231,8 @@ def block_patterns(
     return list(patterns)
 
 
-def matrices_by_block(anatomy: Anatomy, exclude: Sequence[str] = ()) -> list[dict[str, nn.Module]]:
-    """List for each block: parameter name -> linear map to prune; none where all are excluded.
+def matrices_by_block(anatomy: Anatomy, exclude: Sequence[str] = ()) -> list[dict[str, Matrix]]:
+    """List for each block: name of the weight -> matrix to prune; none where all are excluded.
 
     Raises:
         ValueError: If an exclusion matches nothing or nothing is left to prune.
@@ -275,21 +266,27 @@ def prune_to(
         storage: As in `prune`.
     """
     options = options or Pruning()
+    replay = replay or Replay(model, Anatomy.of(model))
     writing, moved_with_them = Manifest(masks_file.parent).writing, {}
-    prunable = Anatomy.of(model).prunable(options.exclude)
+    prunable = replay.anatomy.prunable(options.exclude)
     if criterion.moves_weights and moved_file is not None:
-        weights = {name: module.get_parameter("weight") for name, module in prunable.items()}
-        with written(moved_file, weights, writing) as moved:
+        with written(moved_file, parameters_of(prunable.values()), writing) as moved:
             masks = prune(model, tokens, criterion, pattern, options, moved, replay, storage)
         moved_with_them = {CAME_WITH_MOVED: moved_file.name}
     else:
         masks = prune(model, tokens, criterion, pattern, options, None, replay, storage)
-    masks.save(masks_file, made_by(criterion, pattern, options, masks, prunable) | moved_with_them, writing)
+    known = made_by(criterion, pattern, options, masks, replay.anatomy, replay.experts) | moved_with_them
+    masks.save(masks_file, known, writing)
     return masks
 
 
 def made_by(
-    criterion: Criterion, pattern: Pattern, options: Pruning, masks: Masks, prunable: Mapping[str, nn.Module]
+    criterion: Criterion,
+    pattern: Pattern,
+    options: Pruning,
+    masks: Masks,
+    anatomy: Anatomy,
+    experts: ExpertStatistics,
 ) -> dict[str, str]:
     """The metadata of masks: their criterion, and their pattern for people and for the check when they are loaded.
 
@@ -298,14 +295,22 @@ def made_by(
         pattern: As it was asked for.
         options: With an allocation, the zeros of each matrix are recorded.
         masks: All of them.
-        prunable: Parameter name -> linear map.
+        anatomy: The blocks of the model.
+        experts: How the statistics of experts were made; those with few rows are recorded.
     """
-    held = pattern
+    held, prunable = pattern, anatomy.prunable(options.exclude)
     if options.allocation is not None:
-        zeros = {name: masks.subset([name]).num_pruned for name in masks}
-        held = Counted(zeros, sum(map(math.prod, masks.shapes.values())), options.allocation.require(pattern).per)  # pyright: ignore[reportArgumentType]
-    transposed = [name for name in masks if is_transposed(prunable[name])]
-    return {"criterion": str(criterion), "pattern": options.describe(pattern), **recorded(held, transposed)}
+        zeros = {name: masks.num_pruned_of(matrix) for name, matrix in prunable.items()}
+        num_weights = sum(math.prod(matrix.shape) for matrix in prunable.values())
+        held = Counted(zeros, num_weights, options.allocation.require(pattern).per)  # pyright: ignore[reportArgumentType]
+    known = {"criterion": str(criterion), "pattern": options.describe(pattern), **recorded(held, prunable.values())}
+    lists = {FEW_ROWS: experts.few, LEFT_DENSE: anatomy.left_dense()}
+    return known | {key: json.dumps(found) for key, found in lists.items() if found}
+
+
+def noted(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Read what the metadata of masks list beside criterion and pattern: `FEW_ROWS` and `LEFT_DENSE`."""
+    return {key: json.loads(metadata.get(key, "{}")) for key in (FEW_ROWS, LEFT_DENSE)}
 
 
 def moved_with(masks_file: Path, masks: Masks) -> Start | None:
@@ -335,11 +340,11 @@ def metadata_at(masks_file: Path) -> dict[str, str]:
     return known
 
 
-def require_fit(matrices: Mapping[str, nn.Module], pattern: Pattern, options: Pruning) -> None:
+def require_fit(matrices: Mapping[str, Matrix], pattern: Pattern, options: Pruning) -> None:
     """Refuse matrices that the pattern does not fit, before the first is scored.
 
     Args:
-        matrices: Parameter name -> linear map to prune.
+        matrices: Name of the weight -> matrix to prune.
         pattern: The pattern of the whole model.
         options: With an allocation the pattern differs from block to block, and is not checked here.
 
@@ -347,8 +352,8 @@ def require_fit(matrices: Mapping[str, nn.Module], pattern: Pattern, options: Pr
         ValueError: Naming the first matrix.
     """
     if options.allocation is None:
-        for name, module in matrices.items():
-            pattern.require(name, *weight_out_in(module).shape)
+        for name, matrix in matrices.items():
+            pattern.require(name, *matrix.shape)
 
 
 def _require_compatible(criterion: Criterion, pattern: Pattern, options: Pruning) -> None:

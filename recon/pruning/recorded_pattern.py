@@ -1,33 +1,48 @@
 """The pattern that masks were made by, kept with them in their file, and the check that they keep to it."""
 
 import json
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import asdict
 
 import numpy as np
 from torch import Tensor
 
+from recon.models.matrices import Matrix
+from recon.pruning.bits import bits_between
 from recon.pruning.patterns import NM, Counted, Pattern, Unstructured
 
 KEY = "rule"
-"""Key in the metadata of masks: the pattern as JSON, and the matrices that are stored in x out."""
+"""Key in the metadata of masks: the pattern as JSON, the parameters that are stored in x out, and the slices of masked
+parameters that are kept whole."""
 
 KINDS = {kind.__name__: kind for kind in (Unstructured, NM, Counted)}
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def recorded(pattern: Pattern, transposed: Iterable[str]) -> dict[str, str]:
+def recorded(pattern: Pattern, matrices: Iterable[Matrix]) -> dict[str, str]:
     """The metadata of masks that tell their pattern; empty for a pattern of a user's own class.
 
     Args:
         pattern: The pattern of all matrices.
-        transposed: Names of the matrices that are stored in x out.
+        matrices: The matrices that are pruned.
     """
-    kind = type(pattern)
+    kind, matrices = type(pattern), list(matrices)
     if KINDS.get(kind.__name__) is not kind:
         return {}
-    return {KEY: json.dumps({"pattern": kind.__name__, **asdict(pattern), "transposed": sorted(transposed)})}  # pyright: ignore
+    places = {"transposed": sorted({one.parameter_name for one in matrices if one.is_transposed})}
+    if whole := _whole_slices(matrices):
+        places["whole"] = whole
+    return {KEY: json.dumps({"pattern": kind.__name__, **asdict(pattern), **places})}  # pyright: ignore
+
+
+def _whole_slices(matrices: list[Matrix]) -> list[str]:
+    """List the slices that are not pruned while others of their parameter are."""
+    pruned = {one.name for one in matrices if one.index is not None}
+    stacks = {one.parameter_name: len(one.parameter) for one in matrices if one.index is not None}
+    names = [f"{name}.{index}" for name, num in stacks.items() for index in range(num)]
+    return [name for name in names if name not in pruned]
 
 
 def transposed_in(metadata: Mapping[str, str]) -> set[str] | None:
@@ -51,20 +66,45 @@ def broken(metadata: Mapping[str, str], packed: Mapping[str, Tensor], shapes: Sh
     try:
         options = json.loads(metadata[KEY])
         kind, transposed = KINDS[options.pop("pattern")], options.pop("transposed")
+        whole = frozenset(options.pop("whole", ()))
         pattern: Pattern = kind(**options)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"their record of a pattern cannot be read ({error})") from error
     if isinstance(pattern, Unstructured) and pattern.across_model:
-        return _broken_together(pattern, packed, shapes)
-    for name, bits in packed.items():
-        if found := _broken_matrix(pattern, name, bits.numpy(), shapes[name], name in transposed):
-            return found
+        return _broken_together(pattern, packed, shapes, whole)
+    for parameter, mask in packed.items():
+        for name, shape, bits in _matrices(parameter, mask, shapes[parameter]):
+            if name in whole:
+                if found := _broken_whole(name, bits.numpy(), shape):
+                    return found
+            elif found := _broken_matrix(pattern, name, bits.numpy(), shape, parameter in transposed):
+                return found
     return None
 
 
-def _broken_together(pattern: Unstructured, packed: Mapping[str, Tensor], shapes: Shapes) -> str | None:
-    num = sum(int(np.prod(shape)) for shape in shapes.values())
-    kept = sum(int(np.bitwise_count(bits.numpy()).sum(dtype=np.int64)) for bits in packed.values())
+def _matrices(name: str, packed: Tensor, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
+    """Yield name, shape and mask of each matrix in a parameter."""
+    if len(shape) < 3:
+        yield name, shape, packed
+        return
+    for index in range(shape[0]):
+        yield f"{name}.{index}", shape[1:], bits_between(packed, math.prod(shape[1:]), index)
+
+
+def _broken_whole(name: str, packed: np.ndarray, shape: tuple[int, ...]) -> str | None:
+    kept = int(np.bitwise_count(packed).sum(dtype=np.int64))
+    return None if kept == math.prod(shape) else f"{kept} of {math.prod(shape)} weights in `{name}`, not all"
+
+
+def _broken_together(
+    pattern: Unstructured, packed: Mapping[str, Tensor], shapes: Shapes, whole: Container[str]
+) -> str | None:
+    num = kept = 0
+    for parameter, mask in packed.items():
+        for name, shape, bits in _matrices(parameter, mask, shapes[parameter]):
+            if name not in whole:
+                num += math.prod(shape)
+                kept += int(np.bitwise_count(bits.numpy()).sum(dtype=np.int64))
     return None if kept == pattern.num_kept(num) else f"{kept} of all {num} weights, not {pattern.num_kept(num)}"
 
 

@@ -82,6 +82,12 @@ class Group:
             place = "on the device" if device else "that would be on a device, if there were one"
             allocated = "; peak allocated: by CUDA's allocator" if device else ""
             notes.append(f"Peak device: live tensors {place}, measured during recovery{allocated}")
+            if few := cell.few_rows:
+                name = min(few, key=lambda one: few[one])
+                notes.append(
+                    f"{_name(cell)}: {len(few)} matrices of experts saw fewer rows than they have inputs, the fewest "
+                    f"{few[name]} for {name}: give more sequences, or pruning.experts: all"
+                )
         if _num_protocols(self.cells) > 1:
             notes.append("These perplexities are not comparable: their protocols differ, see results.json")
         if baseline := estimate(cell.baseline_host_bytes for cell in self.cells):

@@ -71,6 +71,9 @@ class Report(BaseModel):
         windows: Name of each recovered window -> held-out error `before` and `after` of the weights that it has kept.
             One that ended worse than it began has kept its start, with the error of its end as `discarded`.
         starts: Name of each recovered window -> `exact` or `pruned`, where `model.start: auto` has chosen.
+        few_rows: Name of each expert's matrix whose statistics had fewer rows than it has inputs -> rows.
+        left_dense: Name of each parameter of the blocks with two dimensions or more that is never pruned, such as
+            routers and kernels of convolutions -> shape; empty where nothing was pruned.
         rates: Kind of window -> the learning rate that `model.lr: auto` has chosen for it (`lr`), the `steps` of a
             trial, and `tried`, each rate with its held-out `error`, None if it diverged.
         parents: The runs whose weights it began with: `run_dir`, `label`, `seed` and `perplexity`, measured alike (None
@@ -123,6 +126,8 @@ class Report(BaseModel):
     references: dict[str, dict[str, Any]] = {}
     windows: dict[str, dict[str, float]] = {}
     starts: dict[str, Literal["exact", "pruned"]] = {}
+    few_rows: dict[str, int] = {}
+    left_dense: dict[str, list[int]] = {}
     rates: dict[str, dict[str, Any]] = {}
     parents: list[dict[str, Any]] = []
     throughput: dict[str, Any] = {}

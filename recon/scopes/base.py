@@ -19,11 +19,11 @@ from recon.data import TokenData
 from recon.distributed.part import Share
 from recon.evaluation.perplexity import Evaluation
 from recon.models.anatomy import Anatomy
-from recon.models.calls import Form
+from recon.models.experts import ExpertStatistics
 from recon.models.loading import ModelSource, empty
 from recon.models.offload.blocks import OffloadedBlocks
 from recon.models.offload.opening import Offload, open_offloaded
-from recon.models.replay import Replay
+from recon.models.replay import Forms, Replay
 from recon.models.windows import Window
 from recon.profiling.phases import PhaseName, Phases
 from recon.pruning.interleaved import Interleaved
@@ -95,11 +95,12 @@ class Scope(L.LightningModule, ABC):
         self.start: StartName = start
         self.offload: Offload = offload
         self.offloaded: OffloadedBlocks | None = None  # of a model that is not on the device
-        self.forms: tuple[Form, Form] | None = None  # in which its blocks return, once they were tried out
+        self.forms: Forms | None = None  # in which its blocks return, once they were tried out
         self._storage = ON_DEVICE if offload == "none" else ON_HOST
         self.start_weights: Mapping[str, torch.Tensor] | None = None  # of every mask; None for the dense survivors
         self.start_seconds = 0.0  # what it took to solve for them, in this start of the run
         self.tally, self.losses, self.phases, self.masks = Tally(), StepLosses(), Phases(), Masks({})
+        self.experts = ExpertStatistics()
         self.model: PreTrainedModel
         self.dtype_to_save: torch.dtype
         self.data: TokenData
@@ -114,10 +115,7 @@ class Scope(L.LightningModule, ABC):
     @property
     @abstractmethod
     def train_tokens(self) -> int:
-        """Calibration tokens that went through a training step, in all processes and in all starts of the run.
-
-        Counted once per pass over the model; known when the fit has ended.
-        """
+        """Calibration tokens of training steps, in all processes and starts, once per pass; known after the fit."""
 
     @property
     @abstractmethod
@@ -286,6 +284,7 @@ class Scope(L.LightningModule, ABC):
         if self.offloaded is not None:
             self.offloaded.move_to(self.device)
         replay = Replay(self.model, Anatomy.of(self.model), self.offloaded, self.forms)
+        replay.experts = self.experts
         self.forms = replay.forms
         return replay
 

@@ -14,7 +14,7 @@ from recon.basics.files import read_json, write_json
 from recon.basics.seeds import derived_seed
 from recon.calibration.statistics import InputStatistics
 from recon.models.anatomy import Anatomy
-from recon.models.linear import as_out_in, weight_out_in
+from recon.models.matrices import by_parameter, joined, parameters_of
 from recon.models.windows import (
     Window,
     Windows,
@@ -126,12 +126,13 @@ class Distillation(LocalScope):
     @torch.no_grad()
     def observe(self, statistics: dict[str, InputStatistics]) -> None:
         """Solve each matrix for the weights that it starts from."""
-        for name, found in statistics.items():
-            self._warn_of_few(name, found)
-            module = self.model.get_submodule(name.removesuffix(".weight"))
-            dense = weight_out_in(module)
-            solution = solve(module, dense, found, self.masks.on(dense.device, name), name)
-            self.block_masks.starts[name] = as_out_in(module, solution.weight).to(dense.dtype)
+        for group in by_parameter(self.replay.anatomy.weights_among(statistics)):
+            solved = {}
+            for name, matrix in group.items():
+                self._warn_of_few(name, statistics[name])
+                solution = solve(matrix, statistics[name], self.masks.of(matrix, matrix.parameter.device))
+                solved[name] = solution.weight.to(matrix.parameter.dtype)
+            self.block_masks.starts |= joined(group, solved, Tensor.clone)
 
     def _warn_of_few(self, name: str, statistics: InputStatistics) -> None:
         """Say once if a matrix has more unknowns in a row than there are tokens to find them."""
@@ -257,7 +258,7 @@ class Distillation(LocalScope):
         if self.which_parameters == "lora":
             return super().trained(window)
         parameters = {name: self.model.get_parameter(name) for name in window.owned}
-        matrices = {f"{name}.weight" for block in window.blocks for name in block.matrices}
+        matrices = parameters_of(one for block in window.blocks for one in block.matrices.values())
         return chosen(parameters, matrices, self.which_parameters, f"window {window.name}")
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -281,10 +282,10 @@ class Distillation(LocalScope):
 
 
 class SubmoduleDistillation(Distillation):
-    """Recovers every attention and every MLP submodule by itself, or other groups of a block's matrices.
+    """Recovers every token mixer (attention) and every MLP submodule by itself, or other groups of a block's matrices.
 
-    An attention window ends where the attention submodule returns; an MLP window is the block with its
-    attention output given.
+    A mixer window ends where the token mixer returns; an MLP window is the block with its mixer's output given. A
+    block that no mixer divides (a state-space layer without an MLP) is one window.
 
     Args:
         epochs: Passes over the calibration sequences, for each window.
@@ -319,10 +320,10 @@ class SubmoduleDistillation(Distillation):
         """As `Scope.require_model`; groups have to fit the model and to hold all that is pruned."""
         if self.groups is not None:
             grouped = require_groups(anatomy, self.groups)
-            require_owners({f"{name}.weight" for name in grouped}, pruned)
+            require_owners({one.weight_name for one in grouped}, pruned)
 
     def build_windows(self) -> Sequence[Window]:
-        """Lay out attention and MLP of every block, or the groups."""
+        """Lay out token mixer and MLP of every block, or the groups."""
         return submodule_windows(self.replay) if self.groups is None else group_windows(self.replay, self.groups)
 
 

@@ -6,13 +6,12 @@ A start is solved as far as training makes use of it: each row until an iteratio
 
 import logging
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from recon.calibration.activations import Activations
-from recon.calibration.collection import collect
 from recon.calibration.statistics import InputStatistics
 from recon.calibration.storage import ON_DEVICE, Storage
-from recon.models.linear import as_out_in, weight_out_in
+from recon.models.matrices import Matrix, by_parameter, joined
 from recon.models.replay import Replay
 from recon.profiling.ledger import followed
 from recon.pruning.masks import Masks
@@ -26,28 +25,24 @@ START_SOLVER = ConjugateGradients(improvement=1e-2, products="tf32")
 
 
 def solve(
-    module: nn.Module,
-    dense: Tensor,
+    matrix: Matrix,
     statistics: InputStatistics,
     keep: Tensor,
-    name: str,
     solver: Solver = START_SOLVER,
 ) -> Solution:
-    """Solve one matrix for a start, from the weight that it has now.
+    """Solve one matrix, still dense, for a start.
 
     Args:
-        module: The linear map.
-        dense: Its dense weight, out x in.
+        matrix: The matrix.
         statistics: Of its inputs, with the Gram matrix; those of pairs pose the problem with dense targets.
-        keep: Its mask, in its own layout.
-        name: What error messages call it.
+        keep: Its mask, out x in.
         solver: Conjugate gradients for a start by default.
 
     Raises:
         ValueError: If numbers are not finite.
     """
-    problem = LeastSquares.of(statistics, dense)
-    return solver.solve(problem, as_out_in(module, keep.to(dense.device)), weight_out_in(module), name)
+    dense = matrix.weight
+    return solver.solve(LeastSquares.of(statistics, dense), keep.to(dense.device), dense, matrix.weight_name)
 
 
 def solve_all(
@@ -74,7 +69,7 @@ def solve_all(
     """
     anatomy = replay.anatomy
     by_block = [block.weights_among(masks) for block in anatomy.blocks]
-    orphans = masks.keys() - {name for matrices in by_block for name in matrices}
+    orphans = masks.keys() - {one.parameter_name for matrices in by_block for one in matrices.values()}
     if orphans:
         raise ValueError(
             f"model.start: exact needs every pruned weight to be that of a linear map in a block, got {len(orphans)} "
@@ -85,15 +80,17 @@ def solve_all(
     for block, matrices in zip(anatomy.blocks, by_block, strict=True):
         if not matrices:
             continue
-        with collect(matrices, need="start gram") as statistics:
-            walk.enter([block.index])
+        statistics = walk.enter([block.index], matrices, "start gram")
         gradients = []
         with followed("solve"):
-            for name, module in matrices.items():
-                dense = weight_out_in(module)
-                solution = solve(module, dense, statistics[name], masks.on(dense.device, name), name)
-                gradients.append(solution.projected_gradient)
-                sink(name, as_out_in(module, solution.weight).to(dense.dtype))
+            for group in by_parameter(matrices):
+                solved = {}
+                for name, matrix in group.items():
+                    solution = solve(matrix, statistics[name], masks.of(matrix, matrix.parameter.device))
+                    gradients.append(solution.projected_gradient)
+                    solved[name] = solution.weight.to(matrix.parameter.dtype)
+                for name, weight in joined(group, solved, Tensor.clone).items():
+                    sink(name, weight)
         log.info(
             f"start  block {block.index + 1}/{len(anatomy.blocks)}  {len(matrices)} matrices solved  "
             f"projected gradient at most {max(gradients):.1e}"

@@ -2,11 +2,7 @@
 
 import logging
 
-import torch
-
-from recon.distributed.parameters import whole_shape
 from recon.models.anatomy import Anatomy
-from recon.models.linear import as_out_in
 from recon.scopes.losses import ModelLoss
 from recon.scopes.starts import StartName
 
@@ -31,7 +27,6 @@ def rate_for(anatomy: Anatomy, loss: ModelLoss, start: StartName) -> float:
         start: Weights that it starts from.
     """
     first = next(iter(anatomy.prunable().values()))  # reads the hidden state
-    out_in = as_out_in(first, torch.empty(whole_shape(first.get_parameter("weight")), device="meta"))
-    rate = TIMES_WIDTH[loss] / out_in.shape[1] * (FROM_A_RUN if start == "run" else 1.0)
+    rate = TIMES_WIDTH[loss] / first.shape[1] * (FROM_A_RUN if start == "run" else 1.0)
     log.info(f"learning rate {rate:.2e}, by the width of the model")
     return rate

@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from recon.basics.seeds import derived_seed
 from recon.distributed.parameters import whole_shape
-from recon.models.linear import as_out_in
+from recon.models.matrices import Matrix
 from recon.pruning.bits import unpack
 from recon.pruning.masks import Masks
 
@@ -66,7 +66,7 @@ class Adapted:
     """
 
     def __init__(self, module: nn.Module, packed: Tensor, scale: float) -> None:
-        self.module, self.scale = module, scale
+        self.module, self.scale, self._matrix = module, scale, Matrix.of_module("", module)
         self._packed, self._shape = packed, tuple(whole_shape(module.get_parameter("weight")))
         self.merged_dtype: torch.dtype | None = None  # that of the weight
         self._on_device: dict[torch.device, Tensor] = {}  # no buffer: DDP would send it at every step
@@ -77,7 +77,7 @@ class Adapted:
         weight, bias = module.weight, module.bias  # looked up now: FSDP2 puts gathered ones there for the call
         merged = weight + self._update(module.lora_A, module.lora_B)  # pyright: ignore
         updated = merged.to(self.merged_dtype or weight.dtype).to(weight.dtype)  # pyright: ignore
-        return F.linear(input, as_out_in(module, updated), bias)  # pyright: ignore[reportArgumentType]
+        return F.linear(input, self._matrix.out_in(updated), bias)  # pyright: ignore[reportArgumentType]
 
     def merged(self, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """The sum of `weight` and its update, computed in fp32 and rounded to the weight's dtype."""
@@ -86,7 +86,7 @@ class Adapted:
 
     def _update(self, a: Float[Tensor, "rank in"], b: Float[Tensor, "out rank"]) -> Float[Tensor, "rows columns"]:
         """(alpha / r) (B A) * 1[kept], laid out as the weight."""
-        product = as_out_in(self.module, (self.scale * b) @ a)
+        product = self._matrix.out_in((self.scale * b) @ a)
         return torch.where(self.keep(product.device), product, 0)
 
     def keep(self, device: torch.device) -> Bool[Tensor, "rows columns"]:
@@ -94,6 +94,20 @@ class Adapted:
         if device not in self._on_device:
             self._on_device = {device: unpack(self._packed.to(device), self._shape)}  # a model is on one at a time
         return self._on_device[device]
+
+
+def require_linear_maps(matrices: Iterable[Matrix]) -> None:
+    """Refuse to learn updates of fused experts, whose products run in a kernel that takes no module's place.
+
+    Raises:
+        ValueError: Naming the first of `matrices` that is a slice.
+    """
+    if slices := [one for one in matrices if one.index is not None]:
+        raise ValueError(
+            f"model.parameters: lora learns updates of Linear and Conv1D modules, got {len(slices)} matrices of fused "
+            f"experts, {slices[0].name} the first; leave them dense by pruning.exclude, such as "
+            f"*.{slices[0].parameter_name.rpartition('.')[2]}, or choose model.parameters: all or weights"
+        )
 
 
 def attach(model: nn.Module, masks: Masks, names: Iterable[str], lora: Lora, seed: int) -> list[str]:
@@ -132,7 +146,7 @@ def attach(model: nn.Module, masks: Masks, names: Iterable[str], lora: Lora, see
                 f"choose another model.parameters"
             )
         weight = module.get_parameter("weight")
-        out, in_ = as_out_in(module, torch.empty(whole_shape(weight), device="meta")).shape
+        out, in_ = Matrix.of_module(path, module).shape
         generator = torch.Generator().manual_seed(derived_seed(seed, *name.encode()))
         a = nn.init.kaiming_uniform_(torch.empty(lora.rank, in_), a=math.sqrt(5), generator=generator)
         module.register_parameter(A, nn.Parameter(a.to(weight.device)))

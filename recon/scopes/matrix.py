@@ -6,11 +6,11 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from recon.calibration.activations import Observation
 from recon.calibration.statistics import InputStatistics
-from recon.models.linear import as_out_in, weight_out_in
+from recon.models.matrices import Matrix, parameters_of
 from recon.models.windows import Window, block_windows
 from recon.profiling.ledger import followed
 from recon.scopes.base import StartName
@@ -49,6 +49,7 @@ class MatrixReconstruction(LocalScope):
             )
         self.solver = solver or ConjugateGradients()
         self.automatic_optimization = isinstance(self.solver, GradientDescent)
+        self._matrices: dict[str, Matrix] = {}
         self._problems: dict[str, LeastSquares] = {}
         self._solved: dict[str, dict[str, Any]] = {}
         self._num_tokens = 0  # of the statistics
@@ -94,9 +95,9 @@ class MatrixReconstruction(LocalScope):
     def observe(self, statistics: dict[str, InputStatistics]) -> None:
         """Pose the problem of each matrix, whose weight still is dense."""
         self._num_tokens = max((one.num_tokens for one in statistics.values()), default=self._num_tokens)
+        self._matrices = self.replay.anatomy.weights_among(statistics)
         self._problems = {
-            name: LeastSquares.of(found, weight_out_in(self._module(name)).clone())
-            for name, found in statistics.items()
+            name: LeastSquares.of(found, self._matrices[name].weight.clone()) for name, found in statistics.items()
         }
 
     def begin(self, window: Window) -> None:
@@ -104,7 +105,7 @@ class MatrixReconstruction(LocalScope):
         super().begin(window)
         self._began = time.monotonic()
         if self.automatic_optimization:
-            self.learn(self._problems)
+            self.learn(parameters_of(self._matrices.values()))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """Solve every matrix of the block, or return the mean error of their outputs for a gradient step."""
@@ -121,7 +122,7 @@ class MatrixReconstruction(LocalScope):
     @torch.no_grad()
     def _solve(self, solver: Solver) -> None:
         for name, problem in self._problems.items():
-            weight = weight_out_in(self._module(name))
+            weight = self._matrices[name].weight
             solution = solver.solve(problem, self._keep(name), weight.float(), name)
             weight.copy_(solution.weight)
             self._solved[name] = {key: value for key, value in asdict(solution).items() if key != "weight"}
@@ -134,11 +135,12 @@ class MatrixReconstruction(LocalScope):
         if isinstance(self.solver, GradientDescent):
             self._end_descent(self.solver)
         solved, self._problems, self._solved, self._num_tokens = self._solved, {}, {}, 0
+        self._matrices = {}
         return {"matrices": solved}
 
     def _end_descent(self, solver: GradientDescent) -> None:
         for name, problem in self._problems.items():
-            error, gradient = problem.measure(weight_out_in(self._module(name)).float(), self._keep(name))
+            error, gradient = problem.measure(self._matrices[name].weight.float(), self._keep(name))
             self._solved[name] = {
                 "iterations": solver.steps,
                 "projected_gradient": gradient,
@@ -147,12 +149,10 @@ class MatrixReconstruction(LocalScope):
             }
         self.rest()
 
-    def _module(self, name: str) -> nn.Module:
-        return self.model.get_submodule(name.removesuffix(".weight"))
-
     def _learning(self, name: str) -> Tensor:
-        """Its weight, out x in, with the gradient that `weight_out_in` leaves out."""
-        return as_out_in(self._module(name), self.model.get_parameter(name))
+        """Its weight, out x in, with the gradient that `Matrix.weight` leaves out."""
+        matrix = self._matrices[name]
+        return matrix.part_of(matrix.parameter)
 
     def _keep(self, name: str) -> Tensor:
-        return as_out_in(self._module(name), self.masks.on(self.device, name))
+        return self.masks.of(self._matrices[name], self.device)

@@ -11,8 +11,8 @@ from torch import nn
 from recon.distributed.parameters import whole_shape
 
 Parameters = Literal["all", "weights", "vectors", "lora"]
-"""`all`: every parameter. `weights`: the matrices of linear maps in the blocks. `vectors`: norms and biases, which have
-one dimension. `lora`: none of them; the adapters of `recon.lora` learn instead."""
+"""`all`: every parameter. `weights`: the matrices in the blocks, without routers. `vectors`: norms and biases, which
+have one dimension. `lora`: none of them; the adapters of `recon.lora` learn instead."""
 
 
 def chosen(
@@ -22,7 +22,7 @@ def chosen(
 
     Args:
         parameters: Name -> parameter, of what is recovered; under ZeRO-3 they may be partitioned.
-        matrices: Names of the weights of linear maps, as `Anatomy.prunable` gives them.
+        matrices: Names of the parameters that hold matrices, as `Anatomy.matrix_parameters` gives them.
         which: The choice; empty for `lora`, whose adapters are not there yet.
         where: What is recovered, for the message.
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from recon.calibration.activations import Activations
 from recon.calibration.storage import Storage
 from recon.models.anatomy import Anatomy
+from recon.models.experts import ExpertStatistics
 from recon.models.replay import Replay
 from recon.models.windows import GroupWindow, group_windows
 from tests.support.families import DEPTH, DIM, tiny, token_ids
@@ -37,7 +38,7 @@ def dense_states(model: PreTrainedModel) -> list[dict[str, Tensor]]:
             ),
             with_kwargs=True,
         )
-        block.attention.register_forward_hook(lambda module, args, out, state=state: state.update(attention=first(out)))
+        block.mixer.register_forward_hook(lambda module, args, out, state=state: state.update(attention=first(out)))
     with torch.no_grad():
         model(TOKENS, use_cache=False)
     return states
@@ -182,7 +183,7 @@ class FixedReplay(Replay):
     """Every block adds its number to the hidden states, which start at a given value."""
 
     def __init__(self, start: Tensor) -> None:
-        self.start = start
+        self.start, self.anatomy, self.experts = start, Anatomy([]), ExpertStatistics()
 
     def embed(self, tokens: Tensor) -> Tensor:
         return self.start[: len(tokens)]

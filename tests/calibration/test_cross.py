@@ -5,6 +5,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from recon.calibration.statistics import InputStatistics
+from recon.models.matrices import Matrix
 from recon.pruning.patterns import Unstructured
 from recon.scopes.exact import START_SOLVER, solve
 from recon.solvers import ADMMSolver, ConjugateGradients, GradientDescent, LeastSquares, Solver, relative_objective
@@ -221,15 +222,16 @@ def test_everything_is_fp32_and_arguments_are_left_alone(solver: Solver) -> None
 def test_a_module_is_solved_in_its_own_layout_by_the_solver_asked_for() -> None:
     pair = Pair()
     module = Conv1D(*pair.dense.shape)
-    module.weight.data = pair.start.T.contiguous()
+    module.weight.data = pair.dense.T.contiguous()
+    matrix = Matrix.of_module("m", module)
     found = pair.problem
     statistics = InputStatistics(len(pair.X), None, found.gram, found.cross, found.dense_gram)
     for solver in (ConjugateGradients(), ADMMSolver()):
-        solution = solve(module, pair.dense, statistics, pair.keep.T, "m", solver)
-        assert torch.equal(solution.weight, solver.solve(found, pair.keep, pair.start).weight)
+        solution = solve(matrix, statistics, pair.keep, solver)
+        assert torch.equal(solution.weight, solver.solve(found, pair.keep, pair.dense).weight)
     assert torch.equal(
-        solve(module, pair.dense, statistics, pair.keep.T, "m").weight,
-        START_SOLVER.solve(found, pair.keep, pair.start).weight,
+        solve(matrix, statistics, pair.keep).weight,
+        START_SOLVER.solve(found, pair.keep, pair.dense).weight,
     )
 
 

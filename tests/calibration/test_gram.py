@@ -86,7 +86,7 @@ def test_matrices_with_one_input_share_its_products() -> None:
     model = tiny("llama")
     anatomy, tokens = Anatomy.of(model), torch.arange(4 * 24).reshape(4, 24)
     block = anatomy.blocks[0]
-    matrices = {f"{name}.weight": module for name, module in block.matrices.items()}
+    matrices = {one.weight_name: one for one in block.matrices.values()}
     narrow, wide = model.config.hidden_size, model.config.intermediate_size
     walk = Activations(Replay(model, anatomy), tokens, 2, torch.device("cpu"))
     with mock.patch.object(gram, "COLUMNS", 16), TF32() as mode:

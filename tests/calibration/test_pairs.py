@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from recon.calibration.pairs import Pairs, collect_pairs
+from recon.models.matrices import Matrix
 from recon.solvers import ConjugateGradients, LeastSquares
 from tests.support import references
 
@@ -28,8 +29,8 @@ class Attention(nn.Module):
     def mixed(self, x: torch.Tensor) -> torch.Tensor:
         return self.q(x) * self.k(x)
 
-    def matrices(self) -> dict[str, nn.Module]:
-        return {"q": self.q, "k": self.k, "o": self.o}
+    def matrices(self, *names: str) -> dict[str, Matrix]:
+        return {name: Matrix.of_module(name, getattr(self, name)) for name in names or ("q", "k", "o")}
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ def test_the_sums_are_those_of_both_streams(attention: Attention) -> None:
 def test_they_pose_the_problem_of_recovered_inputs_and_dense_outputs(attention: Attention) -> None:
     dense, recovered = stream(1), [a + 0.3 * b for a, b in zip(stream(1), stream(2), strict=True)]
     keep = torch.rand(8, 6, generator=torch.Generator().manual_seed(0)) < 0.5
-    with collect_pairs({"q": attention.q}) as pairs:
+    with collect_pairs(attention.matrices("q")) as pairs:
         run(pairs, attention, dense, recovered)
     weight = attention.q.weight
     solution = ConjugateGradients().solve(LeastSquares.of(pairs.statistics["q"], weight), keep)
@@ -100,7 +101,7 @@ def test_parts_of_a_model_may_alternate_and_run_twice(attention: Attention) -> N
     """As blocks do that are run one after the other, or a module that a block calls twice."""
     other = nn.Linear(6, 3)
     dense, recovered = stream(1), stream(2)
-    with torch.no_grad(), collect_pairs({"q": attention.q, "other": other}) as pairs:
+    with torch.no_grad(), collect_pairs(attention.matrices("q") | {"other": Matrix.of_module("other", other)}) as pairs:
         for a, b in zip(dense, recovered, strict=True):
             with pairs.dense():
                 attention.q(a), attention.q(2 * a)
@@ -134,9 +135,9 @@ def test_an_input_edited_after_the_call_counts_as_it_was(attention: Attention) -
         attention.q(x)
         x.mul_(100)
 
-    with torch.no_grad(), collect_pairs({"q": attention.q}) as edited:
+    with torch.no_grad(), collect_pairs(attention.matrices("q")) as edited:
         run(edited, run_and_edit, stream(1), stream(2))
-    with torch.no_grad(), collect_pairs({"q": attention.q}) as plain:
+    with torch.no_grad(), collect_pairs(attention.matrices("q")) as plain:
         run(plain, attention.q, stream(1), stream(2))
     assert torch.equal(edited.statistics["q"].cross, plain.statistics["q"].cross)
 
@@ -144,7 +145,11 @@ def test_an_input_edited_after_the_call_counts_as_it_was(attention: Attention) -
 def test_half_precision_inputs_are_summed_in_fp32_whatever_autocast_says() -> None:
     linear = nn.Linear(2, 2, dtype=torch.bfloat16)
     x = torch.ones(4096, 2, dtype=torch.bfloat16)
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), collect_pairs({"m": linear}) as pairs:
+    with (
+        torch.inference_mode(),
+        torch.autocast("cpu", torch.bfloat16),
+        collect_pairs({"m": Matrix.of_module("m", linear)}) as pairs,
+    ):
         run(pairs, linear, [x, x[:1]], [x, x[:1]])
     for total in (pairs.statistics["m"].gram, pairs.statistics["m"].cross, pairs.statistics["m"].dense_gram):
         assert total.dtype == torch.float32
@@ -175,7 +180,7 @@ def test_streams_of_different_tokens_are_refused_by_name(attention: Attention) -
     (x,) = stream(1, num=1)
 
     def collecting(dense: Callable[[], object], recovered: Callable[[], object]) -> None:
-        with collect_pairs({"q": attention.q}) as pairs:
+        with collect_pairs(attention.matrices("q")) as pairs:
             run(pairs, attention, [x], [x])
             with pairs.dense():
                 dense()
@@ -195,7 +200,7 @@ def test_streams_of_different_tokens_are_refused_by_name(attention: Attention) -
         collecting(nothing, lambda: attention(x))
     with (
         pytest.raises(ValueError, match=r"`q` in both .* it was not called in the dense stream"),
-        collect_pairs({"q": attention.q}) as pairs,
+        collect_pairs(attention.matrices("q")) as pairs,
         pairs.recovered(),
     ):
         attention(x)
@@ -204,7 +209,7 @@ def test_streams_of_different_tokens_are_refused_by_name(attention: Attention) -
 def test_a_matrix_that_was_never_called_is_named(attention: Attention) -> None:
     with (
         pytest.raises(ValueError, match="at least one forward call, got none for `o`"),
-        collect_pairs({"q": attention.q, "o": attention.o}) as pairs,
+        collect_pairs(attention.matrices("q", "o")) as pairs,
     ):
         run(pairs, attention.q, stream(1), stream(2))
 
@@ -218,7 +223,7 @@ def test_matrices_that_stop_sharing_are_named(attention: Attention, which: str) 
         attention.k(x.clone())
 
     def collecting() -> None:
-        with collect_pairs({"q": attention.q, "k": attention.k}) as pairs:
+        with collect_pairs(attention.matrices("q", "k")) as pairs:
             run(pairs, attention, [first], [first])
             with pairs.dense():
                 (apart if which == "dense" else attention)(second)

@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from recon.calibration.collection import collect
 from recon.calibration.statistics import InputStatistics, full_fp32
+from recon.models.matrices import Matrix
 from tests.support import references
 
 
@@ -24,8 +25,8 @@ class Attention(nn.Module):
         x = x + 0  # a fresh tensor in each call, freed after it
         return self.o(self.q(x) * self.k(x))
 
-    def matrices(self) -> dict[str, nn.Module]:
-        return {"q": self.q, "k": self.k, "o": self.o}
+    def matrices(self, *names: str) -> dict[str, Matrix]:
+        return {name: Matrix.of_module(name, getattr(self, name)) for name in names or ("q", "k", "o")}
 
 
 @pytest.fixture
@@ -72,7 +73,7 @@ def test_a_shared_input_is_accumulated_once(attention: Attention, need: str) -> 
 
 
 def test_equal_inputs_in_different_tensors_are_not_mistaken_for_one(attention: Attention) -> None:
-    with torch.no_grad(), collect({"q": attention.q, "k": attention.k}, "gram") as statistics:
+    with torch.no_grad(), collect(attention.matrices("q", "k"), "gram") as statistics:
         for batch in batches():
             attention.q(batch.clone())  # freed at once: the next clone may reuse its id
             attention.k(batch.clone() * 2)
@@ -82,7 +83,7 @@ def test_equal_inputs_in_different_tensors_are_not_mistaken_for_one(attention: A
 
 def test_an_input_edited_in_place_is_another_input(attention: Attention) -> None:
     (x,) = batches(1)
-    with torch.no_grad(), collect({"q": attention.q, "k": attention.k}, "norms") as statistics:
+    with torch.no_grad(), collect(attention.matrices("q", "k"), "norms") as statistics:
         attention.q(x)
         attention.k(x.mul_(3))
     torch.testing.assert_close(statistics["k"].norms, 3 * statistics["q"].norms)
@@ -90,7 +91,7 @@ def test_an_input_edited_in_place_is_another_input(attention: Attention) -> None
 
 def test_a_matrix_that_joins_late_counts_for_itself(attention: Attention) -> None:
     first, second = batches(2)
-    with torch.no_grad(), collect({"q": attention.q, "k": attention.k}, "gram") as statistics:
+    with torch.no_grad(), collect(attention.matrices("q", "k"), "gram") as statistics:
         attention.q(first)
         attention.q(second)
         attention.k(second)
@@ -100,7 +101,7 @@ def test_a_matrix_that_joins_late_counts_for_itself(attention: Attention) -> Non
 
 def test_every_call_counts(attention: Attention) -> None:
     (x,) = batches(1)
-    with torch.no_grad(), collect({"q": attention.q}, "gram") as statistics:
+    with torch.no_grad(), collect(attention.matrices("q"), "gram") as statistics:
         attention.q(x)
         attention.q(x)
         attention.q(input=x[0, 0])
@@ -111,7 +112,7 @@ def test_every_call_counts(attention: Attention) -> None:
 def test_half_precision_inputs_are_summed_in_fp32() -> None:
     linear = nn.Linear(2, 2, dtype=torch.bfloat16)
     x = torch.ones(4096, 2, dtype=torch.bfloat16)
-    with torch.no_grad(), collect({"m": linear}, "gram") as statistics:
+    with torch.no_grad(), collect({"m": Matrix.of_module("m", linear)}, "gram") as statistics:
         linear(x)
         linear(x[:1])
     assert statistics["m"].gram.dtype == torch.float32
@@ -120,11 +121,11 @@ def test_half_precision_inputs_are_summed_in_fp32() -> None:
 
 def test_autocast_does_not_reach_the_sums(attention: Attention) -> None:
     (x,) = batches(1)
-    with torch.no_grad(), collect({"q": attention.q}, "gram") as plain:
+    with torch.no_grad(), collect(attention.matrices("q"), "gram") as plain:
         attention.q(x)
     with (
         torch.no_grad(),
-        collect({"q": attention.q}, "gram") as under_autocast,
+        collect(attention.matrices("q"), "gram") as under_autocast,
         torch.autocast("cpu", torch.bfloat16),
     ):
         attention.q(x)
@@ -181,7 +182,7 @@ def test_an_input_that_is_not_finite_is_refused_by_layer_and_batch(attention: At
 def test_a_matrix_that_was_never_called_is_named(attention: Attention) -> None:
     with (
         pytest.raises(ValueError, match="at least one forward call, got none for `o`"),
-        collect({"q": attention.q, "o": attention.o}, "gram"),
+        collect(attention.matrices("q", "o"), "gram"),
     ):
         attention.q(batches(1)[0])
 
@@ -191,7 +192,7 @@ def test_matrices_that_stop_sharing_are_named(attention: Attention, k_gets: str)
     first, second = batches(2)
 
     def run() -> None:
-        with collect({"q": attention.q, "k": attention.k}, "gram"):
+        with collect(attention.matrices("q", "k"), "gram"):
             attention(first)
             attention.q(second)
             if k_gets == "another input":
@@ -204,4 +205,4 @@ def test_matrices_that_stop_sharing_are_named(attention: Attention, k_gets: str)
 def test_hooks_are_removed(attention: Attention) -> None:
     with collect(attention.matrices(), "gram"):
         attention(batches(1)[0])
-    assert not any(module._forward_pre_hooks for module in attention.matrices().values())
+    assert not any(module._forward_pre_hooks for module in attention.children())

@@ -44,7 +44,7 @@ def test_a_frozen_weight_saves_its_own_gradient(family: str) -> None:
     model.get_output_embeddings().weight.requires_grad_(False)
     for block in Anatomy.of(model).blocks[1:]:  # below them something learns, so gradients pass through
         for matrix in block.matrices.values():
-            matrix.get_parameter("weight").requires_grad_(False)
+            matrix.parameter.requires_grad_(False)
     assert flops_per_token(model, SEQ) == pytest.approx(measured(model), rel=0.01)
     assert flops_per_token(model, SEQ) < flops_per_token(tiny(family), SEQ)
 
@@ -67,10 +67,10 @@ def test_a_partitioned_weight_counts_whole() -> None:
     assert flops_per_token(model, SEQ) == whole
 
 
-def test_fused_experts_are_refused_by_name() -> None:
-    model = tiny("mixtral", num_local_experts=4)
-    with pytest.raises(ValueError, match=r"got 6 parameters .* in MixtralModel, the first layers\.0\.mlp\.\S+ \[4, "):
-        flops_per_token(model, SEQ)
+def test_fused_experts_count_as_often_as_they_are_chosen() -> None:
+    one, two = (flops_per_token(tiny("mixtral", num_experts_per_tok=top), SEQ) for top in (1, 2))
+    assert two - one == 6 * DEPTH * (2 * 64 * DIM + 64 * DIM)
+    assert flops_per_token(tiny("mixtral", num_local_experts=8, num_experts_per_tok=2), SEQ) == two
 
 
 def test_a_config_without_heads_is_refused() -> None:

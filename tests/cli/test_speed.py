@@ -17,7 +17,6 @@ from recon.cli import main
 from recon.experiment.speed import SpeedOptions, measure_speed
 from recon.experiment.verification import verify
 from recon.models.anatomy import Anatomy
-from recon.models.linear import weight_out_in
 from recon.models.weight_files import directory_digest
 from recon.pruning.masks import Masks
 from recon.pruning.patterns import NM
@@ -45,7 +44,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with a 2:4 model, without a measurement of it."""
     model = tiny("llama", hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_key_value_heads=4)
     prunable = Anatomy.of(model).prunable()
-    masks = Masks({name: NM(2, 4).select(weight_out_in(one).abs()) for name, one in prunable.items()})
+    masks = Masks({name: NM(2, 4).select(one.weight.abs()) for name, one in prunable.items()})
     metadata = {"criterion": "magnitude", "pattern": "2:4", **recorded(NM(2, 4), [])}
     return write_run(tmp_path_factory.mktemp("speed") / "run", model, masks, metadata).path
 

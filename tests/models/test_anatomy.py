@@ -1,5 +1,3 @@
-import re
-
 import pytest
 import torch
 from torch import nn
@@ -7,7 +5,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, BartConfig, BartForC
 from transformers.pytorch_utils import Conv1D
 
 from recon.models.anatomy import Anatomy
-from recon.models.linear import is_matrix
+from recon.models.matrices import is_matrix
 from tests.support.families import DEPTH, FAMILIES, tiny
 
 # Family -> block list, attention submodule, matrices a block: read off the transformers sources by hand.
@@ -42,9 +40,9 @@ def test_layout_of_every_family(family: str) -> None:
     assert [block.index for block in blocks] == list(range(DEPTH))
     for block in blocks:
         assert block.name == f"{block_list}.{block.index}"
-        assert block.attention_name == f"{block.name}.{attention}"
+        assert block.mixer_name == f"{block.name}.{attention}"
         assert model.get_submodule(block.name) is block.module
-        assert model.get_submodule(block.attention_name) is block.attention
+        assert model.get_submodule(block.mixer_name) is block.mixer
         assert len(block.matrices) == num_matrices
 
 
@@ -54,10 +52,10 @@ def test_prunable_is_every_matrix_of_the_blocks_and_nothing_else(family: str) ->
     parameters = dict(model.named_parameters())
     anatomy = Anatomy.of(model)
     prunable = anatomy.prunable()
-    for name, module in prunable.items():
-        assert module.weight is parameters[name]
+    for name, matrix in prunable.items():
+        assert matrix.parameter is parameters[name]
     inside = {id(m) for block in anatomy.blocks for m in block.module.modules() if is_matrix(m)}
-    assert {id(module) for module in prunable.values()} == inside
+    assert {id(matrix.module) for matrix in prunable.values()} == inside
     ends = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
     assert not ends & inside
 
@@ -70,7 +68,7 @@ def test_matrices_are_listed_in_module_order() -> None:
 
 
 def test_conv1d_counts_as_a_matrix() -> None:
-    assert all(isinstance(module, Conv1D) for module in Anatomy.of(tiny("gpt2")).prunable().values())
+    assert all(isinstance(matrix.module, Conv1D) for matrix in Anatomy.of(tiny("gpt2")).prunable().values())
 
 
 def test_block_parameters_carry_their_full_names() -> None:
@@ -109,42 +107,23 @@ def test_encoder_decoders_are_refused(family: str) -> None:
         Anatomy.of(model)
 
 
-def test_cross_attention_is_refused() -> None:
-    config = BartConfig(vocab_size=96, d_model=32, encoder_layers=3, decoder_layers=3)
-    with pytest.raises(ValueError, match=r"found 2 in model\.decoder\.layers\.0: .*self_attn .*encoder_attn"):
-        Anatomy.of(BartForCausalLM(config))
-
-
-def test_blocks_without_attention_are_refused() -> None:
-    model = tiny("mamba", intermediate_size=64, state_size=4, num_key_value_heads=None)
-    with pytest.raises(ValueError, match=r"found none in 3 of 3 blocks: backbone\.layers\.0 .*MambaMixer"):
-        Anatomy.of(model)
-
-
-def test_hybrid_models_are_refused_by_the_blocks_that_lack_attention() -> None:
-    model = tiny("llama")
-    model.model.layers[1].self_attn = nn.Linear(4, 4)
-    with pytest.raises(ValueError, match=r"found none in 1 of 3 blocks: model\.layers\.1 \(self_attn: Linear"):
-        Anatomy.of(model)
-
-
-@pytest.mark.parametrize(
-    ("family", "sizes"),
-    [
-        ("mixtral", {"num_local_experts": 4}),
-        ("qwen3_moe", {"num_experts": 4, "moe_intermediate_size": 64, "head_dim": 8}),
-    ],
-)
-def test_fused_experts_are_refused_by_name_and_shape(family: str, sizes: dict) -> None:
-    name = re.escape("model.layers.0.mlp.experts.gate_up_proj [4, 128, 32]")
-    with pytest.raises(ValueError, match=f"found 6 block parameters of more dimensions.*{name}"):
-        Anatomy.of(tiny(family, **sizes))
+def test_cross_attention_that_is_not_called_is_left_dense() -> None:
+    config = BartConfig(vocab_size=96, d_model=32, encoder_layers=2, decoder_layers=3)
+    block = Anatomy.of(BartForCausalLM(config)).blocks[0]
+    assert block.mixer_name == "model.decoder.layers.0.self_attn"
+    called = [f"self_attn.{name}_proj" for name in ("k", "v", "q", "out")] + ["fc1", "fc2"]
+    assert list(block.matrices) == [f"model.decoder.layers.0.{name}" for name in called]
+    uncalled = [f"encoder_attn.{name}_proj.weight" for name in ("k", "v", "q", "out")]
+    assert block.left_dense() == {name: [32, 32] for name in uncalled}
 
 
 def test_no_block_list_is_refused_with_the_lists_found() -> None:
     model = tiny("llama")
     model.config.num_hidden_layers = 5
-    with pytest.raises(ValueError, match=r"num_hidden_layers \(5\), found model\.layers \(3\) in LlamaFor"):
+    assert Anatomy.of(model).blocks[2].name == "model.layers.2"  # the only list
+    model.model.others = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+    message = r"num_hidden_layers \(5\), .*found model\.layers \(3\), model\.others \(2\) in LlamaFor"
+    with pytest.raises(ValueError, match=message):
         Anatomy.of(model)
 
 
@@ -167,9 +146,8 @@ def test_quantised_weights_are_refused() -> None:
 def test_blocks_without_matrices_are_refused() -> None:
     model = tiny("gpt2")
     for block in model.transformer.h:
-        block.mlp = nn.Identity()
-        block.attn.c_attn = block.attn.c_proj = nn.LayerNorm(32)
-    with pytest.raises(ValueError, match=r"found none in transformer\.h\.0, which holds .*GPT2Block"):
+        block.forward = lambda hidden_states, *args, **kwargs: hidden_states
+    with pytest.raises(ValueError, match=r"found none that is called in transformer\.h\.0, which holds .*GPT2Block"):
         Anatomy.of(model)
 
 

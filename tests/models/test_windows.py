@@ -7,12 +7,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from recon.models.anatomy import Anatomy
-from recon.models.calls import Call, Form, record_calls
+from recon.models.calls import Call, record_calls
+from recon.models.forwards import Form
 from recon.models.replay import Replay
 from recon.models.windows import (
-    AttentionWindow,
     BlockWindow,
     GroupWindow,
+    MixerWindow,
     MLPWindow,
     Window,
     Windows,
@@ -22,6 +23,7 @@ from recon.models.windows import (
 )
 from tests.support.families import DEPTH, DIM, FAMILIES, tiny, token_ids
 
+NAMES = [f"{index:03d}.{kind}" for index in range(DEPTH) for kind in ("attention", "mlp")]
 PARALLEL = {"cohere", "phi", "gptj", "falcon"}  # attention and MLP read the same normalised input
 ADDS_ATTENTION = {"llama", "mistral", "qwen2", "qwen3", "stablelm", "phi3", "opt", "gpt2", "gpt_neo", "mpt"}
 
@@ -40,7 +42,7 @@ def states_in(model: PreTrainedModel, tokens: Tensor) -> tuple[list[Tensor], lis
     handles = []
     for block in Anatomy.of(model).blocks:
         handles.append(block.module.register_forward_hook(keep("block")))
-        handles.append(block.attention.register_forward_hook(keep("attention")))
+        handles.append(block.mixer.register_forward_hook(keep("attention")))
     model(input_ids=tokens, use_cache=False)
     for handle in handles:
         handle.remove()
@@ -116,17 +118,17 @@ def test_windows_compose_exactly_with_eager_attention_in_bfloat16(family: str) -
 def test_submodule_windows_cover_every_block_parameter_once(model: PreTrainedModel) -> None:
     replay = replay_of(model)
     windows = submodule_windows(replay)
-    assert [window.name for window in windows] == [f"{i:03d}.{k}" for i in range(3) for k in ("attention", "mlp")]
+    assert [window.name for window in windows] == NAMES
     assert [window.name for window in windows] == sorted(window.name for window in windows)
     for block, attention, mlp in zip(replay.anatomy.blocks, windows[::2], windows[1::2], strict=True):
-        assert isinstance(attention, AttentionWindow)
+        assert isinstance(attention, MixerWindow)
         assert isinstance(mlp, MLPWindow)
         assert attention.indices == mlp.indices == [block.index]
         assert attention.shared == mlp.shared
         assert sorted(attention.owned + mlp.owned + mlp.shared) == sorted(block.parameters())
         assert bool(mlp.shared) == (model.config.model_type in PARALLEL)
         for name in block.matrices:  # matrices go where the module tree says
-            owner = attention if name.startswith(block.attention_name) else mlp
+            owner = attention if name.startswith(block.mixer_name) else mlp
             assert f"{name}.weight" in owner.owned
 
 
@@ -253,7 +255,9 @@ def matrix_outputs(model: PreTrainedModel, tokens: Tensor) -> dict[str, Tensor]:
     """What every matrix of every block returns in a plain forward pass; copies, since Falcon adds to one in place."""
     outputs: dict[str, Tensor] = {}
     handles = [
-        matrix.register_forward_hook(lambda module, args, output, name=name: outputs.update({name: output.clone()}))
+        matrix.module.register_forward_hook(
+            lambda module, args, output, name=name: outputs.update({name: output.clone()})
+        )
         for block in Anatomy.of(model).blocks
         for name, matrix in block.matrices.items()
     ]
@@ -375,7 +379,7 @@ def test_matrices_that_do_not_see_every_token_once_are_refused() -> None:
         experts.outputs(1, experts.embed(token_ids()), ["model.layers.1.mlp.b"])
     with pytest.raises(ValueError, match=r"mlp\.a returned \[\[1, 4, 32\], \[1, 4, 32\]\] for"):
         group_windows(twice, [["*.mlp.a"]])
-    with pytest.raises(ValueError, match=r"mlp\.b returned nothing for"):
+    with pytest.raises(ValueError, match=r"'\*\.mlp\.b' matches none of 19"):
         group_windows(twice, [["*.mlp.b"]])
 
 
@@ -494,15 +498,15 @@ def test_forwards_and_flags_are_restored_when_a_block_fails(broken_mlp: Replay) 
     frozen = broken_mlp.model.requires_grad_(False)
 
     def shadow(*args, **kwargs):  # what accelerate's hooks leave on a module
-        return type(block.attention).forward(block.attention, *args, **kwargs)
+        return type(block.mixer).forward(block.mixer, *args, **kwargs)
 
-    block.attention.forward = shadow
+    block.mixer.forward = shadow
     hidden = broken_mlp.embed(token_ids())
     with pytest.raises(ZeroDivisionError):
         broken_mlp.stub(0, hidden, hidden)
     with pytest.raises(ZeroDivisionError):
         submodule_windows(broken_mlp)
-    assert block.attention.forward is shadow
+    assert block.mixer.forward is shadow
     assert "forward" not in vars(block.module)
     assert not any(parameter.requires_grad for parameter in frozen.parameters())
 
@@ -512,7 +516,7 @@ def test_nothing_after_the_tap_is_computed(broken_mlp: Replay) -> None:
 
 
 def test_recording_computes_no_block_and_no_head(llama: Replay) -> None:
-    modules = [llama.model.lm_head, *(block.attention for block in llama.anatomy.blocks[1:])]
+    modules = [llama.model.lm_head, *(block.mixer for block in llama.anatomy.blocks[1:])]
     handles = [module.register_forward_pre_hook(lambda *_: 1 / 0) for module in modules]
     llama.run(0, llama.embed(token_ids()))
     for handle in handles:
@@ -578,12 +582,18 @@ def test_blocks_that_run_twice_are_refused() -> None:
         replay_of(model)
 
 
-def test_an_attention_that_its_block_does_not_call_is_refused() -> None:
+def test_a_block_that_does_not_call_its_attention_is_one_window_without_it() -> None:
     model = tiny("llama")
     block = model.model.layers[0]
     block.forward = lambda hidden_states, **kwargs: block.mlp(hidden_states)
-    with pytest.raises(ValueError, match=r"model\.layers\.0 called model\.layers\.0\.self_attn 0 times"):
-        replay_of(model)
+    replay = replay_of(model)
+    assert [window.name for window in submodule_windows(replay)] == ["000", *NAMES[2:]]
+    assert [name.rpartition(".")[2] for name in replay.anatomy.blocks[0].matrices] == [
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    ]
+    assert len(replay.anatomy.blocks[0].left_dense()) == 4
 
 
 def test_blocks_called_out_of_order_are_refused() -> None:
@@ -591,7 +601,7 @@ def test_blocks_called_out_of_order_are_refused() -> None:
     model.model.layers = torch.nn.ModuleList(reversed(model.model.layers))
     anatomy = Anatomy([replace(block, index=DEPTH - 1 - block.index) for block in reversed(Anatomy.of(model).blocks)])
     with pytest.raises(ValueError, match=r"model\.layers\.0 was called in place of model\.layers\.2"):
-        record_calls(model, anatomy, token_ids(), Form(None))
+        record_calls(model, anatomy, token_ids(), [Form(None)] * DEPTH)
 
 
 def test_skipped_blocks_are_refused() -> None:
@@ -599,15 +609,16 @@ def test_skipped_blocks_are_refused() -> None:
     anatomy = Anatomy.of(model)
     model.model.config.num_hidden_layers = 2  # transformers runs that many
     with pytest.raises(ValueError, match="call all 3 blocks, it called only the first 2"):
-        record_calls(model, anatomy, token_ids(), Form(None))
+        record_calls(model, anatomy, token_ids(), [Form(None)] * DEPTH)
 
 
 def test_forms_other_than_a_tensor_first_are_refused() -> None:
     tensor = torch.ones(1)
     assert Form.of(tensor, "a").wrap(tensor) is tensor
     assert Form.of((tensor, 1, 2), "a").wrap(tensor) == (tensor, None, None)
-    for output in ([tensor], (None, tensor), ()):
-        with pytest.raises(ValueError, match=r"model\.layers\.0 returned (list|tuple)"):
+    assert Form.of([tensor, 1], "a").wrap(tensor) == [tensor, None]
+    for output in ({"a": tensor}, (None, tensor), ()):
+        with pytest.raises(ValueError, match=r"model\.layers\.0 returned (dict|tuple)"):
             Form.of(output, "model.layers.0")
 
 

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from recon.cli import main
 from recon.models.anatomy import Anatomy
-from recon.models.linear import as_out_in
 from recon.pruning.allocation import OWL, Allocation, EqualErrors, spread
 from recon.pruning.allocation.errors import equalized
 from recon.pruning.criteria import ADMM, ALPS, RIA, Criterion, Magnitude, Random, SparseFW, SparseGPT, Wanda
@@ -42,8 +41,8 @@ def uneven(family: str) -> PreTrainedModel:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for block in Anatomy.of(model).blocks:
-            for module in block.matrices.values():
-                weight = module.get_parameter("weight")
+            for matrix in block.matrices.values():
+                weight = matrix.weight
                 weight.mul_(1 + block.index)
                 rare = torch.rand(weight.shape, generator=generator) < 0.01 * (1 + block.index)
                 weight.mul_(torch.where(rare, 6.0, 1.0))
@@ -168,13 +167,13 @@ def test_owl_follows_its_formula(family: str, M: float) -> None:
     shares = []
     for block in Anatomy.of(model).blocks:
         scores = []
-        for module in block.matrices.values():
+        for matrix in block.matrices.values():
             inputs: list[Tensor] = []
-            handle = module.register_forward_pre_hook(lambda module, args, inputs=inputs: inputs.append(args[0]))
+            handle = matrix.module.register_forward_pre_hook(lambda module, args, inputs=inputs: inputs.append(args[0]))
             with torch.no_grad():
                 model(TOKENS, use_cache=False)
             handle.remove()
-            weight = as_out_in(module, module.get_parameter("weight").detach()).double()
+            weight = matrix.weight.double()
             scores.append((weight.abs() * gram(inputs[0]).diagonal().sqrt()).flatten())
         flat = torch.cat(scores)
         shares.append((flat > M * flat.mean()).double().mean().item())

@@ -4,13 +4,12 @@ from typing import ClassVar
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import Module
 from transformers import PreTrainedModel
 
 from recon.calibration.collection import collect
 from recon.calibration.statistics import InputStatistics, Need
 from recon.models.anatomy import Anatomy
-from recon.models.linear import as_out_in
+from recon.models.matrices import Matrix
 from recon.pruning.criteria import Criterion, Magnitude, Random, SparseGPT, Wanda
 from recon.pruning.masks import Masks
 from recon.pruning.patterns import NM, Counted, Pattern, Unstructured
@@ -73,10 +72,10 @@ def slow_prune(model: PreTrainedModel, wanda: bool, pruned_inputs: bool) -> tupl
         names = [f"{name}.weight" for name in block.matrices]
         inputs = inputs_of(model, names)
         for name, module in zip(names, block.matrices.values(), strict=True):
-            weight = as_out_in(module, model.get_parameter(name).detach()).double()
+            weight = module.out_in(model.get_parameter(name).detach()).double()
             grams[name] = gram(inputs[name])
             scores = weight.abs() * (grams[name].diagonal().sqrt() if wanda else 1)
-            masks[name] = as_out_in(module, keep_per_row(scores, scores.shape[1] // 2))
+            masks[name] = module.out_in(keep_per_row(scores, scores.shape[1] // 2))
         if pruned_inputs:
             with torch.no_grad():
                 for name in names:
@@ -189,8 +188,8 @@ def test_two_of_four_along_the_inputs_of_either_layout() -> None:
         model = tiny(family)
         masks = prune(model, TOKENS, Magnitude(), NM(2, 4))
         for name, module in Anatomy.of(model).prunable().items():
-            weight = as_out_in(module, model.get_parameter(name).detach())
-            assert torch.equal(as_out_in(module, masks[name]), keep_per_group(weight.abs(), 2, 4))
+            weight = module.out_in(model.get_parameter(name).detach())
+            assert torch.equal(module.out_in(masks[name]), keep_per_group(weight.abs(), 2, 4))
 
 
 def test_two_of_four_names_the_matrix_whose_width_it_does_not_divide() -> None:
@@ -254,7 +253,7 @@ def test_masks_own_their_memory_in_the_parameters_layout() -> None:
         assert keep.device.type == "cpu"
 
 
-def statistics_of(model: PreTrainedModel, matrices: dict[str, Module]) -> dict[str, InputStatistics]:
+def statistics_of(model: PreTrainedModel, matrices: dict[str, Matrix]) -> dict[str, InputStatistics]:
     with collect(matrices, need="gram") as statistics, torch.no_grad():
         model(TOKENS, use_cache=False)
     return statistics
@@ -284,16 +283,16 @@ def test_rows_with_one_zero_more_are_pruned_under_their_own_count(family: str) -
     matrices = matrices_by_block(Anatomy.of(model))[0]
     name, module = next(iter(matrices.items()))
     statistics = statistics_of(model, {name: module})
-    weight = as_out_in(module, model.get_parameter(name).detach())
+    weight = module.out_in(model.get_parameter(name).detach())
     out, in_ = weight.shape
     pattern = Counted({name: 16 * out + 5}, weight.numel())
     keep, moved = prune_block({name: module}, statistics, criterion, pattern)
     fewer, more = (criterion.prune(weight, statistics[name], Unstructured(n / in_), name) for n in (16, 17))
-    assert (~as_out_in(module, keep[name])).sum(1).tolist() == [17] * 5 + [16] * (out - 5)
+    assert (~module.out_in(keep[name])).sum(1).tolist() == [17] * 5 + [16] * (out - 5)
     for row in range(out):
         after, chosen = more if row < 5 else fewer
-        assert torch.equal(as_out_in(module, keep[name])[row], chosen[row])
-        assert torch.equal(as_out_in(module, moved[name])[row], after[row])
+        assert torch.equal(module.out_in(keep[name])[row], chosen[row])
+        assert torch.equal(module.out_in(moved[name])[row], after[row])
 
 
 def test_masks_chosen_with_recovery_are_refused_here() -> None:

@@ -8,6 +8,7 @@ import torch
 
 from recon.basics.manifest import Manifest
 from recon.cli import main
+from recon.models.matrices import Matrix
 from recon.pruning.allocation.base import spread
 from recon.pruning.masks import Masks
 from recon.pruning.patterns import NM, Counted, Pattern, Unstructured
@@ -22,6 +23,10 @@ def masks_of(pattern: Pattern) -> dict[str, torch.Tensor]:
     scores = {name: torch.rand(shape, generator=generator) for name, shape in SHAPES.items()}
     keep = {name: one.contiguous() for name, one in pattern.select_all(scores).items()}
     return {name: one.T.contiguous() if name in TRANSPOSED else one for name, one in keep.items()}
+
+
+def matrices_of(transposed: tuple[str, ...]) -> list[Matrix]:
+    return [Matrix(name, name, torch.nn.Identity(), is_transposed=True) for name in transposed]
 
 
 def counted(per: str) -> Counted:
@@ -67,7 +72,7 @@ def test_masks_that_break_their_pattern_are_refused(
     tmp_path: Path,
 ) -> None:
     keep, file = masks_of(pattern), tmp_path / "masks.safetensors"
-    metadata = {"criterion": "x", "pattern": str(pattern), **recorded(pattern, TRANSPOSED)}
+    metadata = {"criterion": "x", "pattern": str(pattern), **recorded(pattern, matrices_of(TRANSPOSED))}
     Masks(keep).save(file, metadata)
     assert Masks.load(file) == Masks(keep)
     out_in = keep[name].T if name in TRANSPOSED else keep[name]  # views

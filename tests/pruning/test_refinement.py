@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from recon.calibration.statistics import InputStatistics
-from recon.models.linear import as_out_in
+from recon.models.matrices import Matrix
 from recon.pruning.criteria import ALPS, Magnitude, Random, SparseGPT, Wanda
 from recon.pruning.patterns import NM, Counted, Pattern, Unstructured
 from recon.pruning.prune import prune, prune_to
@@ -211,8 +211,8 @@ def test_masks_across_the_model_keep_the_counts_of_their_rows(
     modules = dict(model.named_modules())
     differing = 0
     for name, keep in plain.items():
-        module = modules[name.removesuffix(".weight")]
-        rows = [as_out_in(module, one) for one in (keep, masks[name])]
+        matrix = Matrix.of_module(name, modules[name.removesuffix(".weight")])
+        rows = [matrix.out_in(one) for one in (keep, masks[name])]
         assert torch.equal(rows[0].sum(1), rows[1].sum(1)), name
         differing += int((rows[0] != rows[1]).sum())
     assert differing > 0

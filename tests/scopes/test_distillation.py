@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from callbacks import MaskEnforcer
 from recon.models.anatomy import Anatomy
-from recon.models.linear import weight_out_in
+from recon.models.matrices import Matrix
 from recon.models.replay import Replay
 from recon.models.windows import Windows
 from recon.scopes import BlockDistillation, MatrixReconstruction, SubmoduleDistillation
@@ -325,7 +325,7 @@ def test_gradient_descent_is_trained_by_lightning(tmp_path: Path) -> None:
     dense.get_submodule(name).register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     with torch.no_grad():
         dense(data_of().tokens("train"))
-    weight, recovered = (weight_out_in(model.get_submodule(name)) for model in (dense, scope.model))
+    weight, recovered = (Matrix.of_module(name, model.get_submodule(name)).weight for model in (dense, scope.model))
     target, output = (F.linear(inputs[0], one).double() for one in (weight, recovered))
     expected = (output - target).square().sum() / target.square().sum()
     reported = scope.results["000"]["matrices"][f"{name}.weight"]["relative_error"]

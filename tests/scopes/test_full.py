@@ -26,7 +26,7 @@ class CountForwards(Callback):
         self.count = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        attention = Anatomy.of(pl_module.model).blocks[0].attention
+        attention = Anatomy.of(pl_module.model).blocks[0].mixer
         attention.register_forward_hook(lambda *_: setattr(self, "count", self.count + pl_module.trainer.training))
 
 

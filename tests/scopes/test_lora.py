@@ -90,7 +90,8 @@ def test_fresh_adapters_change_no_output_and_have_the_documented_shapes(family: 
     assert set(names) == {name for name, one in model.named_parameters() if one.requires_grad}
     assert {name.rpartition(".")[0] + ".weight" for name in names} == set(masks)
     for block in Anatomy.of(model).blocks:
-        for module in block.matrices.values():
+        for matrix in block.matrices.values():
+            module = matrix.module
             shape = module.get_parameter("weight").shape
             out, in_ = shape if isinstance(module, nn.Linear) else reversed(shape)
             a, b = module.get_parameter("lora_A"), module.get_parameter("lora_B")

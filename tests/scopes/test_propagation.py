@@ -11,7 +11,7 @@ from callbacks import MaskEnforcer
 from recon.calibration.activations import Activations
 from recon.calibration.collection import collect
 from recon.models.anatomy import Anatomy
-from recon.models.linear import weight_out_in
+from recon.models.matrices import Matrix
 from recon.models.replay import Replay
 from recon.pruning.criteria import SparseGPT, Wanda
 from recon.pruning.interleaved import Interleaved
@@ -176,7 +176,7 @@ def test_recovered_inputs_with_dense_targets_solve_the_cross_problem(tmp_path: P
     start = embedded(scope, dense)
     x_dense = inputs(dense, run_blocks(dense, start, 0))
     x_recovered = inputs(dense, run_blocks(scope.model, start, 0))
-    target = x_dense @ weight_out_in(dense.get_submodule(name)).detach().double().T
+    target = x_dense @ Matrix.of_module(name, dense.get_submodule(name)).weight.double().T
     keep = scope.masks[f"{name}.weight"]
     solved = scope.model.get_parameter(f"{name}.weight").double()
     for row in range(3):
@@ -260,7 +260,7 @@ def test_masks_are_chosen_from_recovered_inputs(kind: str, propagation: str, cri
     dense = scope.source.model()
     hidden, replay = embedded(scope, dense), Replay(dense, Anatomy.of(dense))
     for block in replay.anatomy.blocks:
-        matrices = {f"{name}.weight": module for name, module in block.matrices.items()}
+        matrices = {one.weight_name: one for one in block.matrices.values()}
         with collect(matrices, criterion.needs) as statistics, torch.no_grad():
             for rows in hidden.split(4):
                 replay.run(block.index, rows)

@@ -10,7 +10,7 @@ from torch import nn
 
 from recon.distributed.part import Share
 from recon.models.anatomy import Block
-from recon.models.windows import AttentionWindow, BlockWindow, GroupWindow, MLPWindow, Window
+from recon.models.windows import BlockWindow, GroupWindow, MixerWindow, MLPWindow, Window
 from recon.scopes.local.schedule import (
     Schedule,
     require_independent,
@@ -23,7 +23,7 @@ MATRICES = ("attention.q", "attention.o", "mlp.up", "mlp.down")
 
 
 def block(index: int) -> Block:
-    return Block(index, f"layers.{index}", nn.Identity(), f"layers.{index}.attention", nn.Identity(), {})
+    return Block(index, f"layers.{index}", nn.Identity(), {})
 
 
 def names(index: int, *parts: str) -> list[str]:
@@ -33,7 +33,7 @@ def names(index: int, *parts: str) -> list[str]:
 def submodules() -> list[Window]:
     windows: list[Window] = []
     for one in map(block, range(DEPTH)):
-        windows.append(AttentionWindow(f"{one.index:03d}.attention", [one], names(one.index, "attention"), []))
+        windows.append(MixerWindow(f"{one.index:03d}.attention", [one], names(one.index, "attention"), []))
         windows.append(MLPWindow(f"{one.index:03d}.mlp", [one], names(one.index, "mlp"), []))
     return windows
 

@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 from callbacks import MaskEnforcer
 from recon.basics.manifest import Entry, Manifest
 from recon.models.anatomy import Anatomy
-from recon.models.linear import as_out_in
 from recon.pruning.masks import Masks
 from recon.scopes import (
     BlockDistillation,
@@ -209,8 +208,10 @@ def test_distillation_from_oneself_has_nothing_to_learn(tmp_path: Path) -> None:
 def test_a_matrix_ends_at_the_optimum_of_dense_least_squares(family: str, tmp_path: Path) -> None:
     dense_model, seen = tiny(family), {}
     matrices = Anatomy.of(dense_model).prunable()
-    for name, module in matrices.items():
-        module.register_forward_pre_hook(lambda module, args, name=name: seen.__setitem__(name, args[0].detach()))
+    for name, matrix in matrices.items():
+        matrix.module.register_forward_pre_hook(
+            lambda module, args, name=name: seen.__setitem__(name, args[0].detach())
+        )
     data = data_of(num=30)
     with torch.no_grad():
         dense_model(data.tokens("train"), use_cache=False)
@@ -218,11 +219,8 @@ def test_a_matrix_ends_at_the_optimum_of_dense_least_squares(family: str, tmp_pa
     weights = fit(scope)
     reported = {name: one for result in scope.results.values() for name, one in result["matrices"].items()}
     assert reported.keys() == matrices.keys()
-    for name, module in matrices.items():
-        dense, found, keep = (
-            as_out_in(module, one)
-            for one in (module.get_parameter("weight").detach(), weights[name], scope.masks[name])
-        )
+    for name, matrix in matrices.items():
+        dense, found, keep = matrix.weight, matrix.out_in(weights[name]), matrix.out_in(scope.masks[name])
         optimum = relative_error(masked_least_squares(dense, seen[name], keep), dense, seen[name])
         error = relative_error(found, dense, seen[name])
         assert error == pytest.approx(optimum, rel=1e-3), name

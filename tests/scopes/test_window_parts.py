@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from recon.models.anatomy import Block
+from recon.models.matrices import Matrix
 from recon.models.windows import BlockWindow, GroupWindow, Window
 from recon.scopes.local.batches import WindowBatches
 from recon.scopes.local.window_files import WindowFiles
@@ -19,7 +20,7 @@ def model_of(dtype: torch.dtype = torch.float32) -> nn.Sequential:
 
 
 def block_of(model: nn.Sequential) -> Block:
-    return Block(0, "0", model[0], "0", model[0], {"0": model[0]})
+    return Block(0, "0", model[0], {"0": Matrix.of_module("0", model[0])})
 
 
 def windows_of(model: nn.Sequential) -> tuple[Window, Window]:

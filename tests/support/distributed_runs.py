@@ -122,7 +122,7 @@ class WatchShards(Callback):
         self.num_reduced = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        inner = next(iter(Anatomy.of(pl_module.model).blocks[0].matrices.values()))
+        inner = next(iter(Anatomy.of(pl_module.model).blocks[0].matrices.values())).module
         inner.register_forward_hook(lambda module, *_: self.dtypes.add(module.get_parameter("weight").dtype))
 
 

@@ -41,10 +41,50 @@ FAMILIES: dict[str, dict] = {
 }
 
 
+_EXPERTS = {**_MODERN, "head_dim": 8, "num_experts_per_tok": 2}
+_NARROW = {**_EXPERTS, "moe_intermediate_size": 24}
+_DEEPSEEK = {
+    **_NARROW,
+    "num_key_value_heads": HEADS,
+    "n_routed_experts": 4,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
+
+# As above, of models whose experts lie in parameters of three dimensions.
+MIXTURES: dict[str, dict] = {
+    "mixtral": {**_EXPERTS, "num_local_experts": 4},
+    "qwen3_moe": {**_NARROW, "num_experts": 4},
+    "gpt_oss": {**_EXPERTS, "num_local_experts": 4, "sliding_window": 6},
+    "llama4_text": {**_EXPERTS, "num_local_experts": 4, "intermediate_size_mlp": 64, "num_experts_per_tok": 1},
+    "jetmoe": {**_EXPERTS, "num_local_experts": 4, "kv_channels": 8},
+    "deepseek_v2": _DEEPSEEK,
+    "deepseek_v3": _DEEPSEEK,
+    "olmoe": {**_EXPERTS, "num_experts": 4},
+    "flex_olmo": {**_EXPERTS, "num_experts": 4},
+    "glm4_moe": {**_NARROW, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+    "dots1": {**_NARROW, "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
+    "granitemoe": {**_EXPERTS, "num_local_experts": 4},
+    "qwen2_moe": {**_NARROW, "num_experts": 4, "shared_expert_intermediate_size": 32},
+    "ernie4_5_moe": {**_NARROW, "moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 1},
+    "phimoe": {**_EXPERTS, "num_local_experts": 4},
+    "minimax": {**_EXPERTS, "num_local_experts": 4, "layer_types": ["full_attention"] * DEPTH},
+    "hunyuan_v1_moe": {**_EXPERTS, "num_experts": 4, "moe_topk": 2},
+    "afmoe": {**_NARROW, "num_experts": 4, "num_dense_layers": 1},
+    "cohere2_moe": {**_NARROW, "num_experts": 4},
+}
+
+
 def tiny(family: str, **overrides: object) -> PreTrainedModel:
     """A model of the given `model_type` in eval mode; weights depend on nothing but the arguments."""
     special_tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    sizes = {"vocab_size": VOCABULARY, **special_tokens, **FAMILIES.get(family, _MODERN), **overrides}
+    sizes = {"vocab_size": VOCABULARY, **special_tokens, **(FAMILIES | MIXTURES).get(family, _MODERN), **overrides}
     config = AutoConfig.for_model(family, **sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from recon.data import TokenData
 from recon.models.anatomy import Anatomy
+from recon.models.matrices import parameters_of
 from recon.pruning.masks import Masks
 from recon.scopes import Scope
 from tests.support.families import VOCABULARY, tiny
@@ -72,8 +73,7 @@ def data_of(num: int = 10, validation: int = 5, seq: int = 16, batch_size: int =
 def random_masks(model: Any, sparsity: float = 0.5, exclude: tuple[str, ...] = (), seed: int = 0) -> Masks:
     """Masks that a generator chose, weight by weight."""
     generator = torch.Generator().manual_seed(seed)
-    prunable = Anatomy.of(model).prunable(exclude)
-    weights = {name: module.get_parameter("weight") for name, module in prunable.items()}
+    weights = parameters_of(Anatomy.of(model).prunable(exclude).values())
     return Masks({name: torch.rand(weight.shape, generator=generator) >= sparsity for name, weight in weights.items()})
 
 

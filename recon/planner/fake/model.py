@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from recon.basics.trees import map_tensors, tensors_in
 from recon.models.anatomy import Anatomy, Block
-from recon.models.linear import weight_out_in
+from recon.models.matrices import Matrix, parameters_of
 from recon.models.windows import (
     BlockWindow,
     Window,
@@ -31,7 +31,7 @@ from recon.models.windows import (
     submodule_windows,
 )
 from recon.planner.fake.replay import Unverified
-from recon.planner.fake.step import Step, checkpointed, take_step
+from recon.planner.fake.step import Input, Step, checkpointed, take_step
 from recon.planner.fake.tracker import Tracker
 from recon.planner.options import PlanOptions
 from recon.planner.snapshot import numel
@@ -43,6 +43,9 @@ from recon.scopes.trainable import chosen
 
 UNPACKED = "transformers.masking_utils.find_packed_sequence_indices"
 """Searches the positions for packed sequences, and builds a mask where it cannot: fake positions have no numbers."""
+
+GROUPED = "transformers.integrations.moe._can_use_grouped_mm"
+"""Chooses torch's kernel for fused experts, which refuses fp32 on fake tensors; transformers' operator takes all."""
 
 
 class FakeModel:
@@ -78,7 +81,7 @@ class FakeModel:
     @contextmanager
     def faked(self) -> Iterator[None]:
         """Make all new tensors inside fake ones."""
-        with self._mode, patch(UNPACKED, lambda position_ids: None):
+        with self._mode, patch(UNPACKED, lambda position_ids: None), patch(GROUPED, lambda *_: False):
             yield
 
     def windows(self, options: PlanOptions) -> Sequence[Window]:
@@ -145,14 +148,16 @@ class FakeModel:
             return {name: self.parameters[name] for name in names}
         if options.parameters == "lora":
             return self._adapters(self.masked(names, options), options.lora_rank)
-        found = chosen({name: self.parameters[name] for name in names}, self.prunable(), options.parameters)
+        found = chosen(
+            {name: self.parameters[name] for name in names}, self.anatomy.matrix_parameters(), options.parameters
+        )
         return {name: self.parameters[name] for name in found}
 
     def masked(self, names: Sequence[str], options: PlanOptions) -> list[str]:
         """Select the parameters whose masks are unpacked because they learn or have adapters."""
         if not options.masked or options.parameters == "vectors":
             return []
-        pruned = self.prunable(options.exclude)
+        pruned = self._once(("masked", options.exclude), lambda: parameters_of(self.prunable(options.exclude).values()))
         return [name for name in names if name in pruned]
 
     def adapter_bytes(self, names: Sequence[str], options: PlanOptions) -> int:
@@ -163,7 +168,7 @@ class FakeModel:
         """Make tensors with the shapes of these matrices' adapters."""
 
         def pair(name: str) -> dict[str, Tensor]:
-            out, in_ = weight_out_in(self.prunable()[name]).shape
+            out, in_ = self.prunable()[name].shape
             path = name.removesuffix(".weight")
             return {f"{path}.{A}": torch.empty(rank, in_), f"{path}.{B}": torch.empty(out, rank)}
 
@@ -171,42 +176,38 @@ class FakeModel:
             pairs = [self._once(("adapters", name, rank), partial(pair, name)) for name in names]
         return {name: one for found in pairs for name, one in found.items()}
 
-    def prunable(self, exclude: Sequence[str] = ()) -> dict[str, nn.Module]:
-        """Parameter name -> prunable linear map."""
+    def prunable(self, exclude: Sequence[str] = ()) -> dict[str, Matrix]:
+        """Name of the weight -> prunable matrix."""
         return self._once(("prunable", tuple(exclude)), lambda: self.anatomy.prunable(exclude))
-
-    def shape_of(self, name: str) -> tuple[int, int]:
-        """Return rows (outputs) and columns (inputs) of a matrix, whatever its layout."""
-        with self.faked():
-            rows, width = weight_out_in(self.prunable()[name]).shape
-            return rows, width
 
     def products(self, name: str) -> int:
         """Count the multiplications of a matrix with the Gram matrix of its inputs: rows times width squared."""
-        rows, width = self._once(("shape", name), lambda: self.shape_of(name))
+        rows, width = self.prunable()[name].shape
         return rows * width**2
 
-    def inputs(self, block: Block, matrices: Sequence[str], options: PlanOptions) -> list[int]:
-        """List the width of every distinct input of some matrices of a block: each has its Gram matrix."""
+    def inputs(self, block: Block, matrices: Sequence[str], options: PlanOptions) -> list[Input]:
+        """List every distinct input of some matrices of a block: each has its Gram matrix, as each slice has."""
+        chosen = list(block.weights_among(frozenset(matrices)).values())
 
-        def watch() -> list[int]:
-            seen: list[tuple[Tensor, int]] = []
+        def watch() -> list[Input]:
+            seen: list[tuple[Tensor, Input]] = []
 
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            def see(matrix: Matrix, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 x = (*args, *kwargs.values())[0]
                 if not any(one is x for one, _ in seen):
-                    seen.append((x, weight_out_in(module).shape[1]))
+                    seen.append((x, Input(matrix.shape[1], 1.0)))
 
             handles = [
-                block.matrices[name].register_forward_pre_hook(hook, with_kwargs=True)
-                for name in block.matrices
-                if f"{name}.weight" in matrices
+                one.module.register_forward_pre_hook(partial(see, one), with_kwargs=True)
+                for one in chosen
+                if one.index is None
             ]
             with torch.no_grad():
                 self.replay.run(block.index, self._hidden(replace(options, batch_size=1, seq_len=4)))
             for handle in handles:
                 handle.remove()
-            return [width for _, width in seen]
+            slices = [Input(one.shape[1], one.rows_per_token) for one in chosen if one.index is not None]
+            return [one for _, one in seen] + slices
 
         own = tuple(name.removeprefix(block.name) for name in matrices)
         with self.faked():
@@ -218,7 +219,8 @@ class FakeModel:
         def run() -> Step:
             hidden = self._hidden(options)
             with Tracker([*self.parameters.values(), hidden]) as tracker, torch.no_grad():
-                output = (self.replay.run_and_tap if options.taps else self.replay.run)(block.index, hidden)
+                taps = options.taps and block.mixer is not None
+                output = (self.replay.run_and_tap if taps else self.replay.run)(block.index, hidden)
                 del output
             return Step(0, tracker.peak, Counter(), tracker.flops, tracker.flops)
 
@@ -351,7 +353,7 @@ class FakeModel:
         adapters = attach(self.model, masks, masked, Lora(options.lora_rank), seed=0)
         try:
             learning = {name: self.model.get_parameter(name) for name in adapters}
-            modules = [self.prunable()[name] for name in masked]
+            modules = [self.prunable()[name].module for name in masked]
             known += [vars(module)["forward"].keep(torch.device("cpu")) for module in modules]
             return take_step(learning, (), loss_of, options.accumulate > 1, known)
         finally:

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,18 @@ from torch.utils.checkpoint import checkpoint
 from recon.planner.fake.tracker import Tracker
 
 KEPT, GRADIENTS = "activations", "gradients"
+
+
+class Input(NamedTuple):
+    """An input of matrices.
+
+    Args:
+        width: Number of features.
+        rows_per_token: Rows for each token; of an expert a fraction on average.
+    """
+
+    width: int
+    rows_per_token: float
 
 
 @dataclass(frozen=True)

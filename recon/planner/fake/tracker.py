@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers.integrations.moe  # noqa: F401 -- registers its operators
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
@@ -19,7 +20,7 @@ from recon.basics.trees import tensors_in
 
 OTHER = "other"
 
-aten = torch.ops.aten
+aten, grouped = torch.ops.aten, torch.ops.transformers
 
 
 def attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
@@ -38,11 +39,24 @@ def _for_each_head(shared: Tensor, query: Tensor) -> torch.Size:
     return torch.Size((batch, query.shape[1], *rest))
 
 
+def grouped_flops(rows: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
+    """FLOPs of the products of rows, each with one slice of the weight."""
+    return 2 * rows.numel() * weight.shape[-1]
+
+
+def grouped_backward_flops(rows: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
+    """FLOPs of the gradients of rows and weight."""
+    return 2 * grouped_flops(rows, weight)
+
+
 FORMULAS: dict[Any, Any] = flop_registry | {
     aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
+    grouped.grouped_mm_fallback: grouped_flops,
+    grouped.grouped_mm_fallback_backward: grouped_backward_flops,
 }
-"""FLOPs of an operator. The CPU's fused attention, which torch's registry lacks, keeps the same tensors as a GPU's."""
+"""FLOPs of an operator. The CPU's fused attention, which torch's registry lacks, keeps the same tensors as a GPU's; so
+does transformers' operator for fused experts, which stands for the kernels that need numbers or 16 bits."""
 
 
 class Tracker(TorchDispatchMode):

@@ -8,10 +8,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
-from torch import nn
-
 from recon.calibration.activations import Activations
-from recon.models.linear import weight_out_in
+from recon.models.matrices import Matrix
 from recon.pruning.criteria import Criterion
 from recon.pruning.patterns import Counted, Pattern, Unstructured
 
@@ -26,7 +24,7 @@ class Allocation(ABC):
     def densities(
         self,
         walk: Activations,
-        matrices: Sequence[Mapping[str, nn.Module]],
+        matrices: Sequence[Mapping[str, Matrix]],
         criterion: Criterion,
         pattern: Unstructured,
     ) -> dict[int, float]:
@@ -34,7 +32,7 @@ class Allocation(ABC):
 
         Args:
             walk: The dense model and calibration sequences, before the first block; may be walked once.
-            matrices: For each block, parameter name -> the linear map to prune; may be none.
+            matrices: For each block, name of the weight -> the matrix to prune; may be none.
             criterion: The criterion that chooses the survivors later.
             pattern: Per row or per matrix; its density is that of all blocks together.
 
@@ -60,7 +58,7 @@ class Allocation(ABC):
     def patterns(
         self,
         walk: Activations,
-        matrices: Sequence[Mapping[str, nn.Module]],
+        matrices: Sequence[Mapping[str, Matrix]],
         criterion: Criterion,
         pattern: Pattern,
     ) -> list[Counted]:
@@ -79,7 +77,7 @@ class Allocation(ABC):
             ValueError: If blocks cannot differ under `pattern`, or so many zeros leave a row without a weight.
         """
         pattern = self.require(pattern)
-        shapes = [{name: _shape(module) for name, module in members.items()} for members in matrices]
+        shapes = [{name: matrix.shape for name, matrix in members.items()} for members in matrices]
         num_weights = sum(count(members) for members in shapes)
         chosen = self.densities(walk, matrices, criterion, pattern)
         densities = [chosen[block] if members else 1.0 for block, members in enumerate(shapes)]
@@ -100,7 +98,7 @@ def spread(
 
     Args:
         densities: Density of each block.
-        shapes: For each block, parameter name -> (out, in).
+        shapes: For each block, name of the weight -> (out, in).
         num_zeros: Zeros of all matrices together.
         pattern: Per row or per matrix; nothing else of it is used.
 
@@ -137,8 +135,3 @@ def spread(
 def count(shapes: Mapping[str, tuple[int, int]]) -> int:
     """Count the weights of matrices with these shapes."""
     return sum(out * in_ for out, in_ in shapes.values())
-
-
-def _shape(module: nn.Module) -> tuple[int, int]:
-    out, in_ = weight_out_in(module).shape
-    return out, in_

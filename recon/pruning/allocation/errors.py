@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from recon.calibration.activations import Activations
-from recon.calibration.collection import collect
-from recon.models.linear import as_out_in, weight_out_in
+from recon.models.matrices import Matrix, parameters_of
 from recon.pruning.allocation.base import Allocation, count, spread
 from recon.pruning.criteria import Criterion
 from recon.pruning.patterns import Unstructured
@@ -64,7 +63,7 @@ class EqualErrors(Allocation):
     def densities(
         self,
         walk: Activations,
-        matrices: Sequence[Mapping[str, nn.Module]],
+        matrices: Sequence[Mapping[str, Matrix]],
         criterion: Criterion,
         pattern: Unstructured,
     ) -> dict[int, float]:
@@ -79,9 +78,8 @@ class EqualErrors(Allocation):
         for block, members in enumerate(matrices):
             if not members:
                 continue
-            with collect(dict(members), need=criterion.needs) as statistics:
-                walk.enter([block])
-            weights = {name: weight_out_in(module) for name, module in members.items()}
+            statistics = walk.enter([block], members, criterion.needs)
+            weights = {name: matrix.weight for name, matrix in members.items()}
             scores = {name: criterion.scores(weight, statistics[name], name) for name, weight in weights.items()}
             errors[block] = [self._error(walk, block, members, scores, density, pattern) for density in grid.tolist()]
             sizes[block] = sum(weight.numel() for weight in weights.values())
@@ -91,7 +89,7 @@ class EqualErrors(Allocation):
         self,
         walk: Activations,
         block: int,
-        matrices: Mapping[str, nn.Module],
+        matrices: Mapping[str, Matrix],
         scores: dict[str, Tensor],
         density: float,
         pattern: Unstructured,
@@ -156,14 +154,14 @@ def equalized(
 
 
 @contextmanager
-def _pruned(matrices: Mapping[str, nn.Module], keep: Mapping[str, Tensor]) -> Iterator[None]:
+def _pruned(matrices: Mapping[str, Matrix], keep: Mapping[str, Tensor]) -> Iterator[None]:
     """Zero the weights of `matrices` outside the masks, each out x in, and restore them at the end."""
-    parameters = {name: module.get_parameter("weight") for name, module in matrices.items()}
+    parameters = parameters_of(matrices.values())
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     try:
         with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.masked_fill_(~as_out_in(matrices[name], keep[name]), 0)
+            for name, matrix in matrices.items():
+                matrix.weight.masked_fill_(~keep[name], 0)
         yield
     finally:
         with torch.no_grad():

@@ -3,12 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import nn
-
 from recon.calibration.activations import Activations
-from recon.calibration.collection import collect
 from recon.calibration.statistics import InputStatistics
-from recon.models.linear import weight_out_in
+from recon.models.matrices import Matrix
 from recon.pruning.allocation.base import Allocation
 from recon.pruning.criteria import Criterion, Wanda
 from recon.pruning.patterns import Unstructured
@@ -42,7 +39,7 @@ class OWL(Allocation):
     def densities(
         self,
         walk: Activations,
-        matrices: Sequence[Mapping[str, nn.Module]],
+        matrices: Sequence[Mapping[str, Matrix]],
         criterion: Criterion,
         pattern: Unstructured,
     ) -> dict[int, float]:
@@ -54,8 +51,7 @@ class OWL(Allocation):
         shares, sizes = {}, {}
         for block, members in enumerate(matrices):
             if members:
-                with collect(dict(members), need="norms") as statistics:
-                    walk.enter([block])
+                statistics = walk.enter([block], members, "norms")
                 shares[block], sizes[block] = outlier_share(members, statistics, self.M)
         least, span = min(shares.values()), max(shares.values()) - min(shares.values())
         term = {block: 2 * (share - least) / span if span else 0.0 for block, share in shares.items()}
@@ -75,18 +71,18 @@ class OWL(Allocation):
 
 
 def outlier_share(
-    matrices: Mapping[str, nn.Module], statistics: Mapping[str, InputStatistics], M: float
+    matrices: Mapping[str, Matrix], statistics: Mapping[str, InputStatistics], M: float
 ) -> tuple[float, int]:
     """Return the fraction of Wanda's scores above M times their mean, over `matrices` together, and their number."""
 
     def total(measure: str, threshold: float = 0.0) -> float:
         """Compute scores anew for each sum rather than hold them: those of a block are twice its weights in 16 bits."""
         result = 0.0
-        for name, module in matrices.items():
-            scores = Wanda().scores(weight_out_in(module), statistics[name], name)
+        for name, matrix in matrices.items():
+            scores = Wanda().scores(matrix.weight, statistics[name], name)
             result += scores.double().sum().item() if measure == "sum" else int((scores > threshold).sum())
         return result
 
-    num_scores = sum(weight_out_in(module).numel() for module in matrices.values())
+    num_scores = sum(matrix.weight.numel() for matrix in matrices.values())
     mean = total("sum") / num_scores
     return total("outliers", M * mean) / num_scores, num_scores

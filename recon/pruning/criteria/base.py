@@ -82,6 +82,11 @@ class Criterion(ABC):
         return gram
 
     def _required(self, statistics: InputStatistics | None, need: Need, words: str, name: str) -> InputStatistics:
+        if statistics is not None and statistics.has_sums and statistics.num_tokens == 0:
+            raise ValueError(
+                f"{self} needs {words} of the inputs of `{name}`, got no row that the router sends there; choose "
+                f"pruning.experts: all, give more calibration sequences, or exclude it with `pruning.exclude`"
+            )
         if statistics is None or (need == "gram" and statistics.gram is None):
             raise ValueError(
                 f"{self} needs {words} of the inputs of `{name}`, got none; "

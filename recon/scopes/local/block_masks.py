@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from recon.calibration.activations import Observation
 from recon.calibration.statistics import InputStatistics
 from recon.models.anatomy import Block
+from recon.models.matrices import Matrix
 from recon.pruning.interleaved import Interleaved
 from recon.pruning.masks import Masks
 from recon.pruning.start_weights import apply
@@ -42,21 +43,21 @@ class BlockMasks:
     def pruned(self) -> list[str]:
         """List the parameters that lose a weight, now or later."""
         if self.interleaved is not None:
-            return list(self.interleaved.prunable)
+            return self.interleaved.parameters
         return [name for name in self.masks if self.masks.subset([name]).num_pruned > 0]
 
     def observed(
         self, blocks: Sequence[Block], need: Observation, is_known: Callable[[str], bool]
-    ) -> tuple[dict[str, nn.Module], Observation]:
+    ) -> tuple[dict[str, Matrix], Observation]:
         """Say which matrices to observe as `blocks` are reached, and what of their inputs.
 
         Args:
             blocks: Blocks that are reached for the first time.
             need: Statistics that recovery needs.
-            is_known: Whether recovery needs the inputs of a matrix that are known now.
+            is_known: Whether recovery needs the inputs of a parameter's matrices that are known now.
 
         Returns:
-            Name of the weight -> linear map, and the statistics that recovery and the criterion need together.
+            Name of the weight -> matrix, and the statistics that recovery and the criterion need together.
         """
         if self.interleaved is not None:
             prunable = self.interleaved.prunable
@@ -65,7 +66,7 @@ class BlockMasks:
         if need == "none":
             return {}, need
         matrices = {name: one for block in blocks for name, one in block.weights_among(self.masks).items()}
-        return {name: one for name, one in matrices.items() if is_known(name)}, need
+        return {name: one for name, one in matrices.items() if is_known(one.parameter_name)}, need
 
     def choose(self, blocks: Sequence[Block], statistics: Mapping[str, InputStatistics]) -> None:
         """Choose the masks of blocks, or read those that an interrupted run has chosen.

@@ -287,7 +287,8 @@ class LocalScope(WindowedScope):
         self.block_masks.choose(fresh, statistics)
         if self.needs != "none":
             with followed("solve"):
-                self.observe({name: one for name, one in statistics.items() if is_known(name)})
+                known = {name for name, one in matrices.items() if is_known(one.parameter_name)}
+                self.observe({name: one for name, one in statistics.items() if name in known})
 
     def _begin_next(self) -> WindowProgress:
         """Load the next windows that are written already, and begin the first that is not."""
@@ -317,6 +318,7 @@ class LocalScope(WindowedScope):
         names = ("calibration", "held_out", "schedule", "block_masks", "interleaved")
         names += ("_start", "_withheld", "_precision", "_is_aside")
         own, masked = {name: vars(self)[name] for name in names}, list(self.masks)
+        few_rows = dict(self.experts.few)
         maskable = [name for window in windows for name in window.owned if name in self.maskable]
         pruned = [name for name in self.block_masks.pruned() if name in maskable]
         starts = [window.indices[0] for window in windows]
@@ -340,6 +342,7 @@ class LocalScope(WindowedScope):
                 dense.restore()
         finally:
             vars(self).update(own)
+            self.experts.few = few_rows
             self.masks.remove(self.masks.keys() - set(masked))
             for one in self.trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
                 if isinstance(one, MaskEnforcer):

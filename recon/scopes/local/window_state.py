@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from recon.models.anatomy import Block
-from recon.models.calls import forward_replaced
+from recon.models.forwards import forward_replaced
 from recon.models.offload.transfers import copies_on_host
 from recon.models.windows import Window
 

@@ -146,7 +146,7 @@ class WindowedScope(Scope):
     @property
     def maskable(self) -> list[str]:
         """Names of all parameters that have a mask, or get one during the fit."""
-        return list(self.masks if self.interleaved is None else self.interleaved.prunable)
+        return list(self.masks if self.interleaved is None else self.interleaved.parameters)
 
     def require_strategy(self, trainer: L.Trainer) -> None:
         """As `Scope.require_strategy`; several processes may recover windows of their own."""

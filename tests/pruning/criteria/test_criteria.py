@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from recon.calibration.collection import collect
 from recon.calibration.statistics import InputStatistics
-from recon.models.linear import as_out_in, weight_out_in
+from recon.models.matrices import Matrix
 from recon.pruning.criteria import Criterion, Magnitude, Random, Wanda
 from recon.pruning.patterns import NM, Unstructured
 from tests.support import references
@@ -110,14 +110,14 @@ def test_prune_names_a_matrix_with_nan(weight: torch.Tensor, statistics: InputSt
 
 def test_conv1d_is_pruned_as_the_linear_map_it_is(weight: torch.Tensor, inputs: torch.Tensor) -> None:
     conv, linear = Conv1D(6, 8), torch.nn.Linear(8, 6)
-    weight_out_in(conv).copy_(weight)
-    weight_out_in(linear).copy_(weight)
-    assert conv.weight.shape == (8, 6)
     masks = []
     for module in (conv, linear):
-        with torch.no_grad(), collect({"m": module}, "norms") as statistics:
+        matrix = Matrix.of_module("m", module)
+        matrix.weight.copy_(weight)
+        with torch.no_grad(), collect({"m": matrix}, "norms") as statistics:
             module(inputs)
-        masks.append(as_out_in(module, Wanda().prune(weight_out_in(module), statistics["m"], NM(), "m")[1]))
+        masks.append(matrix.out_in(Wanda().prune(matrix.weight, statistics["m"], NM(), "m")[1]))
+    assert conv.weight.shape == (8, 6)
     assert masks[0].shape == conv.weight.shape
     assert torch.equal(masks[0].T, masks[1])
 
