@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recon.data import TokenData
 from recon.evaluation.perplexity import Evaluation
@@ -148,8 +148,7 @@ def measure_pruned(
         masks, and its environment says `resumed`.
 
     Raises:
-        ValueError: If there is no criterion, clearly no room on the disk for what is written, or no way to score the
-            tasks.
+        ValueError: If there is no criterion, clearly no room on the disk, or no way to score the tasks.
     """
     if options.criterion is None or options.pattern is None:
         raise ValueError("recon prune needs a criterion and a pattern, got null")
@@ -173,9 +172,7 @@ def measure_pruned(
     costs.stop()
     model.apply(masks, moved_with(run.masks, masks))
     if keep_model:
-        stored, state = model.state(source.stored_dtype(), run.path)
-        save_model(stored, data.tokenizer, run.model, state, run.manifest.placing)
-        del stored, state
+        _write(model, source, data.tokenizer, run)
         sizes = written_sizes(run.model)
         # Measured as written, and computed as the dense model is.
         model = opened(source.at(run.model))
@@ -204,6 +201,11 @@ def measure_pruned(
     write_card(run, masks)
     run.clean()  # scores on tasks, and the dense weights that were written to be read
     return report
+
+
+def _write(model: OpenModel, source: ModelSource, tokenizer: PreTrainedTokenizerBase, run: RunDirectory) -> None:
+    stored, state = model.state(source.stored_dtype(), run.path)
+    save_model(stored, tokenizer, run.model, state, run.manifest.placing)
 
 
 def _written(source: ModelSource, model: PreTrainedModel, options: RunOptions, keep_model: bool) -> dict[str, int]:

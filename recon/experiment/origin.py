@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -12,7 +12,9 @@ from recon.basics.files import read_json
 from recon.basics.run_paths import RunPaths
 from recon.models.offload.disk_weights import DiskWeights
 from recon.pruning.masks import Masks, identity_of
-from recon.report import Report
+
+if TYPE_CHECKING:
+    from recon.report import Report
 
 OPTION = "--from"
 
@@ -68,8 +70,10 @@ class Origin:
             return {}
         return {"weights": weights, "masks": identity_of(run.masks)}
 
-    def report(self) -> Report:
+    def report(self) -> "Report":
         """Its measurements."""
+        from recon.report import Report  # checked by a package that the library goes without until there is a report
+
         return Report.load(self.run.report)
 
     def dense(self) -> Mapping[str, Any]:

@@ -79,7 +79,10 @@ def calibration_bytes(fake: FakeModel, options: PlanOptions) -> Counter[Place]:
 
 def start_bytes(fake: FakeModel, options: PlanOptions) -> int:
     """Bytes on the host of the weights that a window begins with, while it trains; the most of all windows."""
-    return max(fake.item * numel(_trained(fake, window, options)) for window in windows_to_recover(fake, options))
+    copies = 1 + options.chooses_start
+    return copies * max(
+        fake.item * numel(_trained(fake, window, options)) for window in windows_to_recover(fake, options)
+    )
 
 
 def _trained(fake: FakeModel, window: Window, options: PlanOptions) -> list[Tensor]:

@@ -72,6 +72,7 @@ class PlanOptions:
         offload_parameters: ZeRO-3: the weights too.
         world_size: Processes; in the local scopes each recovers its share of the windows.
         num_nodes: Machines on which the processes run.
+        chooses_start: Whether each window chooses its start, for which the exact one waits on the host.
         searches_rate: Whether learning rates are tried on the first window of each kind.
         offload: Place of the model while a window of it is recovered; in full retraining, outside the fit.
         dtype: Precision in which the model is loaded; that of the planned model if None.
@@ -117,6 +118,7 @@ class PlanOptions:
     offload_parameters: bool = False
     world_size: int = 1
     num_nodes: int = 1
+    chooses_start: bool = False
     searches_rate: bool = False
     offload: Offload = "none"
     dtype: torch.dtype | None = None
@@ -268,6 +270,7 @@ def _of_scope(scope: Scope, data: TokenData) -> dict[str, Any]:
         found["propagation"] = scope.propagation
     if isinstance(scope, Distillation):
         found["searches_rate"] = scope.lr == "auto"
+        found["chooses_start"] = scope.start == "auto"
     if isinstance(scope, BlockDistillation):
         found |= {"num_blocks": scope.num_blocks, "stride": scope.stride}
     if isinstance(scope, SubmoduleDistillation) and scope.groups is not None:

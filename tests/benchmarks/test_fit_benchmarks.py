@@ -11,6 +11,7 @@ from tests.benchmarks import __main__ as command
 from tests.benchmarks import bare_loop, flop_rate, growth, profiler, quality, window_parallel
 
 
+@pytest.mark.slow
 def test_fit_and_bare_loop_end_at_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bare_loop, "LR", 1e-4)  # on so few sequences windows end worse with more, and keep their start
     (row,) = bare_loop.measure(tmp_path, quick=True, scopes=("submodule",))["rows"]  # or it raises

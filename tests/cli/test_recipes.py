@@ -60,6 +60,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return titles
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_recipe_and_a_soup_keep_the_masks_and_say_where_they_began(tmp_path: Path, in_process: list[str]) -> None:
     run = tmp_path / "run"

@@ -49,6 +49,7 @@ def run(killed: tuple[Path, list[str]]) -> Path:
     return killed[0]
 
 
+@pytest.mark.slow
 def test_a_killed_run_asks_nothing_twice(killed):
     assert len(killed[1]) == 4, "dense, pruned twice, recovered"
 

@@ -258,6 +258,7 @@ MODEL = ["--model.name=random", f"--model.shape={json.dumps(SHAPE)}"]
 DATA = {"num_sequences": 8, "seq_len": 32, "num_validation": 2, "num_test": 2, "held_out": "StandardLibrary"}
 
 
+@pytest.mark.slow
 def test_pruning_recovery_and_another_seed(tmp_path, monkeypatch, capsys):
     """Both commands share a text, of which the report names what was measured; another seed has another text."""
     monkeypatch.chdir(tmp_path)

@@ -60,7 +60,7 @@ def steps_of(scope: Scope, path: Path, **trainer: Any) -> list[Counts]:
 
 
 PLACES: dict[str, dict[str, Any]] = {
-    "on the device": {},
+    "on the device": {"activations": "device"},
     "on the host": {"activations": "host", "offload": "host"},
     "on disk": {"activations": "disk", "offload": "disk"},
 }
@@ -82,8 +82,8 @@ def test_no_step_of_a_window_waits_for_the_device(place: str, tmp_path: Path) ->
 def test_a_step_of_the_matrix_scope_and_of_adapters_waits_for_nothing(tmp_path: Path) -> None:
     name = save_tiny("llama", tmp_path, num_hidden_layers=1)
     scopes = [
-        MatrixReconstruction(name=name, batch_size=4, solver=GradientDescent(steps=6)),
-        BlockDistillation(name=name, epochs=1, batch_size=4, parameters="lora", start="pruned"),
+        MatrixReconstruction(name=name, batch_size=4, solver=GradientDescent(steps=6), activations="device"),
+        BlockDistillation(name=name, epochs=1, batch_size=4, parameters="lora", start="pruned", activations="device"),
     ]
     for number, scope in enumerate(scopes):
         for step in steps_of(scope, tmp_path / str(number), log_every_n_steps=1000):

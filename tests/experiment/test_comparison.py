@@ -116,6 +116,7 @@ def test_second_run_keeps_finished_cells_and_draws_again(smoke):
         assert (directory / name).stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_two_comparisons_in_one_directory_share_its_cells(smoke, tmp_path):
     """One of them with two workers."""
     recoveries = [{"scope": "matrix"}, {"scope": "submodule", "options": {"model.epochs": 1}}]

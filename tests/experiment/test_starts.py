@@ -100,6 +100,7 @@ def test_a_killed_start_without_a_checkpoint_leaves_a_mark(tmp_path: Path) -> No
     assert report["environment"]["seconds_at_least"] is True
 
 
+@pytest.mark.slow
 def test_windows_keep_tokens_and_seconds(tmp_path: Path) -> None:
     fit("block", tmp_path / "straight")
     with pytest.raises(Killed):

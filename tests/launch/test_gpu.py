@@ -15,6 +15,7 @@ from tests.benchmarks.gpu_rows import rows
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_the_whole_way_on_a_cpu(tmp_path: Path) -> None:
     line = ["bash", "launch/gpu.sh", "--device", "cpu", "--tiny", "--out", str(tmp_path), "--scratch", str(tmp_path)]
     done = subprocess.run(line, cwd=ROOT, env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True)

@@ -264,8 +264,10 @@ def test_what_backward_keeps_is_what_real_windows_keep(family: str, half: bool) 
 
 SCOPES = {
     "matrix": lambda **options: MatrixReconstruction(activations="device", **options),
-    "submodule": lambda **options: SubmoduleDistillation(epochs=2, activations="device", **options),
-    "two blocks": lambda **options: BlockDistillation(epochs=2, num_blocks=2, activations="device", **options),
+    "submodule": lambda **options: SubmoduleDistillation(epochs=2, start="exact", activations="device", **options),
+    "two blocks": lambda **options: BlockDistillation(
+        epochs=2, num_blocks=2, start="exact", activations="device", **options
+    ),
     "full": lambda **options: FullRetraining(epochs=2, **options),
     "distilled": lambda **options: FullRetraining(
         epochs=1, loss="distillation", gradient_checkpointing=True, **options

@@ -369,6 +369,7 @@ def test_masks_bring_their_moved_weights_along(scope: str, pruned: Path, tmp_pat
     assert report_of(tmp_path / "second")["perplexity"] == report["perplexity"]
 
 
+@pytest.mark.slow
 def test_an_exact_start_is_part_of_the_recovery(tmp_path: Path) -> None:
     run = tmp_path / "run"
     solve_start = FullRetraining.solve_start
@@ -412,6 +413,7 @@ def test_starts_that_cannot_be_had_are_refused_before_anything_is_pruned(
     assert not (tmp_path / "run" / "masks.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_moved_weights_that_are_gone_are_missed(
     pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -461,6 +463,7 @@ SHARED = [*COMMON, "--model.epochs=1", "--data.batch_size=2", "--trainer.acceler
 SHARED += ["--trainer.precision=32-true"]
 
 
+@pytest.mark.slow
 def test_one_process_solves_for_the_start_and_all_have_it(tmp_path: Path) -> None:
     masks = ["--masks", str(tmp_path / "pruned" / "masks.safetensors"), "--baselines=false"]
     assert main(["prune", "--run_dir", str(tmp_path / "pruned"), *COMMON]) == 0
