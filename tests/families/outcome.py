@@ -17,8 +17,8 @@ from tests.families.small import small_config, small_model, small_shape
 SCOPES = ("matrix", "submodule", "block")
 MAX_REASON = 300  # letters
 VOCABULARY = 2048  # of the bundled tokenizer
-MORE = {"afmoe": ("--pruning.experts", "all")}
-"""Options of families whose untrained router chooses the same experts for all tokens."""
+MORE = dict.fromkeys(("afmoe", "longcat_flash"), ("--pruning.experts", "all"))
+"""Options of families whose untrained router sends no token to some experts."""
 DATA = ("num_sequences", "4"), ("seq_len", "16"), ("num_validation", "2"), ("num_test", "2"), ("batch_size", "2")
 
 
