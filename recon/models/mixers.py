@@ -36,8 +36,8 @@ class Findings:
     Args:
         kind: Blocks of the same kind have equal modules.
         mixers: The outermost submodules with weights that mix tokens, in the order of their calls.
-        mixer: The one where the block is divided: the first, if all others read its output and the rest of the block
-            has weights, too; None otherwise.
+        mixer: The one where the block is divided: the first, if all others read its output, it is as wide as that of
+            the block, and the rest of the block has weights, too; None otherwise.
         uncalled: The linear maps that the model does not call.
         routers: The linear maps whose outputs choose among experts.
         stacks: Name of each parameter that holds a stack of experts -> stack.
@@ -213,7 +213,8 @@ class _Trial:
             if one.ndim > 1 and not isinstance(module, CONVOLUTIONS)
         }
         mixers = [name for name in self.calls if _within(weights, name) and self._mixes(name)]
-        divides = mixers and self._all_read(mixers) and len(_within(weights, mixers[0])) < len(weights)
+        has_rest = mixers and len(_within(weights, mixers[0])) < len(weights)
+        divides = has_rest and self._returns_hidden(mixers[0]) and self._all_read(mixers)
         matrices = {name for name, module in self.block.named_modules() if is_matrix(module)}
         kinds = {_without_numbers(name) for name in self.called}
         uncalled = frozenset(name for name in matrices if _without_numbers(name) not in kinds)
@@ -238,6 +239,12 @@ class _Trial:
             return False
         before, after = (one.narrow(one.shape.index(LENGTH), 1, LENGTH - 1).float() for one in outputs)
         return bool((after - before).norm() > MIN_RELATIVE_CHANGE * before.norm())
+
+    def _returns_hidden(self, name: str) -> bool:
+        """Tell whether the output is as wide as that of the block, which may hold several streams side by side."""
+        args, kwargs = _copied(self.calls[name])
+        output = self.block.get_submodule(name)(*args, **kwargs)
+        return first_of(output).shape[-1] == first_of(self.output).shape[-1]
 
     def _all_read(self, mixers: list[str]) -> bool:
         """Tell whether the input of each mixer changes when the output of the first one does."""

@@ -5,11 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from recon.cli import main
+from recon.cli.fit import main as fit
 from recon.pruning.masks import Masks
 from recon.report import Report
+from tests.support import distributed_runs as runs
 from tests.support.families import MIXTURES
+from tests.support.processes import in_processes
 from tests.support.slow import quick
 
 CASES = [(family, scope) for family in MIXTURES for scope in ("submodule", "block", "matrix")]
@@ -46,3 +50,41 @@ def test_adapters_of_experts_are_refused_before_pruning(tmp_path: Path, capsys: 
     error = capsys.readouterr().err
     assert "model.parameters: lora learns updates of Linear and Conv1D modules, got 24 matrices of fused" in error
     assert not (tmp_path / "run" / "masks.safetensors").exists()
+
+
+def assert_pruned(run: Path) -> None:
+    """The written model, loaded, for files hold experts one by one, has zeros where its masks say so."""
+    masks = Masks.load(run / "masks.safetensors")
+    weights = dict(AutoModelForCausalLM.from_pretrained(run / "model").named_parameters())
+    assert any(keep.ndim == 3 for keep in masks.values())
+    assert all(not weights[name][~keep].any() and weights[name][keep].any() for name, keep in masks.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scope", ["submodule", "block"])
+def test_an_interrupted_mixture_goes_on_and_ends_as_if_it_had_not_been(scope: str, tmp_path: Path) -> None:
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    command = {
+        run: ["-c", f"scopes/{scope}", *arguments("mixtral", run), "--model.epochs", "1"] for run in (stopped, whole)
+    }
+    with pytest.raises(RuntimeError, match="the test says stop"):
+        runs.main_with(runs.Fail(6), command[stopped])
+    assert list(stopped.glob("windows/*.safetensors"))
+    for run in (stopped, whole):
+        assert main(["fit", *command[run]]) == 0
+    assert runs.same(runs.weights(stopped), runs.weights(whole))
+    assert_pruned(stopped)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3", "fsdp2"])
+def test_masks_of_slices_hold_in_two_processes(strategy: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    more = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--data.batch_size", "2"]
+    if strategy == "zero3":  # a model as small as this one would otherwise stay whole
+        more += ["--trainer.strategy.init_args.min_partitioned", "0"]
+    command = ["-c", "scopes/full", *arguments("mixtral", run), "-c", f"strategies/{strategy}", *more]
+    in_processes(fit, command)
+    report = Report.load(run / "report.json")
+    assert (report.sparsity, report.mask_violations) == (0.5, 0)
+    assert_pruned(run)

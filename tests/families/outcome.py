@@ -18,7 +18,7 @@ SCOPES = ("matrix", "submodule", "block")
 MAX_REASON = 300  # letters
 VOCABULARY = 2048  # of the bundled tokenizer
 MORE = {"afmoe": ("--pruning.experts", "all")}
-"""Options of families whose untrained router chooses the same experts for all tokens."""
+"""Options of families whose untrained router sends no token to some experts."""
 DATA = ("num_sequences", "4"), ("seq_len", "16"), ("num_validation", "2"), ("num_test", "2"), ("batch_size", "2")
 
 
@@ -72,8 +72,8 @@ def recover(model_type: str, scope: str, directory: Path) -> str:
         `ok`, or what went wrong.
     """
     run = directory / f"{model_type}-{scope}"
-    options = [*MORE.get(model_type, ())]
-    options += [text for name, value in DATA for text in (f"--data.{name}", value)]
+    options = [text for name, value in DATA for text in (f"--data.{name}", value)]
+    options += MORE.get(model_type, ())
     if scope != "matrix":  # so few tokens tell nothing about learning rates and starts
         options += ["--model.epochs", "1", "--model.lr", "1e-3", "--model.start", "pruned"]
     shape = ["--model.name", "random", "--model.shape", json.dumps(small_shape(model_type, VOCABULARY))]

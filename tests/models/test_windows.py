@@ -563,13 +563,25 @@ def test_arguments_that_depend_on_the_tokens_are_refused() -> None:
         replay_of(model)
 
 
-def test_an_attention_that_returns_more_than_its_output_is_refused() -> None:
+def side_by_side() -> PreTrainedModel:
+    """A model whose experts lie side by side in one matrix, and whose attention returns the residual stream, too."""
     experts = {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": DIM}
     attention = {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}
     sizes = {"d_model": DIM, "n_layers": DEPTH, "n_heads": 4}
-    model = tiny("dbrx", **sizes, attn_config=attention, ffn_config=experts)
+    return tiny("dbrx", **sizes, attn_config=attention, ffn_config=experts)
+
+
+def test_an_attention_that_returns_more_than_its_output_is_refused() -> None:
+    model = side_by_side()
+    for block in model.transformer.blocks:
+        block.ffn = torch.nn.Linear(DIM, DIM)
     with pytest.raises(ValueError, match=r"blocks\.0 needs more than the first output of .*norm_attn_norm"):
         replay_of(model)
+
+
+def test_experts_side_by_side_in_one_matrix_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"blocks\.0\.ffn\.experts\.mlp\.w1 \[64, 32\], which multiplies in parts"):
+        Anatomy.of(side_by_side())
 
 
 def test_blocks_that_run_twice_are_refused() -> None:
