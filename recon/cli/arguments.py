@@ -57,6 +57,10 @@ def add_offload_argument(parser: ArgumentParser) -> None:
     )
 
 
+NOT_DECISIVE_OF_DATA = ("num_workers", "cache")
+"""Options of `TokenData` that decide no token."""
+
+
 def default_data(parser: ArgumentParser) -> None:
     """Make `TokenData` the class of `data`, and find a user's own in the working directory."""
     parser.set_defaults({"data": DEFAULT_DATA})
@@ -65,8 +69,12 @@ def default_data(parser: ArgumentParser) -> None:
 
 
 def plain_data(spec: dict[str, Any]) -> dict[str, Any]:
-    """Options of `data` for a fingerprint: without the class where it is the default one."""
-    return spec["init_args"] if _is_default(spec["class_path"]) else spec
+    """Options of `data` for a fingerprint: those that decide tokens, without the class where it is the default one."""
+    if not _is_default(spec["class_path"]):
+        return spec
+    given = spec["init_args"]
+    left_out = NOT_DECISIVE_OF_DATA if given["max_tokens"] is not None else (*NOT_DECISIVE_OF_DATA, "max_tokens")
+    return {key: value for key, value in given.items() if key not in left_out}
 
 
 def _is_default(class_path: str) -> bool:

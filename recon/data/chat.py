@@ -45,6 +45,7 @@ class Chat(TextSource):
 
     unit = "conversation"
     is_particular = True
+    is_joined = False
 
     def __init__(
         self,

@@ -52,8 +52,16 @@ def require_embeddings(tokens: Int64[Tensor, "num seq_len"], model: PreTrainedMo
     Raises:
         ValueError: If one has not; the forward pass would fail with an index error.
     """
+    require_ids(int(tokens.min()), int(tokens.max()), model, origin)
+
+
+def require_ids(smallest: int, largest: int, model: PreTrainedModel, origin: str) -> None:
+    """Check that each token id from the smallest to the largest has an embedding in `model`.
+
+    Raises:
+        ValueError: If one has not; the forward pass would fail with an index error.
+    """
     num_embeddings = model.get_input_embeddings().get_parameter("weight").shape[0]
-    smallest, largest = int(tokens.min()), int(tokens.max())
     if smallest < 0 or largest >= num_embeddings:
         raise ValueError(
             f"{origin} needs token ids from 0 to {num_embeddings - 1}, for which the model has embeddings, got "

@@ -8,16 +8,21 @@ import lightning as L
 import torch.distributed as dist
 from jaxtyping import Int64
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recon.data.checks import require_embeddings, require_positions, require_text, require_tokenizer
-from recon.data.loader import ResumableLoader
-from recon.data.sources import StandardLibrary
+from recon.data.loader import ResumableLoader, SeededOrder
+from recon.data.shards import MappedSequences
+from recon.data.sources import StandardLibrary, TextSource
+from recon.data.token_cache import TokenCache
 from recon.data.token_source import Author, Draw, Split, TokenSource
 
 LARGEST = 2**31 - 1
 """Of every size: a typing error is refused before it is asked of memory."""
+
+MOST_WORKERS = 1024
+"""As `LARGEST`."""
 
 LARGEST_SEED = 2**32 - 1
 """Numpy takes no larger one."""
@@ -50,6 +55,11 @@ class TokenData(L.LightningDataModule):
         seed: Chooses the calibration sequences and their order in every epoch.
         held_out: Where validation and test text comes from; `source` if null. Text that the model itself writes needs
             one, since perplexity is measured on text that people wrote.
+        max_tokens: Tokens of the train split that full retraining trains on, whole sequences of them, read from a
+            cache on disk; the calibration sequences if null. Pruning and exact starts use the calibration sequences.
+        num_workers: Processes that tokenise into the cache, and that load batches of full retraining; 0 for none
+            beside the run's own.
+        cache: Directory of the tokens of `max_tokens`, shared by all runs and ranks.
 
     Attributes:
         tokenizer: Of the model; set when that is loaded, as `author` is.
@@ -66,6 +76,9 @@ class TokenData(L.LightningDataModule):
         batch_size: int = 8,
         seed: int = 0,
         held_out: TokenSource | None = None,
+        max_tokens: int | None = None,
+        num_workers: int = 0,
+        cache: str = "runs/tokens",
     ) -> None:
         super().__init__()
         sizes = {"num_sequences": num_sequences, "num_validation": num_validation, "num_test": num_test}
@@ -75,6 +88,13 @@ class TokenData(L.LightningDataModule):
         for name, value, least in (("seq_len", seq_len, 2), ("batch_size", batch_size, 1)):
             if not least <= value <= LARGEST:
                 raise ValueError(f"data.{name} must be from {least} to {LARGEST}, got {value}")
+        if max_tokens is not None and max_tokens < seq_len:
+            raise ValueError(
+                f"data.max_tokens must be at least data.seq_len, {seq_len}, one sequence (or null for the calibration "
+                f"sequences), got {max_tokens}"
+            )
+        if not 0 <= num_workers <= MOST_WORKERS:
+            raise ValueError(f"data.num_workers must be from 0 to {MOST_WORKERS}, got {num_workers}")
         if not 0 <= seed <= LARGEST_SEED:
             raise ValueError(f"data.seed must be from 0 to {LARGEST_SEED}, got {seed}")
         self.source = source or StandardLibrary()
@@ -88,6 +108,7 @@ class TokenData(L.LightningDataModule):
         self.num = {"train": num_sequences, "validation": num_validation, "test": num_test}
         self.seq_len = seq_len
         self.batch_size = batch_size
+        self.max_tokens, self.num_workers, self.cache = max_tokens, num_workers, cache
         self.seed = seed
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.author: Author | None = None
@@ -158,6 +179,32 @@ class TokenData(L.LightningDataModule):
         if faults:
             raise ValueError("; and ".join(faults))
 
+    def stream(self) -> MappedSequences:
+        """The sequences of `max_tokens` tokens of the train split, on disk, tokenised now as far as they are not there.
+
+        Raises:
+            ValueError: If the source is not made of documents, or holds too few tokens, or the disk is too small.
+        """
+        assert self.max_tokens is not None
+        return self._token_cache().sequences(self.max_tokens // self.seq_len, self.num_workers)
+
+    def require_stream(self, model: PreTrainedModel) -> None:
+        """Tokenise the sequences of `max_tokens` now, and check that each token has an embedding in `model`.
+
+        Raises:
+            ValueError: As `stream`, or if one has not.
+        """
+        self._token_cache().require_embeddings(self.stream(), model)
+
+    def _token_cache(self) -> TokenCache:
+        if not (isinstance(self.source, TextSource) and self.source.is_joined):
+            raise ValueError(
+                f"data.max_tokens needs a source of documents that are joined and cut, such as TextFiles, "
+                f"got {self.source}; choose one, or leave it out and give data.num_sequences"
+            )
+        assert self.tokenizer is not None, "set TokenData.tokenizer first: tokens are the tokenizer's"
+        return TokenCache(self.cache, self.source, self.tokenizer, self.seq_len)
+
     def forget(self, split: Split) -> None:
         """Let go of the sequences of `split`; they are tokenised again when they are asked for."""
         self._tokens.pop(split, None)
@@ -179,15 +226,16 @@ class TokenData(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Batches {"input_ids": int64[batch, seq_len]} of the train split, in a new seeded order every epoch.
 
+        They are those of `stream` if `max_tokens` is given, else those of `tokens`.
         In distributed training each process gets its own share of the sequences.
         """
         # A DistributedSampler also for one process, because Lightning tells it the epoch: every epoch has its own
         # order, and a resumed run sees the same. Lightning leaves such a sampler as it is, so the share is set here.
-        sequences = _Sequences(self.tokens("train"))
+        sequences = _Sequences(self.tokens("train")) if self.max_tokens is None else self.stream()
         distributed = dist.is_available() and dist.is_initialized()
         processes, rank = (dist.get_world_size(), dist.get_rank()) if distributed else (1, 0)
-        sampler = DistributedSampler(sequences, num_replicas=processes, rank=rank, seed=self.seed)
-        return ResumableLoader(sequences, batch_size=self.batch_size, sampler=sampler)
+        sampler = SeededOrder(sequences, num_replicas=processes, rank=rank, seed=self.seed)
+        return ResumableLoader(sequences, batch_size=self.batch_size, sampler=sampler, num_workers=self.num_workers)
 
     def val_dataloader(self) -> DataLoader:
         """Batches of the validation split, in order."""

@@ -36,6 +36,7 @@ class TextSource(TokenSource):
         unit: The noun for what is hashed.
     """
 
+    is_joined = True
     separator: str | None = None
     key: str = "text"
     unit: str = "document"

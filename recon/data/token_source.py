@@ -75,10 +75,12 @@ class TokenSource(ABC):
     Attributes:
         is_written: Whether the dense model of the run writes the text, which then serves calibration alone.
         is_particular: Whether there are tokenizers that `lack` refuses.
+        is_joined: Whether sequences are cut out of joined documents, so that they can be cut into a cache of tokens.
     """
 
     is_written: bool = False
     is_particular: bool = False
+    is_joined: bool = False
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def sequences(
     ids = array("i")  # 4 bytes a token: the pool is the most memory that this takes
     # Few documents at a time, since the tokenizer's own record of a token takes hundreds of bytes. Lines that are
     # joined with a separator are short, and every border between two batches can fall within one token.
-    for piece in _token_ids(batches_of(documents, 16 if separator is None else 10_000, origin), tokenizer, separator):
+    for piece in token_ids(batches_of(documents, 16 if separator is None else 10_000, origin), tokenizer, separator):
         ids.extend(piece)
         if wanted is not None and len(ids) >= wanted:
             break
@@ -81,7 +81,7 @@ def batches_of(documents: Documents, size: int, origin: str) -> Iterator[list[st
         yield [text or "" for text in rows["text"]]  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
-def _token_ids(
+def token_ids(
     batches: Iterator[list[str]], tokenizer: PreTrainedTokenizerBase, separator: str | None
 ) -> Iterator[list[int]]:
     """Token ids of the joined documents, piece by piece."""

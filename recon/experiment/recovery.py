@@ -122,6 +122,8 @@ def _load(job: Job) -> None:
     job.data.author = DenseAuthor(job.scope.source, job.data.tokenizer, versions(), job.open_dense)
     measured: tuple[Split, ...] = () if job.options.part is not None else (job.options.evaluate_on,)
     job.data.require(("train", "validation", *measured), job.scope.model)
+    if job.data.max_tokens is not None:
+        job.data.require_stream(job.scope.model)
     if not job.measures_baselines:
         job.data.forget("test")  # not read before recovery has ended
 

@@ -31,6 +31,11 @@ def require_feasible(job: Job) -> None:
     """
     scope, options = job.scope, job.options
     scope.require_trainer(job.trainer)
+    if job.data.max_tokens is not None and scope.by_window:
+        raise ValueError(
+            f"data.max_tokens is for full retraining, got {job.data.max_tokens} with the {scope.scope} scope, which "
+            f"recovers on the calibration sequences; leave it out and give data.num_sequences, or choose scopes/full"
+        )
     job.data.require_tokenizer(scope.source.load_tokenizer)
     if options.interleaves:
         require_interleavable(job)
@@ -147,7 +152,8 @@ def _num_checkpoints(job: Job) -> int:
     every = [one.every_n_steps for one in job.trainer.callbacks if isinstance(one, Checkpoints)]  # pyright: ignore[reportAttributeAccessIssue]
     setting = job.options.prediction["setting"]
     of_step = setting["batch_size"] * setting["world_size"] * setting["accumulate"]
-    return setting["epochs"] * -(-setting["num_sequences"] // of_step) // every[0] if every else 0
+    num = setting["num_sequences"] if setting.get("max_tokens") is None else setting["max_tokens"] // setting["seq_len"]
+    return setting["epochs"] * -(-num // of_step) // every[0] if every else 0
 
 
 def _existing(path: Path) -> Path:

@@ -91,10 +91,11 @@ def full_flops(fake: FakeModel, options: PlanOptions) -> Counter[Kind]:
     if options.loss == "distillation":  # the teacher's other blocks; `first` has those of its own
         more, more_forward = more + more_forward, 2 * more_forward
     batches = options.num_sequences / options.batch_size
+    trained = options.trained_sequences / options.batch_size
     held_out = options.num_validation / options.batch_size
     flops: Counter[Kind] = Counter()
-    flops["training"] = round(options.epochs * batches * more)
-    flops["rest"] = round(options.epochs * batches * first.flops)
+    flops["training"] = round(options.epochs * trained * more)
+    flops["rest"] = round(options.epochs * trained * first.flops)
     flops["held out"] = round(options.epochs * held_out * (forward + more_forward))
     if options.solves:
         pruned = fake.prunable(options.exclude)

@@ -50,8 +50,9 @@ class PlanOptions:
         batch_size: Sequences per step: `model.batch_size`, in full retraining `data.batch_size` (of each process).
         seq_len: Tokens per sequence.
         num_sequences: Calibration sequences.
+        max_tokens: Full retraining: tokens trained on in each epoch; those of the calibration sequences if None.
         num_validation: Held-out sequences.
-        epochs: Passes over the calibration sequences, for each window.
+        epochs: Passes over the sequences, for each window.
         num_blocks: Blocks a window, in the block scope.
         stride: Blocks from one window's start to the next one's; num_blocks if None.
         groups: Patterns of the matrices recovered together, in place of submodules.
@@ -136,6 +137,7 @@ class PlanOptions:
     drift: bool = False
     num_test: int | None = None
     evaluation_batch_size: int = 8
+    max_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -147,6 +149,11 @@ class PlanOptions:
     def is_local(self) -> bool:
         """Whether the model is recovered window by window."""
         return self.scope != "full"
+
+    @property
+    def trained_sequences(self) -> int:
+        """Sequences that an epoch trains on."""
+        return self.num_sequences if self.max_tokens is None else self.max_tokens // self.seq_len
 
     @property
     def is_zero(self) -> bool:
@@ -281,7 +288,7 @@ def _of_scope(scope: Scope, data: TokenData) -> dict[str, Any]:
         found |= {"loss": scope.loss, "parameters": scope.which_parameters, "lora_rank": scope.lora.rank}
     if isinstance(scope, FullRetraining):
         found |= {"train": scope.train_what, "gradient_checkpointing": scope.gradient_checkpointing}
-        found["partitioned"] = scope.partitioned
+        found |= {"partitioned": scope.partitioned, "max_tokens": data.max_tokens}
         found["logits_memory"] = scope.logits_memory
     return found
 
