@@ -80,9 +80,9 @@ class TokenCache:
         Raises:
             ValueError: If the text or the disk is too small, or the directory cannot be written.
         """
+        self._begin()
         files, held = self._held(num)
         if held < num:
-            self._begin()
             with locked(self.directory / ".lock"):
                 files, held = self._held(num)
                 if held < num:

@@ -22,7 +22,7 @@ import torch
 from recon.basics.files import write_json
 from recon.experiment.environment import environment
 
-from . import bare_loop, flop_rate, growth, predictions, profiler, quality, window_parallel
+from . import bare_loop, flop_rate, growth, predictions, profiler, quality, stream, window_parallel
 
 Measure = Callable[[Path, argparse.Namespace], dict[str, Any]]
 
@@ -38,6 +38,7 @@ BENCHMARKS: dict[str, tuple[Measure, Callable[[dict[str, Any]], str]]] = {
     ),
     "predictions": (lambda path, options: predictions.measure(path, options.quick), predictions.table),
     "profiler": (lambda path, options: profiler.measure(path, options.quick), profiler.table),
+    "stream": (lambda path, options: stream.measure(path, options.quick), stream.table),
     "flop_rate": (lambda path, options: flop_rate.measure(path, options.quick, options.device), flop_rate.table),
 }
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.benchmarks import __main__ as command
-from tests.benchmarks import bare_loop, flop_rate, growth, profiler, quality, window_parallel
+from tests.benchmarks import bare_loop, flop_rate, growth, profiler, quality, stream, window_parallel
 
 
 @pytest.mark.slow
@@ -85,6 +85,12 @@ def test_two_processes_against_one(tmp_path: Path) -> None:
     (row,) = result["rows"]
     assert row["same_weights"]
     assert math.isclose(row["speedup"], row["fit_seconds_1"] / row["fit_seconds_2"])
+
+
+def test_a_stream_is_resumed_and_shared(tmp_path: Path) -> None:
+    result = stream.measure(tmp_path, quick=True, fits=False)  # or it raises
+    assert result["tokens"] == 64 * stream.SEQ_LEN
+    assert "| tokens | 65,536 |" in stream.table(result)
 
 
 def test_the_command_prints_tables_and_writes_json(
