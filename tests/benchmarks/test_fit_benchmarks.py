@@ -87,6 +87,7 @@ def test_two_processes_against_one(tmp_path: Path) -> None:
     assert math.isclose(row["speedup"], row["fit_seconds_1"] / row["fit_seconds_2"])
 
 
+@pytest.mark.slow
 def test_a_stream_is_resumed_and_shared(tmp_path: Path) -> None:
     result = stream.measure(tmp_path, quick=True, fits=False)  # or it raises
     assert result["tokens"] == 64 * stream.SEQ_LEN
