@@ -47,8 +47,14 @@ def documents(path: Path, num_words: int) -> None:
 def data_of(directory: Path, max_tokens: int, num_workers: int) -> TokenData:
     """The data of the benchmark, with the tokenizer of the bundled model."""
     source = SavedDataset(str(directory / "documents"))
-    sizes = {"seq_len": SEQ_LEN, "batch_size": 8, "max_tokens": max_tokens, "num_workers": num_workers}
-    data = TokenData(source, cache=str(directory / "tokens"), **sizes)
+    data = TokenData(
+        source,
+        seq_len=SEQ_LEN,
+        batch_size=8,
+        max_tokens=max_tokens,
+        num_workers=num_workers,
+        cache=str(directory / "tokens"),
+    )
     data.tokenizer = AutoTokenizer.from_pretrained(directory / "tokenizer")
     return data
 

@@ -66,7 +66,7 @@ def batches_of(loader: Any) -> list[torch.Tensor]:
 def expected() -> torch.Tensor:
     """The sequences of all documents, by the slow and obvious way."""
     rows: list[list[int]] = []
-    batches = Dataset.from_dict({"text": DOCUMENTS}).shuffle(seed=0).iter(16)
+    batches: Any = Dataset.from_dict({"text": DOCUMENTS}).shuffle(seed=0).iter(16)
     chunk: list[str] = []
     for texts in [*(batch["text"] for batch in batches), None]:
         chunk += texts or []
@@ -211,7 +211,7 @@ def test_the_order_is_that_of_torch(num: int, processes: int, monkeypatch: pytes
             ours.set_epoch(epoch)
             theirs.set_epoch(epoch)
             assert list(ours) == list(theirs)
-        ours.begin = 1
+        ours.begin = 1  # pyright: ignore[reportAttributeAccessIssue]
         assert list(ours) == list(theirs)[1:]
         assert list(ours) == list(theirs)  # of the next epoch only
         seen += ours
