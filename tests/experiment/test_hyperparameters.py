@@ -67,6 +67,16 @@ def test_tensorboard_has_them_by_default(scope: str, tmp_path: Path) -> None:
     tracked = [sum(rank["tracked"]["device"].values()) for rank in report["ranks"]]
     assert logged["device_gib"] * 2**30 == pytest.approx(max(tracked), rel=1e-6)
     assert "hp_metric" not in events.Tags()["scalars"]
+    seen = [(0, report["pruned_perplexity"]), (report["train_tokens"], report["perplexity"])]
+    assert by_tokens(events, "perplexity") == [(step, pytest.approx(value, rel=1e-6)) for step, value in seen]
+    for window, errors in report["windows"].items():
+        (first, before), (last, after) = by_tokens(events, f"held_out_error/{window}")
+        assert (before, after) == (pytest.approx(errors["before"]), pytest.approx(errors["after"]))
+        assert (first, last) == (0, report["train_tokens"])  # each window sees all of them
+
+
+def by_tokens(events: EventAccumulator, name: str) -> list[tuple[int, float]]:
+    return [(one.step, one.value) for one in events.Scalars(f"by_tokens/{name}")]
 
 
 def test_csv(tmp_path: Path) -> None:
