@@ -77,6 +77,7 @@ def test_full_retraining_holds_more_for_each_block(tmp_path: Path) -> None:
     assert a_block >= 4 * 4 * 9216  # weights, gradients and both moments; other tests' tensors count in `peaks` alone
 
 
+@pytest.mark.slow
 def test_a_model_larger_than_a_budget_ends_at_the_same_bits(tmp_path: Path) -> None:
     """Half of the model's bytes are the budget, of device and host together, in every phase from loading on."""
     options = {"epochs": 1, "batch_size": 4}
