@@ -92,7 +92,8 @@ def lines_of(group: Group, sources: dict[int, Source]) -> list[Line]:
         group: The rows.
         sources: Identity of each report -> its files.
     """
-    return [_line(row, columns_of(group), [sources[id(cell)] for cell in row.cells]) for row in group.rows]
+    columns = columns_of(group)
+    return [_line(row, columns, [sources[id(cell)] for cell in row.cells]) for row in group.rows]
 
 
 def _line(row: Row, columns: Sequence[Column], sources: Sequence[Source]) -> Line:
@@ -103,7 +104,7 @@ def _line(row: Row, columns: Sequence[Column], sources: Sequence[Source]) -> Lin
 
 def _cell(row: Row, column: Column, sources: Sequence[Source]) -> Cell:
     value = estimate(_number(cell, column.quantity) for cell in row.measured)
-    is_free = column.is_cost and row.scope in ("dense", "sparse", "pruned") and not (value and value.mean)
+    is_free = column.is_cost and not row.is_recovery and not (value and value.mean)
     if value is None or is_free:
         return Cell("-", None, column.quantity, "")
     measured = [source.report for source in sources if source.cell.status == "ok"]
