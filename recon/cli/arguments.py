@@ -22,6 +22,9 @@ DEFAULT_CRITERION = {"class_path": "recon.criteria.Wanda"}
 DEFAULT_PATTERN = {"class_path": "recon.patterns.Unstructured"}
 DEFAULT_DATA = {"class_path": "recon.data.TokenData"}
 
+NOT_DECISIVE_OF_DATA = ("num_workers", "cache")
+"""Options of `TokenData` that decide no token."""
+
 
 def add_pruning_arguments(parser: ArgumentParser) -> None:
     """Add `criterion`, `refinement`, `pattern` and `pruning`; the first three may be null."""
@@ -57,8 +60,15 @@ def add_offload_argument(parser: ArgumentParser) -> None:
     )
 
 
-NOT_DECISIVE_OF_DATA = ("num_workers", "cache")
-"""Options of `TokenData` that decide no token."""
+def add_device_argument(parser: ArgumentParser) -> None:
+    """Add `device`, for `choose_device`."""
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N.")
+
+
+def add_summary_arguments(parser: ArgumentParser) -> None:
+    """Add `summary` and `verbose`: the table of the report in the end."""
+    parser.add_argument("--summary", type=bool, default=True, help="Print the report as a table in the end.")
+    parser.add_argument("--verbose", type=bool, default=False, help="Add tables of memory, predictions and drift.")
 
 
 def default_data(parser: ArgumentParser) -> None:
