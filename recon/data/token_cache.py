@@ -86,7 +86,7 @@ class TokenCache:
             with locked(self.directory / ".lock"):
                 files, held = self._held(num)
                 if held < num:
-                    self._require_room(num - held)
+                    self._require_room(num - held, num_workers)
                     self._fill(num, num_workers)
                     files, held = self._held(num)
         return MappedSequences(files, num)
@@ -123,8 +123,10 @@ class TokenCache:
                 f"another one"
             ) from error
 
-    def _require_room(self, num: int) -> None:
-        needed, free = num * self.seq_len * BYTES, shutil.disk_usage(self.directory).free
+    def _require_room(self, num: int, num_workers: int) -> None:
+        # The last shard is whole, and each process may have one more under way; few tokens have less than a character.
+        surplus = (1 + max(1, num_workers)) * CHARACTERS
+        needed, free = (num * self.seq_len + surplus) * BYTES, shutil.disk_usage(self.directory).free
         if free < needed:
             raise ValueError(
                 f"data.max_tokens needs room in data.cache, {readable(needed)} more, got {readable(free)} free in "

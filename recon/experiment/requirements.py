@@ -153,7 +153,10 @@ def _num_checkpoints(job: Job) -> int:
     setting = job.options.prediction["setting"]
     of_step = setting["batch_size"] * setting["world_size"] * setting["accumulate"]
     num = setting["num_sequences"] if setting.get("max_tokens") is None else setting["max_tokens"] // setting["seq_len"]
-    return setting["epochs"] * -(-num // of_step) // every[0] if every else 0
+    steps = setting["epochs"] * -(-num // of_step)
+    if setting.get("max_steps") is not None:
+        steps = min(steps, setting["max_steps"])
+    return steps // every[0] if every else 0
 
 
 def _existing(path: Path) -> Path:

@@ -91,12 +91,12 @@ def full_flops(fake: FakeModel, options: PlanOptions) -> Counter[Kind]:
     if options.loss == "distillation":  # the teacher's other blocks; `first` has those of its own
         more, more_forward = more + more_forward, 2 * more_forward
     batches = options.num_sequences / options.batch_size
-    trained = options.trained_sequences / options.batch_size
+    trained = options.trained_epochs * options.trained_sequences / options.batch_size
     held_out = options.num_validation / options.batch_size
     flops: Counter[Kind] = Counter()
-    flops["training"] = round(options.epochs * trained * more)
-    flops["rest"] = round(options.epochs * trained * first.flops)
-    flops["held out"] = round(options.epochs * held_out * (forward + more_forward))
+    flops["training"] = round(trained * more)
+    flops["rest"] = round(trained * first.flops)
+    flops["held out"] = round(int(options.trained_epochs) * held_out * (forward + more_forward))
     if options.solves:
         pruned = fake.prunable(options.exclude)
         for block in fake.anatomy.blocks:

@@ -51,6 +51,7 @@ class PlanOptions:
         seq_len: Tokens per sequence.
         num_sequences: Calibration sequences.
         max_tokens: Full retraining: tokens trained on in each epoch; those of the calibration sequences if None.
+        max_steps: Full retraining: optimizer steps of all epochs together; as many as the epochs have if None.
         num_validation: Held-out sequences.
         epochs: Passes over the sequences, for each window.
         num_blocks: Blocks a window, in the block scope.
@@ -138,6 +139,7 @@ class PlanOptions:
     num_test: int | None = None
     evaluation_batch_size: int = 8
     max_tokens: int | None = None
+    max_steps: int | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -154,6 +156,14 @@ class PlanOptions:
     def trained_sequences(self) -> int:
         """Sequences that an epoch trains on."""
         return self.num_sequences if self.max_tokens is None else self.max_tokens // self.seq_len
+
+    @property
+    def trained_epochs(self) -> float:
+        """Passes over the sequences until the last step, the last one perhaps in part."""
+        if self.max_steps is None:
+            return float(self.epochs)
+        of_all = self.max_steps * self.accumulate * self.world_size * self.batch_size
+        return min(float(self.epochs), of_all / self.trained_sequences)
 
     @property
     def is_zero(self) -> bool:

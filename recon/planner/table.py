@@ -103,7 +103,8 @@ def _print_work(predictions: Sequence[Prediction], console: Console) -> None:
 
 
 def _title(shape: Shape, predictions: Sequence[Prediction]) -> str:
-    first = predictions[0].options
+    options = [one.options for one in predictions]
+    first = options[0]
     model = (
         f"{shape.name}, {shape.num_parameters:,} weights in {str(first.dtype or shape.stored).removeprefix('torch.')}"
     )
@@ -111,6 +112,10 @@ def _title(shape: Shape, predictions: Sequence[Prediction]) -> str:
     worlds = " or ".join(dict.fromkeys(str(one.options.world_size) for one in predictions))
     processes = "" if worlds == "1" else f", {worlds} processes"
     data = f"{first.num_sequences} sequences of {first.seq_len} tokens, {sizes} at a time"
+    limits = [f"{one.trained_sequences:,} sequences a pass" for one in options if one.max_tokens is not None]
+    limits += [f"at most {one.max_steps:,} steps" for one in options if one.max_steps is not None]
+    if limits:
+        data += f", full retraining {' and '.join(dict.fromkeys(limits))}"
     return f"{model}: {data}, {first.precision}{processes}"
 
 

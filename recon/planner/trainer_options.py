@@ -26,6 +26,7 @@ def trainer_options(trainer: L.Trainer) -> dict[str, Any]:
         str(layout(trainer)["strategy"]),
         precision=str(trainer.precision),
         accumulate=trainer.accumulate_grad_batches,
+        max_steps=_limit(trainer.max_steps),
         world_size=trainer.num_devices * trainer.num_nodes,
         num_nodes=trainer.num_nodes,
         device="cuda" if trainer.strategy.root_device.type == "cuda" else "cpu",
@@ -56,6 +57,7 @@ def configured_trainer_options(config: Any, is_local: bool) -> dict[str, Any]:
         strategy,
         precision=str(config.precision),
         accumulate=config.accumulate_grad_batches,
+        max_steps=None if is_local else _limit(config.max_steps),
         world_size=world_size,
         num_nodes=num_nodes,
         device="cpu" if config.accelerator == "cpu" else "cuda",
@@ -71,6 +73,11 @@ def _translated(strategy: str, precision: str, **options: Any) -> dict[str, Any]
         options = options | {"offload_optimizer": False, "offload_parameters": False}
         sharding = "none"
     return options | {"precision": PRECISION_NAMES.get(precision, precision), "sharding": sharding}
+
+
+def _limit(max_steps: int) -> int | None:
+    """The number of steps at which a trainer stops; None if it does not."""
+    return None if max_steps == -1 else max_steps
 
 
 def _configured_strategy(strategy: Any) -> tuple[str, dict[str, bool]]:

@@ -1,7 +1,11 @@
 """Tokens on disk: the same sequences whoever tokenises them and whenever, read once each, from any position."""
 
 import json
+import multiprocessing
+import os
 import shutil
+import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -112,6 +116,35 @@ def test_processes_write_the_same_bytes(tmp_path: Path, tokenizer) -> None:
     assert [file.read_bytes() for file in one.files] == [file.read_bytes() for file in two.files]
 
 
+def begin_to_tokenise(cache: TokenCache, to: Any) -> None:
+    to.send(cache._pool(1).submit(os.getpid).result())
+    time.sleep(60)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and processes that fork")
+def test_a_process_that_tokenises_ends_with_its_parent(tmp_path: Path, tokenizer) -> None:
+    fork = multiprocessing.get_context("fork")
+    here, there = fork.Pipe()
+    parent = fork.Process(target=begin_to_tokenise, args=(cache_in(tmp_path, tokenizer), there))
+    parent.start()
+    assert here.poll(30)
+    worker = here.recv()
+    assert is_alive(worker)
+    parent.kill()
+    parent.join()
+    end = time.monotonic() + 10
+    while is_alive(worker) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not is_alive(worker)
+
+
 def test_a_killed_run_goes_on_and_a_damaged_shard_is_written_again(tmp_path: Path, tokenizer, monkeypatch) -> None:
     straight = cache_in(tmp_path / "straight", tokenizer).sequences(300)
     written: list[Path] = []
@@ -174,6 +207,11 @@ def test_too_little_text_disk_or_right(tmp_path: Path, tokenizer, monkeypatch: p
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20))
     with pytest.raises(ValueError, match=r"room in data\.cache, 30\.5 MiB more, got 1\.0 MiB free"):
         cache_in(tmp_path / "full", tokenizer).sequences(10**6)
+    monkeypatch.setattr(token_cache, "CHARACTERS", 2**20)
+    with pytest.raises(
+        ValueError, match=r"42\.5 MiB more"
+    ):  # 4 MiB of the last shard, and of one under way in each process
+        cache_in(tmp_path / "full", tokenizer).sequences(10**6, 2)
 
 
 def test_ids_without_an_embedding_are_refused(tmp_path: Path, tokenizer) -> None:

@@ -113,7 +113,9 @@ def test_a_configured_trainer_gives_what_the_built_one_gives(name: str) -> None:
     given = config.trainer.strategy
     if not isinstance(given, str):
         given = kinds[given.class_path.rpartition(".")[2]](**given.init_args.as_dict())
-    built = several(strategy=given, precision=config.trainer.precision)
+    config.trainer.max_steps = 7
+    built = several(strategy=given, precision=config.trainer.precision, max_steps=7)
     assert configured_trainer_options(config.trainer, is_local=False) == trainer_options(built)
     alone = configured_trainer_options(config.trainer, is_local=True)
-    assert (alone["world_size"], alone["sharding"], alone["offload_optimizer"]) == (1, "none", False)
+    assert (alone["world_size"], alone["sharding"], alone["max_steps"]) == (1, "none", None)
+    assert not alone["offload_optimizer"]

@@ -386,6 +386,18 @@ def test_processes_that_recover_windows_of_their_own_share_the_time_but_not_the_
     assert two.seconds == (one.flops_by_kind["walk"] + (one.flops - one.flops_by_kind["walk"]) / 2) / 2**30
 
 
+def test_training_ends_with_the_last_token_or_step(llama: Shape) -> None:
+    options = PlanOptions("full", 2, 16, 8, 4, epochs=2, start="pruned", loss="cross_entropy", accumulate=2)
+    of_epochs = predict(llama, options).flops_by_kind
+    assert predict(llama, replace(options, max_tokens=8 * 16)).flops_by_kind == of_epochs
+    streamed = predict(llama, replace(options, max_tokens=24 * 16 + 15)).flops_by_kind
+    assert streamed == {**of_epochs, "training": 3 * of_epochs["training"], "rest": 3 * of_epochs["rest"]}
+    assert predict(llama, replace(options, max_steps=4)).flops_by_kind == of_epochs
+    stopped = predict(llama, replace(options, max_steps=3)).flops_by_kind
+    assert stopped == {kind: flops * (2 if kind == "held out" else 3) // 4 for kind, flops in of_epochs.items()}
+    assert predict(llama, replace(options, max_steps=3, world_size=2)).flops_by_kind == of_epochs
+
+
 def test_time_follows_the_rate(llama: Shape) -> None:
     options = PlanOptions("full", 2, 16, 8, 4, start="pruned", loss="cross_entropy", sharding="ddp", world_size=2)
     found = predict(llama, options, speed=2.0**30)
