@@ -55,11 +55,10 @@ class TokenData(L.LightningDataModule):
         seed: Chooses the calibration sequences and their order in every epoch.
         held_out: Where validation and test text comes from; `source` if null. Text that the model itself writes needs
             one, since perplexity is measured on text that people wrote.
-        max_tokens: Tokens of the train split that full retraining trains on, whole sequences of them, read from a
-            cache on disk; the calibration sequences if null. Pruning and exact starts use the calibration sequences.
-        num_workers: Processes that tokenise into the cache, and that load batches of full retraining; 0 for none
-            beside the run's own.
-        cache: Directory of the tokens of `max_tokens`, shared by all runs and ranks.
+        max_tokens: Tokens that full retraining trains on, from a cache on disk. They are whole sequences of the train
+            split; the calibration sequences if null. Pruning and exact starts use the calibration sequences.
+        num_workers: Processes that tokenise, and load batches of full retraining. The run's own does if 0.
+        cache: Directory of the tokens of `max_tokens`. All runs and ranks share it.
 
     Attributes:
         tokenizer: Of the model; set when that is loaded, as `author` is.

@@ -19,8 +19,8 @@ class Pruning:
             with the last the masks of a block are chosen when recovery gets there, which needs a local scope with
             model.propagation recovered or recovered_local.
         batch_size: Sequences per forward pass.
-        experts: Rows that the statistics of a fused expert are made from, for masks and for exact starts: those that
-            the router sends to it ("routed"), or all rows of its block ("all"), where an expert would have too few.
+        experts: Rows for the statistics of a fused expert. They are for masks and exact starts; "routed" are the rows
+            that the router sends to it, "all" those of its block, where an expert would have too few.
         allocation: Densities of the blocks; the pattern's everywhere if null. It is measured on the dense model,
             whatever `inputs` is.
     """

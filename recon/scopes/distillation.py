@@ -64,7 +64,7 @@ class Distillation(LocalScope):
         start: As in `Scope`. `exact` takes a solve of each matrix on the inputs of its window; on the bundled
             model three epochs from it reach what four from `pruned` do. `auto` falls back on `pruned` where there
             are too few calibration tokens for the solution to hold on others.
-        compile: Whether to train with torch.compile: a wait once, then faster steps; last digits differ.
+        compile: Train with torch.compile. Steps are faster after a wait; last digits differ.
         **options: Batch size, and which model: see `LocalScope`.
 
     Attributes:

@@ -75,7 +75,7 @@ class FullRetraining(Scope):
         betas: AdamW's averaging coefficients.
         warmup: Share of the steps with a rising learning rate; it falls linearly to zero afterwards. Another
             `--lr_scheduler` takes the place of both.
-        gradient_checkpointing: Keep only what enters each block for the backward pass and compute the rest again.
+        gradient_checkpointing: Keep only the inputs of blocks for the backward pass. The rest is computed again.
         logits_memory: Most memory of a batch's fp32 logits. The loss of a batch with more is computed in chunks of
             tokens whose logits take as much, if the model's logits are the output of a linear head as it is. A chunk
             of cross-entropy needs twice this memory, one of distillation up to four times.
