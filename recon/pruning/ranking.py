@@ -1,7 +1,4 @@
-"""Ranking of scores: exact counts, ties by index.
-
-Thresholds are never used within a matrix: `score <= sorted[k]` prunes k+1 weights and every tie with them.
-"""
+"""Ranking of scores: exact counts, ties by index."""
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -9,8 +6,17 @@ from torch import Tensor
 
 
 def keep_highest(scores: Float[Tensor, "group n"], num_kept: int) -> Bool[Tensor, "group n"]:
-    """Mark the `num_kept` highest scores of each group; among equal ones those with the lower index."""
-    return mark_first(descending(scores), num_kept)
+    """Mark the `num_kept` highest scores of each group; among equal ones those with the lower index.
+
+    A threshold alone would keep every tie with it, or none. `topk` finds it in a fifth of the time of a sort, but its
+    indices break ties differently from device to device.
+    """
+    if num_kept == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    threshold = scores.topk(num_kept, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
+    higher, equal = scores > threshold, scores == threshold
+    room = num_kept - higher.sum(dim=1, keepdim=True)
+    return higher | (equal & (equal.cumsum(dim=1, dtype=torch.int32) <= room))
 
 
 def descending(scores: Float[Tensor, "group n"], ties: Int[Tensor, "group n"] | None = None) -> Int[Tensor, "group n"]:
@@ -23,7 +29,6 @@ def descending(scores: Float[Tensor, "group n"], ties: Int[Tensor, "group n"] | 
     Returns:
         Indices into each group.
     """
-    # The sort must be stable: `topk` breaks ties differently from device to device.
     if ties is None:
         return scores.argsort(dim=1, descending=True, stable=True)
     return ties.gather(1, scores.gather(1, ties).argsort(dim=1, descending=True, stable=True))

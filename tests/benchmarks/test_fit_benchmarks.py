@@ -39,13 +39,19 @@ def test_a_straight_line_is_found() -> None:
 
 
 @pytest.mark.slow
-def test_quality_has_no_ratio_where_it_is_not_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    result = quality.measure(tmp_path, quick=True, scopes=("block",))
+def test_quality_has_no_ratio_where_it_is_not_reached(tmp_path: Path) -> None:
+    result = quality.measure(tmp_path, quick=True)
     (row,) = result["rows"]
-    assert (row["ratio"] is None) == (row["default_perplexity"] > row["plain_perplexity"])
-    assert f"{row['plain_perplexity']:.2f}" in quality.table(result)
-    row["ratio"] = None
-    assert "not reached" in quality.table(result)
+    assert len(row["plain_seconds"]) == len(row["fast_seconds"]) == 1
+    for way in ("configured", "fast"):
+        assert (row[f"{way}_ratio"] is None) == (row[f"{way}_perplexity"] > row["plain_perplexity"])
+    assert f"{row['plain_perplexity']:.3f}" in quality.table(result)
+
+
+def test_a_ratio_needs_the_quality_of_the_plain_run() -> None:
+    row = {"plain_seconds": [8.0, 10.0, 50.0], "fast_seconds": [2.0, 3.0, 4.0], "plain_perplexity": 17.8}
+    assert quality.ratio(row | {"fast_perplexity": 17.8}, "fast") == 0.3
+    assert quality.ratio(row | {"fast_perplexity": 17.81}, "fast") is None
 
 
 @pytest.mark.slow
