@@ -39,7 +39,15 @@ def measure(directory: Path, quick: bool = False) -> dict[str, Any]:
             say(f"quality: {place} is left out, for it is not there; recon fit -c pretrain/{model} trains it")
             continue
         row: dict[str, Any] = {"model": model}
-        common = (*size.data_options, "--evaluate_on", "validation", "--trainer.accelerator", "cpu", "--model.name", place)
+        common = (
+            *size.data_options,
+            "--evaluate_on",
+            "validation",
+            "--trainer.accelerator",
+            "cpu",
+            "--model.name",
+            place,
+        )
         for repeat in range(size.repeats):
             for way, (scope, options) in ways.items():
                 run = fit(scope, directory / f"{model}-{way}-{repeat}", *common, *options)
