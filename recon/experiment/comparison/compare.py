@@ -12,6 +12,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from recon.basics.manifest import Manifest
@@ -21,6 +22,7 @@ from recon.experiment.comparison.cells import Cells
 from recon.experiment.comparison.spec import Comparison, Entry, Group, Resolver, plan
 from recon.experiment.comparison.tuning import Choice, choose
 from recon.report import Report, Results
+from recon.report.paired import differences
 from recon.report.tuning import brief
 
 log = logging.getLogger("recon")
@@ -107,9 +109,10 @@ def compare(comparison: Comparison, resolver: Resolver, workers: Sequence[Mappin
     with Cells(comparison.num_cells, workers) as cells:
         while True:
             cells.begin_pass()
-            rows = [row for model in models for row in model.rows(cells)]
-            if len(rows) > len(results.cells):
-                results.cells[:] = rows
+            rows = [list(model.rows(cells)) for model in models]
+            if sum(map(len, rows)) > len(results.cells):
+                results.cells[:] = chain.from_iterable(rows)
+                results.differences[:] = chain.from_iterable(differences(Results(one)) for one in rows)
                 results.save(comparison.path / "results.json", Manifest(comparison.path).writing)
             if cells.are_known:
                 return results

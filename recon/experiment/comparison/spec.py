@@ -140,6 +140,9 @@ class Comparison:
         for name in ("recoveries", "criteria", "refinements", "patterns", "allocations", "models", "seeds"):
             if not getattr(self, name):
                 raise ValueError(f"a comparison needs at least one of its {name}, got none; name one, or leave it out")
+        titles = [entry.title for entry in self.recoveries]
+        if twice := [title for title in titles if titles.count(title) > 1]:
+            raise ValueError(f"recoveries need labels that differ, got {twice[0]!r} twice; give one of them a label")
         known = [field.name for field in fields(ModelSource)]
         for model in self.models:
             if unknown := [name for name in model if name not in known]:
