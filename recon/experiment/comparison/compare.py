@@ -19,7 +19,9 @@ from recon.basics.manifest import Manifest
 from recon.basics.run_paths import RunPaths
 from recon.experiment.comparison.cell import Cell
 from recon.experiment.comparison.cells import Cells
-from recon.experiment.comparison.spec import Comparison, Entry, Group, Resolver, plan
+from recon.experiment.comparison.entry import Entry
+from recon.experiment.comparison.resolver import Resolver
+from recon.experiment.comparison.spec import Comparison, Group, plan
 from recon.experiment.comparison.tuning import Choice, choose
 from recon.report import Report, Results
 from recon.report.paired import differences
@@ -124,8 +126,8 @@ def _require_readable(recoveries: Sequence[Entry], planned: Sequence[Sequence[Gr
     for group in (group for groups in planned for group in groups):
         for entry in recoveries:
             try:
-                group.recovery(entry, {})
-                group.trials(entry)
+                if not group.trials(entry):
+                    group.recovery(entry, {})
             except ValueError as error:
                 raise ValueError(f"recoveries: {entry.title!r} cannot run: {error}") from error
 
@@ -157,6 +159,7 @@ def _row(
         "pattern": group.pattern,
         "seed": group.seed,
         "tuning": tried or [],
+        "budget": cell.budget,
     }
     if isinstance(measured, str):
         return Report(
