@@ -18,6 +18,9 @@ from recon.planner.budgets import Quantity, cost, longest_within
 SPEEDS = "speeds.json"
 """File of measured speeds in the directory of a comparison."""
 
+OF_SEEDS = {"--seed_everything", "--data.sample_seed", "--masks"}
+"""Options, each before its value, that decide no cost."""
+
 LENGTH = ("epochs", "max_steps", "max_tokens", "num_sequences", "num_validation", "num_test")
 """Options that decide no speed."""
 
@@ -57,10 +60,13 @@ class Costs:
         return length, self._cost(run, options, quantity)
 
     def _planned(self, command: list[str]) -> PlannedRun:
-        if tuple(command) not in self._runs:
+        """The plan of a command, which commands of other seeds share."""
+        before = [None, *command]
+        decisive = tuple(arg for arg, last in zip(command, before, strict=False) if not {arg, last} & OF_SEEDS)
+        if decisive not in self._runs:
             here = [] if torch.cuda.is_available() else ["--trainer.accelerator=cpu"]
-            self._runs[tuple(command)] = planned_run([*command[1:], *here])
-        return self._runs[tuple(command)]
+            self._runs[decisive] = planned_run([*decisive[1:], *here])
+        return self._runs[decisive]
 
     def _cost(self, run: PlannedRun, options: PlanOptions, quantity: Quantity) -> float:
         speeds = self._speeds_of(run) if quantity == "seconds" else None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from recon.report.estimates import Estimate, estimate
 from recon.report.schema import SCOPES, Report, Results
+from recon.report.sections import flop_unit, format_number
 
 AS_THEY_ARE = ("dense", "sparse")
 """Scopes of models that no seed has changed."""
@@ -106,11 +107,7 @@ class Group:
                     f"{_name(cell)}: {len(few)} matrices of experts saw fewer rows than they have inputs, the fewest "
                     f"{few[name]} for {name}: give more sequences, or pruning.experts: all"
                 )
-        if (matched := [cell for cell in self.cells if cell.budget]) and (one := matched[0].budget):
-            unit = {"flops": "operations", "tokens": "training tokens", "seconds": "seconds"}[one["quantity"]]
-            chosen = {cell.label: " ".join(f"{k} {v}" for k, v in cell.budget["options"].items()) for cell in matched}
-            options = "; ".join(f"{label}: {text}" for label, text in chosen.items() if text)
-            notes.append(f"Held equal: the {unit} of {one['of']}, {one['limit']:.3g} as planned, at most. {options}")
+        notes += _held_equal(self.cells)
         if _num_protocols(self.cells) > 1:
             notes.append("These perplexities are not comparable: their protocols differ, see results.json")
         if baseline := estimate(cell.baseline_host_bytes for cell in self.cells):
@@ -149,6 +146,19 @@ def _each_run_once(cells: list[Report]) -> list[Report]:
         repeats = cell.scope in AS_THEY_ARE and cell.run_dir
         first.setdefault(cell.run_dir if repeats else number, cell)
     return list(first.values())
+
+
+def _held_equal(cells: list[Report]) -> list[str]:
+    """What a comparison held equal, and the lengths of training that follow from it; nothing without `match`."""
+    matched = [cell for cell in cells if cell.budget]
+    if not matched:
+        return []
+    budget = matched[0].budget
+    unit, size = flop_unit(budget["limit"]) if budget["quantity"] == "flops" else (budget["quantity"], 1.0)
+    chosen = {cell.label: cell.budget["options"] for cell in matched if cell.budget["options"]}
+    lengths = [f"{label} {' '.join(f'{k}={v}' for k, v in options.items())}" for label, options in chosen.items()]
+    limit = f"{format_number(budget['limit'] / size, 1)} {unit}"
+    return [f"Budget: {limit} at most, as planned for {budget['of']}{': ' if lengths else ''}{', '.join(lengths)}"]
 
 
 def _name(cell: Report) -> str:

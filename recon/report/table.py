@@ -102,7 +102,7 @@ def _columns(results: Results) -> list[tuple[str, Callable[[Row], str]]]:
         columns.append((name, spent("flops", scale=1 / size, decimals=2)))
     columns.append((f"train tokens{unit}", tokens))
     if any(cell.budget for cell in cells):
-        columns.append(("of budget (%)", mean("budget_share", scale=100.0)))
+        columns.append(("budget (%)", mean("budget_share", scale=100.0)))
     if any(len(row.cells) > 1 for group in group_cells(results) for row in group.rows):
         columns.append(("seeds", _seeds))
     elif any(cell.status == "failed" for cell in cells):

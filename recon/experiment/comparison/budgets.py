@@ -65,9 +65,7 @@ class Budgets:
         try:
             found = self.resolver.within(command, self.quantity, limit)
         except ValueError as error:
-            raise ValueError(
-                f"match: {self.quantity} needs a length of training to choose, got none: {error}; {cure}"
-            ) from error
+            raise ValueError(f"match: {self.quantity} needs epochs or steps to choose: {error}; {cure}") from error
         if found is None:
             raise ValueError(
                 f"match: {self.quantity} needs a budget for one epoch or step at least, got {limit:.3g}, that of "

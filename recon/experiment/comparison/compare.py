@@ -107,16 +107,17 @@ def compare(comparison: Comparison, resolver: Resolver, workers: Sequence[Mappin
     planned = [list(plan(comparison, model, resolver)) for model in comparison.models]
     _require_readable(comparison.recoveries, planned)
     models = [ModelCells(comparison.recoveries, groups) for groups in planned]
-    results = Results([], name=comparison.name)
+    results, file = Results([], name=comparison.name), comparison.path / "results.json"
     with Cells(comparison.num_cells, workers) as cells:
         while True:
             cells.begin_pass()
             rows = [list(model.rows(cells)) for model in models]
             if sum(map(len, rows)) > len(results.cells):
                 results.cells[:] = chain.from_iterable(rows)
-                results.differences[:] = chain.from_iterable(differences(Results(one)) for one in rows)
-                results.save(comparison.path / "results.json", Manifest(comparison.path).writing)
+                results.save(file, Manifest(comparison.path).writing)
             if cells.are_known:
+                results.differences[:] = chain.from_iterable(differences(Results(one)) for one in rows)
+                results.save(file, Manifest(comparison.path).writing)
                 return results
             cells.wait()
 

@@ -109,10 +109,7 @@ class Comparison:
         for name in ("recoveries", "criteria", "refinements", "patterns", "allocations", "models", "seeds"):
             if not getattr(self, name):
                 raise ValueError(f"a comparison needs at least one of its {name}, got none; name one, or leave it out")
-        titles = [entry.title for entry in self.recoveries]
-        if twice := [title for title in titles if titles.count(title) > 1]:
-            raise ValueError(f"recoveries need labels that differ, got {twice[0]!r} twice; give one of them a label")
-        self._require_budget(titles)
+        self._require_budget([entry.title for entry in self.recoveries])
         if self.resample and not isinstance(self.data.get("num_test"), int):
             raise ValueError(
                 f"resample needs data.num_test, a number of test sequences to choose, got "
@@ -127,6 +124,8 @@ class Comparison:
 
     def _require_budget(self, titles: Sequence[str]) -> None:
         """Refuse a budget that is nobody's, or lengths that are both matched and tuned."""
+        if self.match is not None and (twice := [title for title in titles if titles.count(title) > 1]):
+            raise ValueError(f"match needs labels of recoveries that differ, got {twice[0]!r} twice; change one")
         if self.match_to is not None and (self.match is None or self.match_to not in titles):
             raise ValueError(
                 f"match_to needs `match` and the title of a recovery, {', '.join(titles)}, got {self.match_to!r} with "

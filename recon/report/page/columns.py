@@ -48,7 +48,7 @@ COLUMNS = (
     Column("device seconds", "device_seconds", is_cost=True),
     Column("FLOP", "flops", decimals=2, is_cost=True),
     Column("training tokens", "train_tokens", decimals=0, is_cost=True),
-    Column("of budget (%)", "budget_share", 100.0),
+    Column("budget (%)", "budget_share", 100.0),
 )
 
 
