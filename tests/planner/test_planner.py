@@ -299,8 +299,8 @@ def test_the_peak_of_a_real_fit(kind: str, sizes: dict[str, Any], precision: Any
     found = predict(Shape(scope.source), PlanOptions.of(scope, data, trainer_options(trainer)))
     predicted = found.peak.total + found.host["masks"] + found.host["weights"]
     assert predicted == pytest.approx(tracker.peak.total(), rel=0.05)
-    if kind.startswith(("full", "distilled", "chunked")):
-        assert found.flops == pytest.approx(tracker.flops, rel=0.01)
+    if kind != "matrix":  # its work is that of the solver, whose iterations depend on the numbers, as those of starts
+        assert found.flops == pytest.approx(tracker.flops, rel=0.15 if scope.by_window else 0.01)
 
 
 def test_the_tracker_counts_storages_once_and_until_they_are_freed() -> None:
