@@ -50,7 +50,7 @@ class Costs:
         """
         run = self._planned(command)
         if run.options.scope == "matrix":
-            raise ValueError("the matrix scope has no epochs to choose")
+            raise ValueError("the matrix scope has none")
         options = longest_within(run.options, limit, partial(self._cost, run, quantity=quantity))
         if options is None:
             return None

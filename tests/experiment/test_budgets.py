@@ -141,7 +141,7 @@ def test_epochs_and_steps_follow_from_the_plan(tmp_path: Path) -> None:
     assert {"walk", "gram", "start", "training"} <= predict(run.shape, run.options).flops_by_kind.keys()
     assert costs.of(held.command, "tokens") == 640.0
     assert costs.within(more, "tokens", 640.0) == ({"model.epochs": 5, "trainer.max_steps": 5}, 640.0)
-    with pytest.raises(ValueError, match="the matrix scope has no epochs"):
+    with pytest.raises(ValueError, match="the matrix scope has none"):
         costs.within(
             ["fit", "-c", "scopes/matrix", "--model.name=random", f"--model.shape={json.dumps(LLAMA)}"], "flops", 1.0
         )
