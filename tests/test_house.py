@@ -38,7 +38,7 @@ FILE = re.compile(r"[\w./-]+\.(py|sh|sbatch|toml|yaml|md|png|svg|txt|json|safete
 WRITTEN_BY_RUNS = {
     *("config.yaml", "fingerprint.json", "manifest.json", "masks.safetensors", "moved.safetensors"),
     *("start.safetensors", "windows.json", "memory.json", "memory.png", "memory.svg", "report.json", "results.json"),
-    *("log.txt", "gpu.json", "gpu.md", "rates.json", "recipe.json", "speed.json", "tasks.json"),
+    *("log.txt", "gpu.json", "gpu.md", "rates.json", "recipe.json", "speed.json", "speeds.json", "tasks.json"),
 }
 OF_THE_READER = re.compile(r"(my|path|runs)/|(mine|it)\.yaml$|config\.json$|out\.json$")
 """Names that stand for a reader's own files."""

@@ -25,6 +25,9 @@ DEFAULT_DATA = {"class_path": "recon.data.TokenData"}
 NOT_DECISIVE_OF_DATA = ("num_workers", "cache")
 """Options of `TokenData` that decide no token."""
 
+ADDED_TO_DATA = {"max_tokens": None, "sample_seed": 0}
+"""Options that earlier versions did not have, and values by which a run is that of an earlier version."""
+
 
 def add_pruning_arguments(parser: ArgumentParser) -> None:
     """Add `criterion`, `refinement`, `pattern` and `pruning`; the first three may be null."""
@@ -82,9 +85,8 @@ def plain_data(spec: dict[str, Any]) -> dict[str, Any]:
     """Options of `data` for a fingerprint: those that decide tokens, without the class where it is the default one."""
     if not _is_default(spec["class_path"]):
         return spec
-    given = spec["init_args"]
-    left_out = NOT_DECISIVE_OF_DATA if given["max_tokens"] is not None else (*NOT_DECISIVE_OF_DATA, "max_tokens")
-    return {key: value for key, value in given.items() if key not in left_out}
+    left_out = [name for name, default in ADDED_TO_DATA.items() if spec["init_args"][name] == default]
+    return {key: value for key, value in spec["init_args"].items() if key not in (*NOT_DECISIVE_OF_DATA, *left_out)}
 
 
 def _is_default(class_path: str) -> bool:

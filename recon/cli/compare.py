@@ -11,7 +11,8 @@ from recon.cli.quiet import quiet
 from recon.cli.resolver import CommandResolver
 from recon.cli.tasks import TASK_OPTIONS, add_task_arguments, tasks_of
 from recon.experiment.comparison.compare import compare
-from recon.experiment.comparison.spec import Comparison, Entry, Text
+from recon.experiment.comparison.entry import Entry
+from recon.experiment.comparison.spec import Comparison, Text
 from recon.experiment.comparison.workers import workers_of
 from recon.report import draw_drift, draw_page, draw_pareto, log_pictures, print_table, table_console
 
@@ -65,7 +66,7 @@ def main(args: list[str]) -> int:
     quiet()
     config, comparison = parsed(args)
     console = Console(highlight=False, soft_wrap=True, markup=False)
-    results = compare(comparison, CommandResolver(), workers_of(config.workers, config.threads))
+    results = compare(comparison, CommandResolver(comparison.path), workers_of(config.workers, config.threads))
     print_table(results, table_console(), config.verbose)
     pictures = draw_pareto(results, comparison.path) + draw_drift(results, comparison.path)
     log_pictures(pictures, comparison.path / "pictures")

@@ -3,7 +3,7 @@
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -126,12 +126,32 @@ def main(args: list[str]) -> int:
     return 0
 
 
-def prediction_of(args: list[str], flop_rate: float | str | None = None) -> Prediction:
-    """Predict the needs of one command of `recon fit`, and refuse what it would refuse when it has loaded the model.
+@dataclass(frozen=True)
+class PlannedRun:
+    """One command of `recon fit`, as a plan has it.
+
+    Attributes:
+        source: The model.
+        shape: Its configuration.
+        options: The options of the run.
+        config: All options of the command.
+    """
+
+    source: ModelSource
+    shape: Shape
+    options: PlanOptions
+    config: Namespace
+
+    def measured_speeds(self) -> dict[Kind, float]:
+        """FLOP/s of one process on the device that the run would use, measured now."""
+        return measured_speeds(self.source, self.options, _device(self.config.trainer))
+
+
+def planned_run(args: list[str]) -> PlannedRun:
+    """Plan one command of `recon fit`, and refuse what it would refuse when it has loaded the model.
 
     Args:
         args: Arguments of `recon fit`.
-        flop_rate: As the option of `recon plan`.
     """
     cli = _cli(["-c", "devices/h100", *args], PlanCLI)
     config = cli.config
@@ -140,8 +160,19 @@ def prediction_of(args: list[str], flop_rate: float | str | None = None) -> Pred
     shape = Shape(built.model.source)
     options = _in_default_dtype(_options(built.model, built.data, config), built.model, shape)
     _require_fit(built.model, shape.fake(options), built.pattern, built.pruning)
-    speed = _speed(flop_rate, built.model.source, options, config.trainer)
-    return predict(shape, options, speed, _rates(config, flop_rate))
+    return PlannedRun(built.model.source, shape, options, config)
+
+
+def prediction_of(args: list[str], flop_rate: float | str | None = None) -> Prediction:
+    """Predict the needs of one command of `recon fit`.
+
+    Args:
+        args: Arguments of `recon fit`.
+        flop_rate: As the option of `recon plan`.
+    """
+    run = planned_run(args)
+    speed = _speed(flop_rate, run.source, run.options, run.config.trainer)
+    return predict(run.shape, run.options, speed, _rates(run.config, flop_rate))
 
 
 def _rates(config: Namespace, flop_rate: float | str | None) -> Rates | None:

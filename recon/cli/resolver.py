@@ -1,5 +1,6 @@
 """What a command of a comparison is, all its options resolved, without running it."""
 
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
@@ -7,9 +8,10 @@ from jsonargparse import Namespace
 from recon.cli import prune, test
 from recon.cli.arguments import describe, parse
 from recon.cli.building import require_devices
+from recon.cli.costs import Costs
 from recon.cli.fit import choose_optimizer, parse_options
 from recon.cli.tasks import TASK_OPTIONS, identity_of_tasks
-from recon.experiment.comparison.spec import Resolver
+from recon.experiment.comparison.resolver import Quantity, Resolver
 
 NOT_DECISIVE = ("config", "run_dir", "summary", "verbose", "masks")
 """Where results go and what is printed; the file of the masks is keyed by its directory, which the command names."""
@@ -19,10 +21,15 @@ BUILT = ("model", "data", "criterion", "pattern", "pruning")
 
 
 class CommandResolver(Resolver):
-    """Reads the commands of a comparison as the child processes will."""
+    """Reads the commands of a comparison as the child processes will.
 
-    def __init__(self) -> None:
+    Args:
+        directory: Where measured speeds are kept; nowhere if None.
+    """
+
+    def __init__(self, directory: Path | None = None) -> None:
         self._known: dict[tuple[str, ...], Any] = {}
+        self._costs = Costs(directory)
 
     def describe(self, kind: type, spec: dict[str, Any]) -> str:
         """The name of a criterion, refinement, pattern or allocation that a class specification makes."""
@@ -37,6 +44,14 @@ class CommandResolver(Resolver):
         if tuple(command) not in self._known:
             self._known[tuple(command)] = _resolved(*command)
         return self._known[tuple(command)]
+
+    def cost(self, command: list[str], quantity: Quantity) -> float:
+        """What `recon plan` says that a command of `recon fit` needs of `quantity`."""
+        return self._costs.of(command, quantity)
+
+    def within(self, command: list[str], quantity: Quantity, limit: float) -> tuple[dict[str, int], float] | None:
+        """The options by which a command of `recon fit` trains as long as `limit` allows, and what it then needs."""
+        return self._costs.within(command, quantity, limit)
 
 
 def _resolved(name: str, *args: str) -> dict[str, Any]:

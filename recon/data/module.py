@@ -33,7 +33,7 @@ class TokenData(L.LightningDataModule):
 
     Pruning and recovery use the calibration sequences. Held-out errors and learning rates are measured on
     validation. Perplexity is measured on test, which nothing else sees. The choice of validation and test
-    sequences does not depend on the seed, so runs with several seeds share them.
+    sequences does not depend on the seed, so runs with several seeds share them, unless `sample_seed` differs.
 
     With `held_out` the model is calibrated on one text and measured on another: the train split is then that of
     `source`, and validation and test are those of `held_out`.
@@ -59,6 +59,7 @@ class TokenData(L.LightningDataModule):
             split; the calibration sequences if null. Pruning and exact starts use the calibration sequences.
         num_workers: Processes that tokenise, and load batches of full retraining. The run's own does if 0.
         cache: Directory of the tokens of `max_tokens`. All runs and ranks share it.
+        sample_seed: Chooses the validation and test sequences.
 
     Attributes:
         tokenizer: Of the model; set when that is loaded, as `author` is.
@@ -78,6 +79,7 @@ class TokenData(L.LightningDataModule):
         max_tokens: int | None = None,
         num_workers: int = 0,
         cache: str = "runs/tokens",
+        sample_seed: int = 0,
     ) -> None:
         super().__init__()
         sizes = {"num_sequences": num_sequences, "num_validation": num_validation, "num_test": num_test}
@@ -94,8 +96,9 @@ class TokenData(L.LightningDataModule):
             )
         if not 0 <= num_workers <= MOST_WORKERS:
             raise ValueError(f"data.num_workers must be from 0 to {MOST_WORKERS}, got {num_workers}")
-        if not 0 <= seed <= LARGEST_SEED:
-            raise ValueError(f"data.seed must be from 0 to {LARGEST_SEED}, got {seed}")
+        for name, value in (("seed", seed), ("sample_seed", sample_seed)):
+            if not 0 <= value <= LARGEST_SEED:
+                raise ValueError(f"data.{name} must be from 0 to {LARGEST_SEED}, got {value}")
         self.source = source or StandardLibrary()
         self.held_out = held_out
         text = held_out or self.source
@@ -108,7 +111,7 @@ class TokenData(L.LightningDataModule):
         self.seq_len = seq_len
         self.batch_size = batch_size
         self.max_tokens, self.num_workers, self.cache = max_tokens, num_workers, cache
-        self.seed = seed
+        self.seed, self.sample_seed = seed, sample_seed
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.author: Author | None = None
         self.evaluate_on: Literal["test", "validation"] = "test"
@@ -144,7 +147,7 @@ class TokenData(L.LightningDataModule):
         """
         if split not in self._tokens:
             assert self.tokenizer is not None, "set TokenData.tokenizer first: tokens are the tokenizer's"
-            seed = self.seed if split == "train" else 0
+            seed = self.seed if split == "train" else self.sample_seed
             draw = Draw(self.tokenizer, self.seq_len, self.num[split], seed, self.author)
             self._tokens[split] = self.source_of(split).sequences(split, draw)
         return self._tokens[split]
@@ -208,14 +211,16 @@ class TokenData(L.LightningDataModule):
         """Let go of the sequences of `split`; they are tokenised again when they are asked for."""
         self._tokens.pop(split, None)
 
-    def carving(self, split: Split) -> dict[str, str]:
+    def carving(self, split: Split) -> dict[str, str | int]:
         """What the protocol of a report says of the text of `split`.
 
         The name of `held_out`, if the text is of that, and how it was cut out of the train text, if it was. Empty if
-        it consists of documents of `source` of its own, or chosen by hash.
+        it consists of documents of `source` of its own, or chosen by hash. And `sample_seed`, if it is not 0.
         """
         source = self.source_of(split)
-        named = {} if source is self.source else {"text": str(source)}
+        named: dict[str, str | int] = {} if source is self.source else {"text": str(source)}
+        if self.sample_seed != 0:
+            named["sample"] = self.sample_seed
         return named | ({"held_out": cut} if (cut := source.cut(split)) else {})
 
     def fingerprint(self, split: Split) -> str:

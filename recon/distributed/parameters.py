@@ -60,6 +60,10 @@ def copies(parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield "fp32 master copy", trained
 
 
+FROZEN = "frozen"
+"""Key in a checkpoint: the weights that were not trained, if the strategy holds them rounded."""
+
+
 def frozen_copies(model: nn.Module, dtype: torch.dtype, keep: bool) -> dict[str, Tensor]:
     """Copies in the host's memory of all parameters that do not learn; all ranks call this.
 

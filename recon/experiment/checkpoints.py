@@ -93,7 +93,8 @@ class Checkpoints(Checkpoint):
             return
         self._last_step = step
         stop = any_rank(self._told_to_stop, self._group)
-        if stop or step % self.every_n_steps == 0:
+        # Not after the last step: Lightning goes on from there with nothing, not even with the best weights.
+        if stop or (step % self.every_n_steps == 0 and step != trainer.max_steps):
             self._save(trainer, pl_module)
         if stop:
             raise SIGTERMException(STOPPED)

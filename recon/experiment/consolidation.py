@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recon.distributed.parameters import FROZEN
 from recon.distributed.unpickling import unpickling_metadata_only, unpickling_weights_only
-from recon.scopes.full import FROZEN
 
 PREFIX = "model."
 """Where a scope, the LightningModule that was saved, has its model."""

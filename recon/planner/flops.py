@@ -96,7 +96,7 @@ def full_flops(fake: FakeModel, options: PlanOptions) -> Counter[Kind]:
     flops: Counter[Kind] = Counter()
     flops["training"] = round(trained * more)
     flops["rest"] = round(trained * first.flops)
-    flops["held out"] = round(int(options.trained_epochs) * held_out * (forward + more_forward))
+    flops["held out"] = round(math.ceil(options.trained_epochs) * held_out * (forward + more_forward))
     if options.solves:
         pruned = fake.prunable(options.exclude)
         for block in fake.anatomy.blocks:

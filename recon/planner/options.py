@@ -162,8 +162,23 @@ class PlanOptions:
         """Passes over the sequences until the last step, the last one perhaps in part."""
         if self.max_steps is None:
             return float(self.epochs)
-        of_all = self.max_steps * self.accumulate * self.world_size * self.batch_size
-        return min(float(self.epochs), of_all / self.trained_sequences)
+        whole, more = divmod(self.max_steps, self.steps_of_epoch)
+        return min(float(self.epochs), whole + more * self._sequences_of_step / self.trained_sequences)
+
+    @property
+    def steps_of_epoch(self) -> int:
+        """Optimizer steps of a pass over the sequences."""
+        return math.ceil(self.trained_sequences / self._sequences_of_step)
+
+    @property
+    def _sequences_of_step(self) -> int:
+        return self.batch_size * self.accumulate * self.world_size
+
+    @property
+    def train_tokens(self) -> int:
+        """Tokens that a training step sees, epochs counted; those of the calibration sequences in the matrix scope."""
+        epochs = 1 if self.scope == "matrix" else self.trained_epochs
+        return round(epochs * self.trained_sequences * self.seq_len)
 
     @property
     def is_zero(self) -> bool:

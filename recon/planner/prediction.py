@@ -160,8 +160,7 @@ def predict(shape: Shape, options: PlanOptions, speed: Speed | None = None, rate
 
 def _predict(shape: Shape, options: PlanOptions, speed: Speed | None, rates: Rates | None) -> Prediction:
     snapshots = _largest_snapshots(shape, options)
-    is_local = options.is_local
-    flops = local_flops(shape.fakes(options), options) if is_local else full_flops(shape.fake(options), options)
+    flops = flops_of(shape, options)
     stored = shape.fake(options).dtype
     speeds = uniform(speed) if isinstance(speed, float | int) else speed
     if speeds is None and rates is not None:
@@ -169,6 +168,13 @@ def _predict(shape: Shape, options: PlanOptions, speed: Speed | None, rates: Rat
     seconds = None if speeds is None else seconds_of(flops, speeds, options)
     needs = snapshots, _host(shape, options), _disk(shape, options), flops
     return Prediction(options, *needs, seconds, speeds or {}, precisions(options, stored))
+
+
+def flops_of(shape: Shape, options: PlanOptions) -> Counter[Kind]:
+    """Count the FLOPs of a run by kind, all processes together, which is quicker than the whole prediction."""
+    if options.is_local:
+        return local_flops(shape.fakes(options), options)
+    return full_flops(shape.fake(options), options)
 
 
 def peak_of(shape: Shape, options: PlanOptions) -> Snapshot:

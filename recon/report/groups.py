@@ -7,6 +7,10 @@ from dataclasses import dataclass
 
 from recon.report.estimates import Estimate, estimate
 from recon.report.schema import SCOPES, Report, Results
+from recon.report.sections import flop_unit, format_number
+
+AS_THEY_ARE = ("dense", "sparse")
+"""Scopes of models that no seed has changed."""
 
 REASON_LENGTH = 160
 """Characters of a failure's reason that tables and pictures show; the report has all of it."""
@@ -21,9 +25,14 @@ class Row:
     cells: list[Report]
 
     @property
-    def measured(self) -> list[Report]:
-        """The cells that did not fail: only these are averaged."""
+    def of_seeds(self) -> list[Report]:
+        """The cells that did not fail, one per seed."""
         return [cell for cell in self.cells if cell.status == "ok"]
+
+    @property
+    def measured(self) -> list[Report]:
+        """The runs that did not fail, each once: only these are averaged. All seeds share one of the dense model."""
+        return _each_run_once(self.of_seeds)
 
     @property
     def is_recovery(self) -> bool:
@@ -63,14 +72,19 @@ class Group:
 
     @property
     def failures(self) -> list[str]:
-        """One sentence for each cell that failed: which, where, why."""
-        return [_failure(cell) for cell in self.cells if cell.status == "failed"]
+        """One sentence for each run that failed: which, where, why."""
+        return [_failure(cell) for cell in self.failed]
+
+    @property
+    def failed(self) -> list[Report]:
+        """The runs that failed, each once."""
+        return [cell for row in self.rows for cell in _each_run_once(row.cells) if cell.status == "failed"]
 
     @property
     def remarks(self) -> list[str]:
         """What else a reader must know beside the numbers: violated masks, unequal protocols, ..."""
         notes = []
-        for cell in self.cells:
+        for cell in (cell for row in self.rows for cell in _each_run_once(row.cells)):
             if cell.status == "ok" and cell.perplexity is None:
                 notes.append(f"{_name(cell)} has no finite perplexity")
             if cell.mask_violations:
@@ -93,6 +107,7 @@ class Group:
                     f"{_name(cell)}: {len(few)} matrices of experts saw fewer rows than they have inputs, the fewest "
                     f"{few[name]} for {name}: give more sequences, or pruning.experts: all"
                 )
+        notes += _held_equal(self.cells)
         if _num_protocols(self.cells) > 1:
             notes.append("These perplexities are not comparable: their protocols differ, see results.json")
         if baseline := estimate(cell.baseline_host_bytes for cell in self.cells):
@@ -124,6 +139,28 @@ def group_cells(results: Results) -> list[Group]:
     ]
 
 
+def _each_run_once(cells: list[Report]) -> list[Report]:
+    """The cells without those that repeat a run: models as they are have one for all seeds of a comparison."""
+    first: dict[str | int, Report] = {}
+    for number, cell in enumerate(cells):
+        repeats = cell.scope in AS_THEY_ARE and cell.run_dir
+        first.setdefault(cell.run_dir if repeats else number, cell)
+    return list(first.values())
+
+
+def _held_equal(cells: list[Report]) -> list[str]:
+    """What a comparison held equal, and the lengths of training that follow from it; nothing without `match`."""
+    matched = [cell for cell in cells if cell.budget]
+    if not matched:
+        return []
+    budget = matched[0].budget
+    unit, size = flop_unit(budget["limit"]) if budget["quantity"] == "flops" else (budget["quantity"], 1.0)
+    chosen = {cell.label: cell.budget["options"] for cell in matched if cell.budget["options"]}
+    lengths = [f"{label} {' '.join(f'{k}={v}' for k, v in options.items())}" for label, options in chosen.items()]
+    limit = f"{format_number(budget['limit'] / size, 1)} {unit}"
+    return [f"Budget: {limit} at most, as planned for {budget['of']}{': ' if lengths else ''}{', '.join(lengths)}"]
+
+
 def _name(cell: Report) -> str:
     return f"{cell.label} (seed {cell.seed})"
 
@@ -139,6 +176,7 @@ def _failure(cell: Report) -> str:
 def _num_protocols(cells: list[Report]) -> int:
     distinct: list[dict] = []
     for cell in cells:
-        if cell.protocol and cell.protocol not in distinct:
-            distinct.append(cell.protocol)
+        protocol = {name: value for name, value in cell.protocol.items() if name != "sample"}
+        if protocol and protocol not in distinct:
+            distinct.append(protocol)
     return len(distinct)

@@ -78,6 +78,17 @@ class NotPredicted(TypedDict):
 
 
 @with_config(OPEN)
+class Budget(TypedDict):
+    """A report's `budget`, of a row whose cost a comparison held equal."""
+
+    quantity: Literal["tokens", "flops", "seconds"]
+    limit: float
+    of: str
+    planned: float
+    options: dict[str, int]
+
+
+@with_config(OPEN)
 class MeasuredDrift(TypedDict):
     """A report's `drift`."""
 
@@ -162,6 +173,7 @@ PARTS: dict[str, TypeAdapter[Any]] = {
     "ranks": TypeAdapter(list[MeasuredRank]),
     "references": TypeAdapter(dict[Literal["dense", "pruned"], Reference]),
     "drift": TypeAdapter(Nothing | MeasuredDrift),
+    "budget": TypeAdapter(Nothing | Budget),
     "prediction": TypeAdapter(Nothing | NotPredicted | Predicted),
     "losses": TypeAdapter(dict[Literal["model", "dense", "pruned"], list[float]]),
     "parents": TypeAdapter(list[Parent]),

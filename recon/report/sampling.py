@@ -46,7 +46,7 @@ def standard_error(values: Sequence[float]) -> float:
 
 def loss_of(row: Row) -> Sampled | None:
     """Negative log-likelihood per token of a row; None where no cell has that of each sequence."""
-    return _sampled([losses for cell in row.measured if (losses := _by_sequence(cell))])
+    return _sampled([(_sample(cell), losses) for cell in row.measured if (losses := _by_sequence(cell))])
 
 
 def perplexity_error(row: Row) -> float | None:
@@ -57,13 +57,13 @@ def perplexity_error(row: Row) -> float | None:
 
 def difference(row: Row, other: Row) -> Sampled | None:
     """Loss of `row` minus that of `other`, sequence by sequence and seed by seed; None if they do not share any."""
-    others = {cell.seed: cell for cell in other.measured}
-    pairs = [(cell, others[cell.seed]) for cell in row.measured if cell.seed in others]
+    others = {cell.seed: cell for cell in other.of_seeds}
+    pairs = [(cell, others[cell.seed]) for cell in row.of_seeds if cell.seed in others]
     found = []
     for one, two in pairs:
         losses, reference = _by_sequence(one), _by_sequence(two)
         if one.protocol == two.protocol and losses and len(losses) == len(reference):
-            found.append([a - b for a, b in zip(losses, reference, strict=True)])
+            found.append((_sample(one), [a - b for a, b in zip(losses, reference, strict=True)]))
     return _sampled(found)
 
 
@@ -73,12 +73,12 @@ def references_of(group: Group) -> list[Row]:
     return dense + ([best] if (best := best_recovery(group)) else [])
 
 
-def best_recovery(group: Group) -> Row | None:
-    """The recovered row with the lowest perplexity; None without one."""
+def best_recovery(group: Group, but: Row | None = None) -> Row | None:
+    """The recovered row with the lowest perplexity, `but` left out; None without one."""
     measured = [
         (value.mean, index, row)
         for index, row in enumerate(group.rows)
-        if row.is_recovery and (value := row.estimate("perplexity")) is not None
+        if row is not but and row.is_recovery and (value := row.estimate("perplexity")) is not None
     ]
     return min(measured)[2] if measured else None
 
@@ -126,10 +126,25 @@ def _by_sequence(cell: Report) -> list[float]:
     return [loss * len(losses) / scored for loss in losses] if scored else []
 
 
-def _sampled(found: Sequence[Sequence[float]]) -> Sampled | None:
-    """Over seeds, each with a value for every sequence."""
-    if not found or len({len(one) for one in found}) > 1:
+def _sample(cell: Report) -> int:
+    """Tells the sequences of one seed from those of another where `data.sample_seed` has chosen them."""
+    return cell.protocol.get("sample", 0)
+
+
+def _sampled(found: Sequence[tuple[int, Sequence[float]]]) -> Sampled | None:
+    """Over seeds, each with its sample and a value for every sequence of that.
+
+    Seeds of one sample share its sequences: each is averaged over them. Errors of several samples are independent.
+    """
+    if not found or len({len(values) for _, values in found}) > 1:
         return None
-    over_seeds = [fmean(values) for values in zip(*found, strict=True)]
-    std = stdev(fmean(one) for one in found) if len(found) > 1 else None
-    return Sampled(fmean(over_seeds), standard_error(over_seeds), std, len(over_seeds))
+    samples = [
+        [values for name, values in found if name == sample] for sample in dict.fromkeys(name for name, _ in found)
+    ]
+    over_seeds = [[fmean(values) for values in zip(*one, strict=True)] for one in samples]
+    shares = [len(one) / len(found) for one in samples]
+    error = sqrt(fsum((share * standard_error(one)) ** 2 for share, one in zip(shares, over_seeds, strict=True)))
+    means = [fmean(values) for _, values in found]
+    std = stdev(means) if len(means) > 1 else None
+    mean = fsum(share * fmean(one) for share, one in zip(shares, over_seeds, strict=True))
+    return Sampled(mean, error, std, sum(map(len, over_seeds)))

@@ -9,13 +9,12 @@ import json
 import math
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    TypeAdapter,
     ValidationError,
     computed_field,
     field_validator,
@@ -24,8 +23,8 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 
 from recon.basics.files import Writer, atomic_write, write_json
-from recon.basics.manifest import require_unchanged
 from recon.report.parts import PARTS, first_fault
+from recon.report.reading import find_results, read_strict, validated
 from recon.report.task_scores import deltas, mean_of
 
 SCOPES = ("dense", "sparse", "pruned", "matrix", "submodule", "block", "full")
@@ -66,6 +65,8 @@ class Report(BaseModel):
             gradients and optimizer state within the peak where they were measured, and the part of them on the host;
             `tracked`, bytes of live tensors at their peak by side and category.
         references: `dense` and `pruned` -> their `sparsity`, `model_sparsity` and `disk_bytes`, where measured.
+        budget: What a comparison held equal by `match`: the `quantity`, its `limit`, the row that has so much (`of`),
+            `planned`, what this row should need of it, and the `options` that follow; empty where nothing was.
         prediction: Predicted needs of the run, as `recon.planner.Prediction` has them, or the `reason` why there is no
             prediction; empty for what is not planned.
         windows: Name of each recovered window -> held-out error `before` and `after` of the weights that it has kept.
@@ -132,6 +133,7 @@ class Report(BaseModel):
     parents: list[dict[str, Any]] = []
     throughput: dict[str, Any] = {}
     drift: dict[str, Any] = {}
+    budget: dict[str, Any] = {}
     prediction: dict[str, Any] = {}
     tuning: list[dict[str, Any]] = []
     densities: dict[str, float] = {}
@@ -201,6 +203,23 @@ class Report(BaseModel):
         """Each task -> its main metric minus the dense model's, where both are known."""
         return deltas(self.tasks, self._tasks_of_dense)
 
+    @computed_field
+    @property
+    def flops(self) -> int | None:
+        """Operations of the recovery, all processes together, as the plan has counted them; None if nothing has."""
+        return self.prediction.get("flops")
+
+    @computed_field
+    @property
+    def device_seconds(self) -> float:
+        """Seconds times processes."""
+        return self.seconds * self.environment.get("processes", 1)
+
+    @property
+    def budget_share(self) -> float | None:
+        """Part of a comparison's budget that the row should need; None where nothing was held equal."""
+        return self.budget["planned"] / self.budget["limit"] if self.budget else None
+
     @property
     def _tasks_of_dense(self) -> dict[str, Any]:
         return self.tasks if self.scope == "dense" else self.references.get("dense", {}).get("tasks", {})
@@ -248,7 +267,7 @@ class Report(BaseModel):
         Raises:
             ValueError: If a name is unknown, a required one missing, or a value of another type.
         """
-        return _validated(cls, _without_computed(payload), source)
+        return validated(cls, _without_computed(payload), source)
 
     def save(self, path: Path | str, writing: Writer = atomic_write) -> None:
         """Write the report to `path`, atomically.
@@ -267,7 +286,7 @@ class Report(BaseModel):
             FileNotFoundError: If there is no such file.
             ValueError: If the file does not hold a report.
         """
-        return cls.from_dict(_read_json(Path(path)), source=str(path))
+        return cls.from_dict(read_strict(Path(path)), source=str(path))
 
 
 def _now() -> str:
@@ -282,15 +301,18 @@ class Results:
         cells: One report per run, failed ones included; a list that may grow.
         name: Name of the comparison.
         created: Date, ISO 8601.
+        differences: Of each two recoveries, over seeds, as `recon.report.paired.differences` has them.
     """
 
     cells: list[Report]
     name: str = ""
     created: str = Field(default_factory=_now)
+    differences: list[dict[str, Any]] = Field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Name, date and `cells`, ready for strict JSON."""
-        return {"name": self.name, "created": self.created, "cells": [cell.to_dict() for cell in self.cells]}
+        """Name, date, `differences` and `cells`, ready for strict JSON."""
+        known = {"name": self.name, "created": self.created, "differences": self.differences}
+        return known | {"cells": [cell.to_dict() for cell in self.cells]}
 
     def save(self, path: Path | str, writing: Writer = atomic_write) -> None:
         """As `Report.save`."""
@@ -307,78 +329,16 @@ class Results:
             FileNotFoundError: If there is neither.
             ValueError: If the file holds neither results nor a report.
         """
-        file = _find(Path(path))
-        payload = _read_json(file)
+        file = find_results(Path(path))
+        payload = read_strict(file)
         if "cells" not in payload:
             return cls([Report.from_dict(payload, source=str(file))], name=file.parent.name)
         if isinstance(payload["cells"], list):
             payload["cells"] = [_without_computed(cell) for cell in payload["cells"]]
-        return _validated(cls, {"created": ""} | payload, str(file))
-
-
-_CURE = "name another file, or delete this one and run again: a run then only measures"
-
-
-def _find(path: Path) -> Path:
-    candidates = [path / "results.json", path / "report.json"] if path.is_dir() else [path]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    raise FileNotFoundError(
-        f"results need a results.json, or the report.json of a single run; there is no "
-        f"{' and no '.join(map(str, candidates))}. Run `recon compare` first, or name its output directory"
-    )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no report at {path}; run `recon compare` first, or name its output")
-
-    require_unchanged(path, "copy it again, or delete it and repeat the command that made it")
-
-    def refuse(token: str) -> NoReturn:
-        raise ValueError(f"{token} is not strict JSON")
-
-    try:
-        payload = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
-    except ValueError as error:
-        raise ValueError(
-            f"{path} must hold strict JSON as recon writes it; reading it failed: {error}; {_CURE}"
-        ) from error
-    if not isinstance(payload, dict):
-        raise ValueError(f"{path} must hold a JSON object as recon writes it; got {_brief(payload)}; {_CURE}")
-    return payload
+        return validated(cls, {"created": ""} | payload, str(file))
 
 
 def _without_computed(payload: Any) -> Any:
     if not isinstance(payload, dict):
         return payload
     return {name: value for name, value in payload.items() if name not in Report.model_computed_fields}
-
-
-def _validated(kind: Any, payload: Any, source: str) -> Any:
-    """`payload` as an instance of `kind`.
-
-    Raises:
-        ValueError: In one line that names `source` and every field at fault.
-    """
-    try:
-        return TypeAdapter(kind).validate_python(payload)
-    except ValidationError as error:
-        faults = "; ".join(_fault(one) for one in error.errors(include_url=False))
-        raise ValueError(f"{source} is no valid {kind.__name__.lower()}: {faults}; {_CURE}") from error
-
-
-def _fault(error: Any) -> str:
-    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).removeprefix(".")
-    if error["type"] == "missing":
-        return f"it lacks `{place}`"
-    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"`{place}` is an unknown field, read it with the version of recon that wrote it"
-    said = error["msg"].replace("Input should be", "must be").removeprefix("Value error, ")
-    return f"`{place}` {said}, got {_brief(error['input'])}" if place else said
-
-
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return f"{text if len(text) <= 60 else text[:57] + '...'} of type {type(value).__name__}"

@@ -6,6 +6,9 @@ from recon.report.estimates import Estimate
 
 MISSING = "-"
 
+FLOP_UNITS = (("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6))
+"""Name and size, the largest first."""
+
 WIDEST = 1000
 """Characters: no table needs more."""
 
@@ -30,6 +33,11 @@ def show(value: Estimate | None, *, scale: float = 1.0, decimals: int = 1, sprea
     if spread and value.std is not None:
         text += f" ± {format_number(value.std * scale, decimals)}"
     return text
+
+
+def flop_unit(most: float | int) -> tuple[str, float]:
+    """One unit for all numbers of operations: its name and size, for the largest of them."""
+    return next((one for one in FLOP_UNITS if most >= one[1]), FLOP_UNITS[-1])
 
 
 def format_number(value: float, decimals: int) -> str:

@@ -14,10 +14,11 @@ from rich.text import Text
 from recon.report.drift import curves, drift_section, protocol
 from recon.report.groups import Group, Row, group_cells
 from recon.report.memory import memory_section
+from recon.report.paired import paired_section, ranking_note
 from recon.report.prediction import prediction_section
 from recon.report.sampling import sampling_note, sampling_section
 from recon.report.schema import Results
-from recon.report.sections import MISSING, WIDEST, Section, show
+from recon.report.sections import MISSING, WIDEST, Section, flop_unit, show
 from recon.report.tasks import task_column, tasks_section
 from recon.report.tuning import tuning_section
 
@@ -49,7 +50,13 @@ def table_sections(results: Results, verbose: bool = False, together: bool = Fal
         sections.append(_of_all(groups, columns))
     for group in groups:
         more = further_sections(group, verbose, tuned)
-        notes = group.failures + group.remarks + sampling_note(group) + ([] if verbose else _drift_note(group))
+        notes = (
+            group.failures
+            + group.remarks
+            + sampling_note(group)
+            + ranking_note(group)
+            + ([] if verbose else _drift_note(group))
+        )
         if together and len(groups) > 1:
             sections += [replace(section, title=f"{title_of(group)}: {section.title}") for section in more if verbose]
             continue
@@ -87,7 +94,15 @@ def _columns(results: Results) -> list[tuple[str, Callable[[Row], str]]]:
         ("peak host (MiB)", mean("peak_host_bytes", scale=2**-20, decimals=0)),
     ]
     tokens = spent("train_tokens", scale=1 / divisor, decimals=1 if divisor == 10**6 else 0)
-    columns += [("seconds", spent("seconds")), (f"train tokens{unit}", tokens)]
+    columns += [("seconds", spent("seconds"))]
+    if any(cell.device_seconds != cell.seconds for cell in cells):
+        columns.append(("device seconds", spent("device_seconds")))
+    if most := max((cell.flops or 0 for cell in cells), default=0):
+        name, size = flop_unit(most)
+        columns.append((name, spent("flops", scale=1 / size, decimals=2)))
+    columns.append((f"train tokens{unit}", tokens))
+    if any(cell.budget for cell in cells):
+        columns.append(("budget (%)", mean("budget_share", scale=100.0)))
     if any(len(row.cells) > 1 for group in group_cells(results) for row in group.rows):
         columns.append(("seeds", _seeds))
     elif any(cell.status == "failed" for cell in cells):
@@ -100,8 +115,8 @@ def _is_free(row: Row, quantity: str) -> bool:
 
 
 def _seeds(row: Row) -> str:
-    num, num_ok = len(row.cells), len(row.measured)
-    return str(num) if num_ok == num else f"{num_ok}/{num} ok"
+    num, num_ok = len(row.cells), len(row.of_seeds)
+    return str(len(row.measured)) if num_ok == num else f"{num_ok}/{num} ok"
 
 
 def title_of(group: Group) -> str:
@@ -138,7 +153,7 @@ def _of_all(groups: list[Group], columns: list[tuple[str, Callable[[Row], str]]]
 def further_sections(group: Group, verbose: bool, tuned: set[str]) -> list[Section]:
     """The tables that follow the results of a group; `tuned` are the models whose choices have been shown."""
     found = [sampling_section(group), memory_section(group), prediction_section(group)] if verbose else []
-    found.append(tasks_section(group))
+    found += [paired_section(group), tasks_section(group)]
     if verbose or len(curves(group)) > 1:
         found.append(drift_section(group))
     if group.model not in tuned and (tuning := tuning_section(group)) is not None:

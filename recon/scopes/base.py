@@ -58,7 +58,7 @@ class Scope(L.LightningModule, ABC):
             so that a bf16 model stays one; for `random` that of `dtype`. What is measured is the written model,
             computed in `dtype` as the dense one is.
         epochs: Passes over the calibration sequences; of each window in the local scopes.
-        start: The surviving weights that recovery starts from: `pruned`, as they were in the dense model; `moved`, as
+        start: Surviving weights at the start: `pruned`, as they were in the dense model; `moved`, as
             a criterion that moves them (SparseGPT, ADMM, ALPS) left them; `exact`, those that best reproduce each
             matrix's outputs by itself, as the matrix scope finds them, but to about 1 % of the least error; `auto`, in
             submodule and block, for each window the one of `exact` and `pruned` with the lower held-out error; `run`,

@@ -126,8 +126,13 @@ def validates_next(trainer: L.Trainer) -> bool:
     return loop._data_fetcher is not None and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
 
 
+def ends_unmeasured(trainer: L.Trainer) -> bool:
+    """Whether the trainer, which is in `on_train_batch_end`, stops at its last step without a validation."""
+    return trainer.global_step == trainer.max_steps and not validates_next(trainer)
+
+
 def validate_now(trainer: L.Trainer) -> None:
-    """Run the validation that Lightning leaves out when it goes on from a checkpoint saved just before one."""
+    """Run a validation that Lightning leaves out: after a checkpoint saved just before one, and at its last step."""
     loop, connector = trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector
     is_first = connector._first_loop_iter
     trainer.validating, loop.restarting = True, False

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from recon.basics.run_paths import RunPaths
 from recon.basics.units import in_bytes
 from recon.data import TokenData
-from recon.distributed.parameters import frozen_copies, gather, round_working_copies
+from recon.distributed.parameters import FROZEN, frozen_copies, gather, round_working_copies
 from recon.distributed.ranks import rank
 from recon.distributed.strategies import FullyShardedStrategy, ZeroStrategy
 from recon.evaluation.perplexity import evaluate
@@ -28,7 +28,7 @@ from recon.models.offload.opening import onloaded
 from recon.pruning.interleaved import Interleaved
 from recon.pruning.masks import Masks
 from recon.scopes.base import Scope
-from recon.scopes.best import VALIDATES_NEXT, BestWeights, validate_now, validates_next
+from recon.scopes.best import VALIDATES_NEXT, BestWeights, ends_unmeasured, validate_now, validates_next
 from recon.scopes.enforcement import require_zero_keeping
 from recon.scopes.full_rate import rate_for
 from recon.scopes.full_requirements import require_clipping_by_norm, require_one_model, require_together
@@ -44,16 +44,11 @@ from recon.scopes.optimization import (
     require_rates,
     warmup_and_linear_decay,
 )
+from recon.scopes.tally import TALLY
 from recon.scopes.trainable import Parameters, chosen
 from recon.scopes.trainer_options import EVERYWHERE, TrainerOption
 
 log = logging.getLogger("recon")
-
-FROZEN = "frozen"
-"""Key in a checkpoint: the weights that were not trained, if the strategy holds them rounded."""
-
-TALLY = "tally"
-"""Key in a checkpoint: the cost so far, as `recon.scopes.tally.Tally` has it."""
 
 
 class FullRetraining(Scope):
@@ -80,7 +75,7 @@ class FullRetraining(Scope):
             tokens whose logits take as much, if the model's logits are the output of a linear head as it is. A chunk
             of cross-entropy needs twice this memory, one of distillation up to four times.
         keep_best: Return the weights of the lowest held-out loss, which is measured after each epoch or each
-            `trainer.val_check_interval`, not those of the last step. A run directory then holds them in a file.
+            `trainer.val_check_interval`, and in the end. A run directory then holds them in a file.
         partitioned: For models larger than a process's memory: load them partitioned, by ZeRO-3. Needs `offload: disk`,
             or `--masks`, `--baselines false` and a start other than `exact`, for pruning them takes whole models.
         **options: Which model: see `Scope`.
@@ -116,10 +111,9 @@ class FullRetraining(Scope):
         self.which_parameters: Parameters = parameters
         self.lr: LearningRate = lr
         self.weight_decay, self.betas, self.warmup = weight_decay, betas, warmup
-        self.gradient_checkpointing, self.partitioned = gradient_checkpointing, partitioned
+        self.gradient_checkpointing, self.partitioned, self.keep_best = gradient_checkpointing, partitioned, keep_best
         self.logits_memory = in_bytes(logits_memory)
         self._chunk_rows: int | None = None  # predictions whose logits exist at a time; all if None
-        self.keep_best = keep_best
         self._best: BestWeights | None = None
         self._resumed = self._validates_next = False  # a checkpoint was loaded; a validation was due when it was saved
         self._optimizer, self._lr_scheduler = None, None  # those that were chosen in place of AdamW and its schedule
@@ -282,8 +276,7 @@ class FullRetraining(Scope):
     def on_train_start(self) -> None:
         """Find the best weights of earlier starts, and measure the held-out loss that the last one was about to."""
         if self.keep_best:
-            directory = Path(tempfile.mkdtemp(prefix="recon-")) if self.directory is None else self.directory
-            self._best = BestWeights(RunPaths(directory).best)
+            self._best = BestWeights(RunPaths(self.directory or Path(tempfile.mkdtemp(prefix="recon-"))).best)
             self._best.begin(self.trainer, self._resumed)
             if self._validates_next:
                 validate_now(self.trainer)
@@ -293,6 +286,11 @@ class FullRetraining(Scope):
         if self._best is not None and not self.trainer.sanity_checking:
             loss = self.trainer.callback_metrics["held_out_loss"].item()
             self._best.offer(loss, self.trainer.global_step, self.model)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Measure the held-out loss after the last step, too, where `trainer.max_steps` ends an epoch early."""
+        if self._best is not None and ends_unmeasured(self.trainer):
+            validate_now(self.trainer)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Note that the batches so far make a step."""

@@ -5,6 +5,9 @@ from typing import Any
 
 from recon.distributed import ranks
 
+TALLY = "tally"
+"""Key in a checkpoint: the cost so far."""
+
 
 class Tally:
     """Tokens and seconds that went into a recovery, those of earlier starts included.

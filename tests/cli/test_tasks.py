@@ -11,7 +11,8 @@ from recon.cli import main
 from recon.cli.resolver import CommandResolver
 from recon.evaluation.tasks.options import TaskOptions
 from recon.evaluation.tasks.suite import Suite
-from recon.experiment.comparison.spec import Comparison, Entry, plan
+from recon.experiment.comparison.entry import Entry
+from recon.experiment.comparison.spec import Comparison, plan
 from tests.cli.test_cli import DATA, RANDOM
 
 pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: the extra `eval`")

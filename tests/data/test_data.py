@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DistributedSampler
 from transformers import PreTrainedTokenizerFast
 
+from recon.cli.arguments import DEFAULT_DATA, plain_data
 from recon.data import HubDataset, SavedDataset, StandardLibrary, TextFiles, TokenData, sources
 from recon.data.tokens import sequences
 
@@ -463,6 +464,24 @@ def test_only_calibration_depends_on_the_seed(make):
     assert a.fingerprint("train") == b.fingerprint("train") != other.fingerprint("train")
     for split in ("validation", "test"):
         assert a.fingerprint(split) == other.fingerprint(split)
+
+
+def test_another_sample_is_of_the_held_out_splits_alone(make):
+    usual, other = make(), make(sample_seed=3)
+    assert usual.fingerprint("train") == other.fingerprint("train")
+    for split in ("validation", "test"):
+        assert usual.fingerprint(split) != other.fingerprint(split)
+        assert (usual.carving(split), other.carving(split)) == ({}, {"sample": 3})
+    with pytest.raises(ValueError, match=r"data\.sample_seed must be from 0"):
+        make(sample_seed=-1)
+
+
+def test_a_run_with_the_usual_sample_is_that_of_earlier_versions():
+    given = {"num_sequences": 4, "max_tokens": None, "sample_seed": 0, "num_workers": 2, "cache": "x"}
+    spec = {"class_path": DEFAULT_DATA["class_path"], "init_args": given}
+    assert plain_data(spec) == {"num_sequences": 4}
+    assert plain_data({**spec, "init_args": {**given, "sample_seed": 3}}) == {"num_sequences": 4, "sample_seed": 3}
+    assert plain_data({**spec, "class_path": "mine.Data"}) == {**spec, "class_path": "mine.Data"}
 
 
 def test_calibration_sees_no_held_out_document(make):

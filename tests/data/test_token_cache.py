@@ -26,6 +26,7 @@ from recon.data.loader import ResumableLoader, SeededOrder
 from recon.data.shards import MappedSequences, write_shard
 from recon.data.texts import Texts
 from recon.data.token_cache import TokenCache
+from recon.scopes.full import FullRetraining
 from tests.support.families import VOCABULARY, tiny
 
 SEQ_LEN, END = 8, 2
@@ -354,15 +355,19 @@ def test_full_retraining_on_a_stream_goes_on_with_the_same_bits(command, tmp_pat
 
 
 @pytest.mark.slow
-def test_steps_are_as_many_as_asked_and_validation_comes_every_few(command, tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize(("keep_best", "expected"), [("false", [3, 6]), ("true", [3, 6, 7])])
+def test_validation_comes_every_few_steps_and_for_the_best_weights_after_the_last(
+    keep_best: str, expected: list[int], command, tmp_path: Path, monkeypatch
+) -> None:
     held_out: list[int] = []
+    offered = FullRetraining.on_validation_end
     monkeypatch.setattr(
-        "recon.scopes.full.FullRetraining.on_validation_end", lambda self: held_out.append(self.global_step)
+        FullRetraining, "on_validation_end", lambda self: held_out.append(self.global_step) or offered(self)
     )
     stop = ["--trainer.max_steps", "7", "--trainer.val_check_interval", "3", "--trainer.num_sanity_val_steps", "0"]
-    assert main([*command, *stop, "--model.keep_best", "false", "--run_dir", str(tmp_path)]) == 0
+    assert main([*command, *stop, "--model.keep_best", keep_best, "--run_dir", str(tmp_path)]) == 0
     assert report_of(tmp_path)["train_tokens"] == 7 * 2 * SEQ_LEN
-    assert held_out == [3, 6]
+    assert held_out == expected
 
 
 @pytest.mark.slow

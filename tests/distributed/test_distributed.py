@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM
 
 from recon.basics.manifest import Manifest
 from recon.cli import main
+from recon.distributed.parameters import FROZEN
 from recon.distributed.unpickling import unpickling_weights_only
 from recon.models.loading import ModelSource
 from recon.pruning.masks import Masks
-from recon.scopes.full import FROZEN
 from tests.support import distributed_runs as runs
 from tests.support.processes import Failed, in_processes
 from tests.support.slow import quick, slow

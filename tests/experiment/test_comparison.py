@@ -11,7 +11,8 @@ import pytest
 
 from recon.cli.compare import parsed
 from recon.cli.resolver import CommandResolver
-from recon.experiment.comparison.spec import Comparison, Entry, Text, plan
+from recon.experiment.comparison.entry import Entry
+from recon.experiment.comparison.spec import Comparison, Text, plan
 from recon.pruning.masks import Masks
 
 TASKS = ["--tasks=identifiers", "--limit=8"] if find_spec("lm_eval") else []

@@ -18,7 +18,8 @@ from recon.cli.resolver import CommandResolver
 from recon.data import TokenData
 from recon.evaluation.perplexity import evaluate
 from recon.experiment.comparison.compare import compare
-from recon.experiment.comparison.spec import Comparison, Entry, plan
+from recon.experiment.comparison.entry import Entry
+from recon.experiment.comparison.spec import Comparison, plan
 from recon.experiment.comparison.tuning import choose, grid
 from recon.models.loading import ModelSource
 from recon.report import Report, Results, markdown_table, print_table

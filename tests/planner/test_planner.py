@@ -299,8 +299,8 @@ def test_the_peak_of_a_real_fit(kind: str, sizes: dict[str, Any], precision: Any
     found = predict(Shape(scope.source), PlanOptions.of(scope, data, trainer_options(trainer)))
     predicted = found.peak.total + found.host["masks"] + found.host["weights"]
     assert predicted == pytest.approx(tracker.peak.total(), rel=0.05)
-    if kind.startswith(("full", "distilled", "chunked")):
-        assert found.flops == pytest.approx(tracker.flops, rel=0.01)
+    if kind != "matrix":  # its work is that of the solver, whose iterations depend on the numbers, as those of starts
+        assert found.flops == pytest.approx(tracker.flops, rel=0.15 if scope.by_window else 0.01)
 
 
 def test_the_tracker_counts_storages_once_and_until_they_are_freed() -> None:
@@ -394,7 +394,7 @@ def test_training_ends_with_the_last_token_or_step(llama: Shape) -> None:
     assert streamed == {**of_epochs, "training": 3 * of_epochs["training"], "rest": 3 * of_epochs["rest"]}
     assert predict(llama, replace(options, max_steps=4)).flops_by_kind == of_epochs
     stopped = predict(llama, replace(options, max_steps=3)).flops_by_kind
-    assert stopped == {kind: flops * (2 if kind == "held out" else 3) // 4 for kind, flops in of_epochs.items()}
+    assert stopped == {kind: flops * (4 if kind == "held out" else 3) // 4 for kind, flops in of_epochs.items()}
     assert predict(llama, replace(options, max_steps=3, world_size=2)).flops_by_kind == of_epochs
 
 

@@ -5,8 +5,9 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from recon.basics.children import Children
 from recon.basics.locks import locked
@@ -24,11 +25,13 @@ class Cell:
         title: What progress lines call it.
         command: Arguments of `recon`.
         directory: Its run directory.
+        budget: See `Report.budget`.
     """
 
     title: str
     command: list[str]
     directory: Path
+    budget: dict[str, Any] = field(default_factory=dict)
 
 
 def found(cell: Cell) -> Report | None:

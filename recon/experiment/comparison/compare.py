@@ -12,15 +12,19 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from recon.basics.manifest import Manifest
 from recon.basics.run_paths import RunPaths
 from recon.experiment.comparison.cell import Cell
 from recon.experiment.comparison.cells import Cells
-from recon.experiment.comparison.spec import Comparison, Entry, Group, Resolver, plan
+from recon.experiment.comparison.entry import Entry
+from recon.experiment.comparison.resolver import Resolver
+from recon.experiment.comparison.spec import Comparison, Group, plan
 from recon.experiment.comparison.tuning import Choice, choose
 from recon.report import Report, Results
+from recon.report.paired import differences
 from recon.report.tuning import brief
 
 log = logging.getLogger("recon")
@@ -103,15 +107,17 @@ def compare(comparison: Comparison, resolver: Resolver, workers: Sequence[Mappin
     planned = [list(plan(comparison, model, resolver)) for model in comparison.models]
     _require_readable(comparison.recoveries, planned)
     models = [ModelCells(comparison.recoveries, groups) for groups in planned]
-    results = Results([], name=comparison.name)
+    results, file = Results([], name=comparison.name), comparison.path / "results.json"
     with Cells(comparison.num_cells, workers) as cells:
         while True:
             cells.begin_pass()
-            rows = [row for model in models for row in model.rows(cells)]
-            if len(rows) > len(results.cells):
-                results.cells[:] = rows
-                results.save(comparison.path / "results.json", Manifest(comparison.path).writing)
+            rows = [list(model.rows(cells)) for model in models]
+            if sum(map(len, rows)) > len(results.cells):
+                results.cells[:] = chain.from_iterable(rows)
+                results.save(file, Manifest(comparison.path).writing)
             if cells.are_known:
+                results.differences[:] = chain.from_iterable(differences(Results(one)) for one in rows)
+                results.save(file, Manifest(comparison.path).writing)
                 return results
             cells.wait()
 
@@ -121,8 +127,8 @@ def _require_readable(recoveries: Sequence[Entry], planned: Sequence[Sequence[Gr
     for group in (group for groups in planned for group in groups):
         for entry in recoveries:
             try:
-                group.recovery(entry, {})
-                group.trials(entry)
+                if not group.trials(entry):
+                    group.recovery(entry, {})
             except ValueError as error:
                 raise ValueError(f"recoveries: {entry.title!r} cannot run: {error}") from error
 
@@ -154,6 +160,7 @@ def _row(
         "pattern": group.pattern,
         "seed": group.seed,
         "tuning": tried or [],
+        "budget": cell.budget,
     }
     if isinstance(measured, str):
         return Report(

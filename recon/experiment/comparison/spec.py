@@ -7,10 +7,9 @@ for it. Cells whose options are tuned are made when the options have been chosen
 
 import json
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from functools import partial
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,10 @@ from typing import Any
 import torch
 
 from recon.evaluation.tasks.options import TaskOptions
+from recon.experiment.comparison.budgets import Budgets
 from recon.experiment.comparison.cell import Cell
+from recon.experiment.comparison.entry import Entry
+from recon.experiment.comparison.resolver import Quantity, Resolver
 from recon.experiment.comparison.tuning import grid
 from recon.experiment.directory import digest
 from recon.experiment.environment import versions
@@ -27,57 +29,16 @@ from recon.pruning.allocation import Allocation
 from recon.pruning.criteria import Criterion
 from recon.pruning.patterns import Pattern
 from recon.pruning.refinement import Refinement
-from recon.report import SCOPES
 from recon.report.tuning import brief
-
-RECOVERIES = SCOPES[3:]
-"""The scopes of recovery."""
 
 OF_CALIBRATION = ("data.source", "data.num_sequences")
 """Options of the data that do not decide the test text where `data.held_out` does."""
 
+OF_LENGTH = ("model.epochs", "trainer.max_steps")
+"""Options that `match` decides."""
+
 ClassSpec = dict[str, Any]
 """A class by `class_path` and `init_args`, as in every configuration file."""
-
-
-@dataclass
-class Entry:
-    """One recovery to compare.
-
-    Args:
-        scope: What reports call it: matrix, submodule, block or full.
-        config: Configurations merged in order, such as `[scopes/full, strategies/zero2]`.
-        options: Dotted options of `recon fit`, such as `model.lr: 5.0e-4`.
-        label: How tables call it; the scope decides if not given.
-        tune: Values to try for dotted options of `recon fit`, such as `model.lr: [1.0e-3, 2.0e-3]`; the grid is
-            their product. The point with the lowest perplexity on the validation split is used, the first of several.
-
-    Raises:
-        ValueError: If the scope is unknown, or an option to tune has no values, or has one in `options` as well.
-    """
-
-    scope: str
-    config: list[str] = field(default_factory=list)
-    options: dict[str, Any] = field(default_factory=dict)
-    label: str | None = None
-    tune: dict[str, list[Any]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.scope not in RECOVERIES:
-            raise ValueError(
-                f"recoveries: scope needs one of {', '.join(RECOVERIES)}, got {self.scope!r}; name it by its label"
-            )
-        self.config = self.config or [f"scopes/{self.scope}"]
-        for name, values in self.tune.items():
-            if not values:
-                raise ValueError(f"tune needs at least one value of {name} to try, got none for {self.title!r}")
-            if name in self.options:
-                raise ValueError(f"an option is either given or tuned, got both for {name} of {self.title!r}; drop one")
-
-    @property
-    def title(self) -> str:
-        """What progress lines call it."""
-        return self.label or self.scope
 
 
 @dataclass
@@ -119,6 +80,11 @@ class Comparison:
         options: Options of every `recon fit`.
         directory: Where to write instead.
         tasks: The tasks that every row is scored on.
+        match: Hold the planned tokens, FLOPs or seconds of all recoveries equal. Their epochs, or steps of full
+            retraining, are the most within the budget of `match_to`.
+        match_to: Title of the recovery whose cost, with its own epochs, is the budget; the one that costs most if null.
+        resample: Whether a seed also chooses the validation and the test sequences, as `data.sample_seed`, so that
+            deviations over seeds have the choice of these in them. The dense model is then measured with each seed.
     """
 
     name: str
@@ -134,18 +100,45 @@ class Comparison:
     options: dict[str, Any] = field(default_factory=dict)
     directory: str | None = None
     tasks: TaskOptions = field(default_factory=TaskOptions)
+    match: Quantity | None = None
+    match_to: str | None = None
+    resample: bool = False
 
     def __post_init__(self) -> None:
         self.texts = self.texts or [Text()]
         for name in ("recoveries", "criteria", "refinements", "patterns", "allocations", "models", "seeds"):
             if not getattr(self, name):
                 raise ValueError(f"a comparison needs at least one of its {name}, got none; name one, or leave it out")
+        self._require_budget([entry.title for entry in self.recoveries])
+        if self.resample and not isinstance(self.data.get("num_test"), int):
+            raise ValueError(
+                f"resample needs data.num_test, a number of test sequences to choose, got "
+                f"{self.data.get('num_test')!r}; give one below that of the split"
+            )
         known = [field.name for field in fields(ModelSource)]
         for model in self.models:
             if unknown := [name for name in model if name not in known]:
                 raise ValueError(f"models: a model has {', '.join(known)}, got {unknown[0]}; correct it")
             if not isinstance(model.get("name", ""), str):
                 raise ValueError(f"models: name needs a text, got {model['name']!r}; correct it")
+
+    def _require_budget(self, titles: Sequence[str]) -> None:
+        """Refuse a budget that is nobody's, or lengths that are both matched and tuned."""
+        if self.match is not None and (twice := [title for title in titles if titles.count(title) > 1]):
+            raise ValueError(f"match needs labels of recoveries that differ, got {twice[0]!r} twice; change one")
+        if self.match_to is not None and (self.match is None or self.match_to not in titles):
+            raise ValueError(
+                f"match_to needs `match` and the title of a recovery, {', '.join(titles)}, got {self.match_to!r} with "
+                f"match {self.match}; correct it, or leave it out"
+            )
+        if self.match is not None and not any(entry.matched for entry in self.recoveries):
+            raise ValueError("match needs a recovery with `matched: true`, got none; leave out `matched` of one")
+        for entry in self.recoveries if self.match is not None else ():
+            if entry.matched and (tuned := [name for name in OF_LENGTH if name in entry.tune]):
+                raise ValueError(
+                    f"match decides how long {entry.title!r} trains, got {tuned[0]} to tune; tune something else, or "
+                    f"give it `matched: false`"
+                )
 
     @property
     def path(self) -> Path:
@@ -157,7 +150,9 @@ class Comparison:
         """Child processes in all: per model dense ones and those of the grids, per group pruning and recoveries."""
         num_masks = len(self.criteria) * len(self.refinements) * len(self.patterns) * len(self.allocations)
         num_groups = num_masks * len(self.seeds) * len(self.texts)
-        num_dense = len({json.dumps(self.tested(text)) for text in self.texts})
+        num_dense = len({json.dumps(self.tested(text)) for text in self.texts}) * (
+            len(self.seeds) if self.resample else 1
+        )
         num_points = sum(len(grid(entry.tune)) for entry in self.recoveries)
         return len(self.models) * (num_dense + num_points + num_groups * (1 + len(self.recoveries)))
 
@@ -202,22 +197,6 @@ class Group:
         ]
 
 
-class Resolver(ABC):
-    """Knows recon's command line, which a comparison writes without knowing how it is read."""
-
-    @abstractmethod
-    def describe(self, kind: type, spec: ClassSpec) -> str:
-        """The name of a criterion, refinement, pattern or allocation that a class specification makes."""
-
-    @abstractmethod
-    def resolved(self, command: list[str]) -> Any:
-        """All options of a command, with what its configurations say, and the identity of its data, as JSON.
-
-        Raises:
-            ValueError: If the command cannot be understood.
-        """
-
-
 TRIAL = {"evaluate_on": "validation", "drift": False}
 """Options of a cell of a grid: what it measures, and that it measures nothing else."""
 
@@ -237,22 +216,15 @@ def plan(comparison: Comparison, model: dict[str, Any], resolver: Resolver) -> I
     of_tasks = _of_tasks(comparison.tasks)
     of_model = as_arguments({"dtype": "float32"} | model if torch.cuda.is_available() else model, "model")
 
-    def cell(title: str, command: list[str], tasks: list[str] = of_tasks) -> Cell:
+    def cell(title: str, command: list[str], scored: bool = True, budget: dict[str, Any] | None = None) -> Cell:
+        tasks = of_tasks if scored else []
         slug = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
         # Of tasks, what decides their scores: a cell goes on with smaller batches after memory ran out.
         key = digest([command, resolver.resolved([*command, *tasks]), identity])[:8]
         # A title is only what people read: the cell is found again under another one.
         found = sorted(comparison.path.glob(f"*-{key}"))
         directory = found[0] if found else comparison.path / f"{slug}-{key}"
-        return Cell(title, [*command, *tasks, "--run_dir", str(directory)], directory)
-
-    def fit(common: list[str], masks: list[str], title: str, entry: Entry, chosen: dict[str, Any]) -> Cell:
-        configs = [arg for name in ["cell", *entry.config] for arg in ("-c", name)]
-        options = comparison.options | entry.options | chosen
-        if options.get("pruning.inputs") == "recovered":  # chooses its own along with recovery
-            masks = []
-        command = ["fit", *configs, *common, *masks, "--baselines", "false", *as_arguments(options)]
-        return cell(title, command, [] if TRIAL.items() <= chosen.items() else of_tasks)
+        return Cell(title, [*command, *tasks, "--run_dir", str(directory)], directory, budget or {})
 
     named = [option for option in of_model if not option.startswith("--model.name=")]
     for calibration, criterion, refinement, pattern, allocation, seed in product(
@@ -263,7 +235,8 @@ def plan(comparison: Comparison, model: dict[str, Any], resolver: Resolver) -> I
         comparison.allocations,
         comparison.seeds,
     ):
-        tested = as_arguments(comparison.tested(calibration))
+        sample = ["--data.sample_seed", str(seed)] if comparison.resample else []
+        tested = [*as_arguments(comparison.tested(calibration)), *sample]
         dense = cell("dense", ["test", model.get("name", "bundled"), *named, *text, *tested, *silent])
         chosen = [f"--criterion={json.dumps(criterion)}", f"--pattern={json.dumps(pattern)}"]
         of_criterion, of_pattern = resolver.describe(Criterion, criterion), resolver.describe(Pattern, pattern)
@@ -273,11 +246,53 @@ def plan(comparison: Comparison, model: dict[str, Any], resolver: Resolver) -> I
         if allocation is not None:
             chosen.append(f"--pruning.allocation={json.dumps(allocation)}")
             of_pattern += f", {resolver.describe(Allocation, allocation)}"
-        common = [*of_model, *text, *as_arguments(calibration.options), *chosen, "--seed_everything", str(seed)]
+        seeded = ["--seed_everything", str(seed), *sample]
+        common = [*of_model, *text, *as_arguments(calibration.options), *chosen, *seeded]
         pruned = cell("pruned", ["prune", *common, "--baselines", "false", *silent])
         masks = ["--masks", str(pruned.directory / "masks.safetensors")]
-        fitted = partial(fit, common, masks)
+        fitted = Fits(comparison, resolver, common, masks, cell)
         yield Group(model, calibration.label, of_criterion, of_pattern, seed, dense, pruned, fitted)
+
+
+@dataclass(frozen=True)
+class Fits:
+    """Makes the cells of the recoveries of one group.
+
+    Args:
+        comparison: What to compare.
+        resolver: See there.
+        common: Arguments of all commands of the group.
+        masks: Arguments that name the group's masks.
+        cell: Makes a cell from a title, a command, whether it is scored on tasks, and a budget.
+    """
+
+    comparison: Comparison
+    resolver: Resolver
+    common: list[str]
+    masks: list[str]
+    cell: Callable[..., Cell]
+
+    def __call__(self, title: str, entry: Entry, chosen: dict[str, Any]) -> Cell:
+        """The cell of a recovery with the options of a point of its grid, and with those that its budget gives."""
+        budget = {} if self.budgets is None else self.budgets.of(entry, chosen)
+        command = self.command(entry, chosen | budget.get("options", {}))
+        return self.cell(title, command, scored=not TRIAL.items() <= chosen.items(), budget=budget)
+
+    @cached_property
+    def budgets(self) -> Budgets | None:
+        """What is held equal; None without `match`."""
+        asked = self.comparison
+        if asked.match is None:
+            return None
+        return Budgets(asked.match, asked.match_to, asked.recoveries, self.command, self.resolver)
+
+    def command(self, entry: Entry, chosen: dict[str, Any]) -> list[str]:
+        """The command of a recovery, before it has a directory."""
+        configs = [arg for name in ["cell", *entry.config] for arg in ("-c", name)]
+        options = self.comparison.options | entry.options | chosen
+        # Where recovery chooses its masks on the way, it has none to begin with.
+        masks = [] if options.get("pruning.inputs") == "recovered" else self.masks
+        return ["fit", *configs, *self.common, *masks, "--baselines", "false", *as_arguments(options)]
 
 
 def _of_tasks(tasks: TaskOptions) -> list[str]:

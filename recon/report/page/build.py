@@ -25,6 +25,7 @@ from recon.report.page.run_charts import (
     window_charts,
 )
 from recon.report.page.sources import Source
+from recon.report.paired import ranking_note
 from recon.report.schema import Report, Results
 from recon.report.sections import Section
 from recon.report.table import further_sections, title_of
@@ -122,8 +123,8 @@ def _part(group: Group, sources: dict[int, Source], tuned: set[str]) -> Part:
         charts=charts,
         phases={label: found for label, source in firsts if (found := _phases(source))},
         sections=further_sections(group, True, tuned),
-        failures=[cell for cell in group.cells if cell.status == "failed"],
-        remarks=group.remarks,
+        failures=group.failed,
+        remarks=group.remarks + ranking_note(group),
     )
 
 

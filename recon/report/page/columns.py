@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from recon.report.estimates import estimate
 from recon.report.groups import Group, Row
 from recon.report.page.sources import Source
 from recon.report.sampling import perplexity_error
 from recon.report.schema import Report
-from recon.report.sections import format_number, show
+from recon.report.sections import flop_unit, format_number, show
 from recon.report.tasks import task_column
 
 
@@ -44,7 +45,10 @@ COLUMNS = (
     Column("peak allocated (MiB)", "peak_device_bytes", 2**-20),
     Column("peak host (MiB)", "peak_host_bytes", 2**-20, decimals=0),
     Column("seconds", "seconds", is_cost=True),
+    Column("device seconds", "device_seconds", is_cost=True),
+    Column("FLOP", "flops", decimals=2, is_cost=True),
     Column("training tokens", "train_tokens", decimals=0, is_cost=True),
+    Column("budget (%)", "budget_share", 100.0),
 )
 
 
@@ -81,8 +85,14 @@ class Line:
 def columns_of(group: Group) -> list[Column]:
     """The columns that a cell of the group has a number for."""
     found = [one for one in COLUMNS if any(_number(cell, one.quantity) is not None for cell in group.cells)]
+    if all(cell.device_seconds == cell.seconds for cell in group.cells):
+        found = [one for one in found if one.quantity != "device_seconds"]
     named = task_column(group.cells)
-    return [replace(one, title=named[0]) if named and one.quantity == "task_mean" else one for one in found]
+    unit, size = flop_unit(max((cell.flops or 0 for cell in group.cells), default=0))
+    changes: dict[str, dict[str, Any]] = {"flops": {"title": unit, "scale": 1 / size}}
+    if named:
+        changes["task_mean"] = {"title": named[0]}
+    return [replace(one, **changes.get(one.quantity, {})) for one in found]
 
 
 def lines_of(group: Group, sources: dict[int, Source]) -> list[Line]:
@@ -97,8 +107,8 @@ def lines_of(group: Group, sources: dict[int, Source]) -> list[Line]:
 
 
 def _line(row: Row, columns: Sequence[Column], sources: Sequence[Source]) -> Line:
-    num = len(row.measured)
-    status = f"{num} of {len(row.cells)}" if num < len(row.cells) else str(num)
+    num = len(row.of_seeds)
+    status = f"{num} of {len(row.cells)}" if num < len(row.cells) else str(len(row.measured))
     return Line(row.label, row.scope, sources, [_cell(row, column, sources) for column in columns], status)
 
 

@@ -1,9 +1,8 @@
 """What the numbers of a group say, in sentences that are computed from them."""
 
-from dataclasses import replace
-
 from recon.report.front import memory_axis
 from recon.report.groups import Group, Row
+from recon.report.paired import paired
 from recon.report.sampling import Sampled, best_recovery, difference, perplexity_error
 from recon.report.sections import format_number, show
 
@@ -20,12 +19,12 @@ def headline(group: Group) -> list[str]:
     small = _smallest(group)
     if small is not None and small is not best:
         sentences.append(_against(group, small, best))
-    elif (rival := _second(group, best)) is not None:
+    elif (rival := best_recovery(group, best)) is not None:
         sentences.append(_against(group, rival, best))
     dense = next((row for row in group.rows if row.scope == "dense"), None)
     if dense is not None and (distance := difference(best, dense)) is not None:
         sentences.append(
-            f"{_named(best)} is {_size(distance)} nats per token behind the dense model{_over_seeds(distance)}."
+            f"{_named(best)} is {_size(distance)} nats per token behind the dense model{_over_seeds(best, dense)}."
         )
     return sentences
 
@@ -54,25 +53,20 @@ def _smallest(group: Group) -> Row | None:
     return min(((mean, i, row) for mean, i, row in rows if row.scope == "submodule"), default=(0, 0, None))[2]
 
 
-def _second(group: Group, best: Row) -> Row | None:
-    others = [row for row in group.rows if row is not best]
-    return best_recovery(replace(group, rows=others))
-
-
 def _against(group: Group, row: Row, best: Row) -> str:
     """How far a row is behind the best, and what it needs of the best one's memory."""
     distance = difference(row, best)
     if distance is None:
         text = f"{_named(row)} reaches {show(row.estimate('perplexity'), decimals=2)}"
-    elif abs(distance.mean) < RESOLVED * distance.error:
+    elif abs(distance.mean) < RESOLVED * distance.error or _is_noise(row, best):
         text = (
             f"{_named(row)} is not told apart from it: {distance.text} nats per token on the same "
-            f"{distance.num_sequences} sequences{_over_seeds(distance)}"
+            f"{distance.num_sequences} sequences{_over_seeds(row, best)}"
         )
     else:
         text = (
             f"{_named(row)} is {_size(distance)} nats per token behind it on the same {distance.num_sequences} "
-            f"sequences{_over_seeds(distance)}"
+            f"sequences{_over_seeds(row, best)}"
         )
     quantity, name = memory_axis(group)
     needs, most = row.estimate(quantity), best.estimate(quantity)
@@ -93,5 +87,15 @@ def _size(distance: Sampled) -> str:
     return f"{distance.mean:.4f} ± {distance.error:.4f}"
 
 
-def _over_seeds(distance: Sampled) -> str:
-    return "" if distance.std is None else f" (seeds: ± {distance.std:.4f})"
+def _is_noise(row: Row, other: Row) -> bool:
+    """Whether the difference over seeds has an interval with 0 in it."""
+    found = paired(row, other)
+    return found is not None and found.interval is not None and not found.is_resolved
+
+
+def _over_seeds(row: Row, other: Row) -> str:
+    """The interval of a difference over seeds; nothing for one seed."""
+    found = paired(row, other)
+    if found is None or found.interval is None:
+        return ""
+    return f" (95 % over {len(found.seeds)} seeds: {found.shown})"
