@@ -23,7 +23,7 @@ from recon.experiment.options import RunOptions
 from recon.experiment.requirements import require_free
 from recon.experiment.sizes import source_size, sparsities, written_sizes
 from recon.experiment.tasks import require_scorable, score_tasks
-from recon.experiment.writing import save_model
+from recon.experiment.writing import save_model, with_survivors
 from recon.models.anatomy import Anatomy
 from recon.models.author import DenseAuthor
 from recon.models.loading import ModelSource
@@ -172,12 +172,14 @@ def measure_pruned(
     costs.stop()
     model.apply(masks, moved_with(run.masks, masks))
     if keep_model:
-        _write(model, source, data.tokenizer, run)
+        _write(model, source, data.tokenizer, run, masks)
         sizes = written_sizes(run.model)
         # Measured as written, and computed as the dense model is.
         model = opened(source.at(run.model))
+        written = masks.without_removed()
     else:
         sizes = {"model_sparsity": sparsities(model.parameters(), masks)["model_sparsity"]}
+        written = masks
     evaluation = model.evaluate(data)
     report = costs.report(
         source,
@@ -188,7 +190,7 @@ def measure_pruned(
         criterion=str(options.criterion),
         pattern=options.pruning.describe(options.pattern),
         sparsity=masks.sparsity,
-        mask_violations=model.violations(masks),
+        mask_violations=model.violations(written),
         seconds=seconds,
         densities=masks.densities,
         run_dir=str(run.path),
@@ -203,8 +205,10 @@ def measure_pruned(
     return report
 
 
-def _write(model: OpenModel, source: ModelSource, tokenizer: PreTrainedTokenizerBase, run: RunDirectory) -> None:
-    stored, state = model.state(source.stored_dtype(), run.path)
+def _write(
+    model: OpenModel, source: ModelSource, tokenizer: PreTrainedTokenizerBase, run: RunDirectory, masks: Masks
+) -> None:
+    stored, state = with_survivors(*model.state(source.stored_dtype(), run.path), masks)
     save_model(stored, tokenizer, run.model, state, run.manifest.placing)
 
 

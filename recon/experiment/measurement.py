@@ -111,7 +111,7 @@ def _measure_written(job: Job, masks: Masks) -> tuple[Evaluation, int, Scores]:
         return job.scope.evaluation, violations_of_model(masks, job.run.model), {}
     model = job.reopened(job.written)
     recovered = model.evaluate(job.data)
-    violations = model.violations(masks)
+    violations = model.violations(masks.without_removed())
     return recovered, violations, _scores(job, model, "recovered")
 
 

@@ -30,6 +30,7 @@ from recon.models.author import DenseAuthor
 from recon.profiling.phases import PhaseName, Phases
 from recon.report import Report
 from recon.scopes.base import Scope
+from recon.scopes.removal import require_recoverable
 
 log = logging.getLogger("recon")
 
@@ -129,6 +130,8 @@ def _load(job: Job) -> None:
 def _prepare(job: Job, selection: Selection) -> None:
     scope = job.scope
     scope.phases.enter(PhaseName.PREPARE)
+    if selection.masks.remove_slices:
+        require_recoverable(scope, job.trainer)
     if job.is_offloaded or (scope.start == "exact" and job.is_first):
         scope.to(job.device)
     scope.prepare(job.data, selection.masks, job.run.path, selection.start, selection.interleaved)

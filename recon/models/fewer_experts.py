@@ -1,8 +1,8 @@
 """A model with fewer experts: the same architecture, one number of its configuration smaller.
 
-Nothing is named. The number is the field of the configuration whose change makes all stacks shorter, and nothing else
-but what has an entry for each expert: the router's weight and bias, the biases of experts, corrections of scores. So two
-models without weights, one of each number of experts, show which tensors are to be cut and along which dimension.
+Nothing is named. The number is the field of the configuration whose change makes all stacks shorter, and else only what
+has an entry for each expert: the router's weight and bias, the biases of experts, corrections of scores. Two models
+without weights, one of each number of experts, show which tensors are to be cut and along which dimension.
 
 Recovery needs the dense and the smaller model in turn. `route_among` therefore lets a mixture compute with views of its
 survivors as long as the weights of removed experts are zero, by the smaller model's own code: the router cannot choose
@@ -65,7 +65,8 @@ class Smaller:
         smaller = empty(type(model), self.skeleton.config, model.dtype)
         smaller.generation_config = model.generation_config
         found = {
-            name: self.narrowed(name, one, owner[name], kept) if name in self.cut else one for name, one in state.items()
+            name: self.narrowed(name, one, owner[name], kept) if name in self.cut else one
+            for name, one in state.items()
         }
         return smaller, found
 
@@ -136,7 +137,7 @@ def _found(model: PreTrainedModel, num_experts: int) -> Smaller:
     for config in _configurations(model.config, num, num_experts):
         try:
             skeleton = empty(type(model), config, model.dtype)
-        except Exception:  # noqa: BLE001, S112 -- the number was that of something else
+        except Exception:  # of the model's own code: the field counts something else
             continue
         cut = _differing(model, skeleton, num, num_experts)
         if cut is not None and all(cut.get(name) == 0 for name in names):
@@ -205,7 +206,11 @@ def route_among(model: PreTrainedModel, kept: Kept) -> None:
     for index, survivors in kept.items():
         block = anatomy.blocks[index]
         found = smaller(model, len(survivors))
-        cut = {name.removeprefix(f"{block.name}."): at for name, at in found.cut.items() if name.startswith(f"{block.name}.")}
+        cut = {
+            name.removeprefix(f"{block.name}."): at
+            for name, at in found.cut.items()
+            if name.startswith(f"{block.name}.")
+        }
         inside = _common([name.rpartition(".")[0] for name in cut])
         mixture = block.module.get_submodule(inside)
         if isinstance(vars(mixture).get("forward"), _Routed):

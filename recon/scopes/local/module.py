@@ -83,6 +83,8 @@ class LocalScope(WindowedScope):
             ValueError: If the model cannot be run window by window, no window owns a masked weight, or
                 options do not go together.
         """
+        if self.start == "auto" and masks.remove_slices:
+            self.start = "pruned"  # the experts that are left have no zeros to make up for
         super().prepare(data, masks, directory, moved, interleaved)
         if self.offload == "disk" and directory is None:
             raise ValueError("model.offload: disk writes finished windows and reads them again, got no run directory")
