@@ -128,6 +128,11 @@ def experts_per_token(anatomy: Anatomy) -> int:
 def _found(model: PreTrainedModel, num_experts: int) -> Smaller:
     anatomy = Anatomy.of(model)
     num, of_token = num_experts_of(anatomy), experts_per_token(anatomy)
+    if of_token == num > num_experts:
+        raise ValueError(
+            f"removing experts needs mixtures that multiply with the chosen experts alone, got one that computes all "
+            f"{num} for every token, so that its choice cannot be seen; choose a pattern of weights, such as 2:4"
+        )
     if num_experts < of_token:
         raise ValueError(
             f"a mixture needs as many experts as a token is sent to, {of_token} of {num}, got {num_experts} that are "
