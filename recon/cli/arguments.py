@@ -57,6 +57,17 @@ def add_offload_argument(parser: ArgumentParser) -> None:
     )
 
 
+def add_device_argument(parser: ArgumentParser) -> None:
+    """Add `device`, for `choose_device`."""
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N.")
+
+
+def add_summary_arguments(parser: ArgumentParser) -> None:
+    """Add `summary` and `verbose`: the table of the report in the end."""
+    parser.add_argument("--summary", type=bool, default=True, help="Print the report as a table in the end.")
+    parser.add_argument("--verbose", type=bool, default=False, help="Add tables of memory, predictions and drift.")
+
+
 def default_data(parser: ArgumentParser) -> None:
     """Make `TokenData` the class of `data`, and find a user's own in the working directory."""
     parser.set_defaults({"data": DEFAULT_DATA})

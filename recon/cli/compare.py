@@ -13,7 +13,7 @@ from recon.cli.tasks import TASK_OPTIONS, add_task_arguments, tasks_of
 from recon.experiment.comparison.compare import compare
 from recon.experiment.comparison.spec import Comparison, Entry, Text
 from recon.experiment.comparison.workers import workers_of
-from recon.report import draw_drift, draw_page, draw_pareto, print_table, table_console
+from recon.report import draw_drift, draw_page, draw_pareto, log_pictures, print_table, table_console
 
 OWN = ("config", "workers", "threads", "verbose")
 """Options of the command that are none of the comparison's."""
@@ -68,6 +68,7 @@ def main(args: list[str]) -> int:
     results = compare(comparison, CommandResolver(), workers_of(config.workers, config.threads))
     print_table(results, table_console(), config.verbose)
     pictures = draw_pareto(results, comparison.path) + draw_drift(results, comparison.path)
+    log_pictures(pictures, comparison.path / "pictures")
     for file in [comparison.path / "results.json", *pictures, *draw_page(results, comparison.path)]:
         console.print(str(file))
     console.print(f"TensorBoard: tensorboard --logdir {comparison.path}")

@@ -14,7 +14,14 @@ from torch.optim import Optimizer
 
 from recon.basics.locks import owned
 from recon.basics.run_paths import RunPaths
-from recon.cli.arguments import add_pruning_arguments, default_data, keep_own_defaults, plain_data, require_seed
+from recon.cli.arguments import (
+    add_pruning_arguments,
+    add_summary_arguments,
+    default_data,
+    keep_own_defaults,
+    plain_data,
+    require_seed,
+)
 from recon.cli.arrange import arrange
 from recon.cli.building import packages, trainer_of
 from recon.cli.configs import config_directory
@@ -119,8 +126,7 @@ class FitCLI(LightningCLI):
             default=100,
             help="Optimizer steps between two checkpoints of full retraining.",
         )
-        parser.add_argument("--summary", type=bool, default=True, help="Print the report as a table in the end.")
-        parser.add_argument("--verbose", type=bool, default=False, help="Add tables of memory, predictions and drift.")
+        add_summary_arguments(parser)
         add_task_arguments(parser)
         add_pruning_arguments(parser)
         default_data(parser)

@@ -11,8 +11,10 @@ from rich.console import Console
 from recon.basics.locks import owned
 from recon.cli.arguments import (
     add_data_arguments,
+    add_device_argument,
     add_offload_argument,
     add_pruning_arguments,
+    add_summary_arguments,
     choose_device,
     parse,
     plain_data,
@@ -41,7 +43,7 @@ def build_parser() -> ArgumentParser:
         "--run_dir", type=str | None, default=None, help="Where to write; runs/prune-<fingerprint> if null."
     )
     parser.add_argument("--seed_everything", type=int, default=0, help="Chooses the calibration sequences.")
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N.")
+    add_device_argument(parser)
     parser.add_argument(
         "--save_model", type=bool, default=False, help="Write the pruned model too, in Hugging Face format."
     )
@@ -53,8 +55,7 @@ def build_parser() -> ArgumentParser:
         help="Measure on the validation split how far hidden states and predictions are from the dense model's.",
     )
     add_task_arguments(parser)
-    parser.add_argument("--summary", type=bool, default=True, help="Print the report as a table in the end.")
-    parser.add_argument("--verbose", type=bool, default=False, help="Add tables of memory, predictions and drift.")
+    add_summary_arguments(parser)
     parser.add_class_arguments(ModelSource, "model", instantiate=False)
     add_offload_argument(parser)
     add_data_arguments(parser)

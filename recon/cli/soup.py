@@ -7,7 +7,15 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 
 from recon.basics.locks import owned
-from recon.cli.arguments import add_data_arguments, add_offload_argument, choose_device, parse, plain_data
+from recon.cli.arguments import (
+    add_data_arguments,
+    add_device_argument,
+    add_offload_argument,
+    add_summary_arguments,
+    choose_device,
+    parse,
+    plain_data,
+)
 from recon.cli.arrange import arrange
 from recon.cli.errors import usage
 from recon.cli.quiet import quiet
@@ -38,7 +46,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--run_dir", type=str | None, default=None, help="Where to write; runs/soup-<fingerprint> if null."
     )
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N.")
+    add_device_argument(parser)
     parser.add_argument(
         "--evaluate_on",
         type=Literal["test", "validation"] | None,
@@ -46,8 +54,7 @@ def build_parser() -> ArgumentParser:
         help="The split that perplexity is measured on; that of the first run if null.",
     )
     add_offload_argument(parser)
-    parser.add_argument("--summary", type=bool, default=True, help="Print the report as a table in the end.")
-    parser.add_argument("--verbose", type=bool, default=False, help="Add tables of memory, predictions and drift.")
+    add_summary_arguments(parser)
     add_data_arguments(parser, skip={"seed"})
     return parser
 

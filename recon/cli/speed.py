@@ -14,7 +14,7 @@ from recon.basics.files import write_json
 from recon.basics.locks import owned
 from recon.basics.refusals import UsageError
 from recon.basics.run_paths import RunPaths
-from recon.cli.arguments import choose_device, require_seed
+from recon.cli.arguments import add_device_argument, choose_device, require_seed
 from recon.cli.arrange import arrange
 from recon.cli.errors import usage
 from recon.cli.quiet import quiet
@@ -40,7 +40,7 @@ def build_parser() -> ArgumentParser:
         default=None,
         help="Precision of weights and inputs; that of the saved model if null.",
     )
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N.")
+    add_device_argument(parser)
     parser.add_argument("--min_seconds", type=float, default=0.5, help="Least time spent on each product.")
     parser.add_argument("--seed_everything", type=int, default=0, help="Decides the inputs.")
     parser.add_argument("--json", type=bool, default=False, help="Print the content of speed.json instead of tables.")

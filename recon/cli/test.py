@@ -16,6 +16,7 @@ from recon.basics.run_paths import RunPaths
 from recon.cli.arguments import (
     DEFAULT_DATA,
     add_data_arguments,
+    add_device_argument,
     add_offload_argument,
     choose_device,
     parse,
@@ -144,7 +145,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("path", type=str, help="A run directory, a model directory, a hub name, or `bundled`.")
     parser.add_argument("--run_dir", type=str | None, default=None, help="Where to write report.json; nowhere if null.")
     parser.add_argument("--seed_everything", type=int, default=0, help="Reported; test sequences do not depend on it.")
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N.")
+    add_device_argument(parser)
     parser.add_argument("--masks", type=str | None, default=None, help="Masks to apply first.")
     parser.add_argument(
         "--baselines", type=bool, default=False, help="Measure the dense model of a run too, and the distance to it."

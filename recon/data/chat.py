@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from recon.data.checks import require_tokenizer
 from recon.data.packing import packed
-from recon.data.reading import Documents
+from recon.data.reading import Documents, require_column
 from recon.data.sources import HubDataset, TextSource
 from recon.data.text_files import TextFiles
 from recon.data.token_source import Draw, Split
@@ -90,11 +90,7 @@ class Chat(TextSource):
             ValueError: If there is no such column.
         """
         rows, column = self._rows.rows(split), self.column
-        names = rows.column_names or list(next(iter(rows), {}))
-        if column not in names:
-            raise ValueError(
-                f"data.source.column needs a column of {self}, got {column!r}; its columns are {', '.join(names)}"
-            )
+        require_column(rows, column, str(self))
         return rows.select_columns(column).map(lambda row: {"text": json.dumps(row[column])}, remove_columns=column)
 
     def lack(self, tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -43,13 +43,22 @@ def text_of(rows: Documents, column: str, source: str) -> Documents:
     Raises:
         ValueError: If there is no such column, or it holds no text.
     """
-    names = rows.column_names or list(next(iter(rows), {}))
-    if column not in names:
-        raise ValueError(
-            f"data.source.column needs a column of {source}, got {column!r}; its columns are {', '.join(names)}"
-        )
+    require_column(rows, column, source)
     kind = getattr(rows.features[column], "dtype", "no text") if rows.features else "string"
     if kind not in ("string", "large_string", "null"):
         raise ValueError(f"data.source.column needs a column of text, {column!r} of {source} holds {kind}")
     rows = rows.select_columns(column)
     return rows if column == "text" else rows.rename_column(column, "text")
+
+
+def require_column(rows: Documents, column: str, source: str) -> None:
+    """Refuse the name of a column that is not there.
+
+    Raises:
+        ValueError: With the columns that are.
+    """
+    names = rows.column_names or list(next(iter(rows), {}))
+    if column not in names:
+        raise ValueError(
+            f"data.source.column needs a column of {source}, got {column!r}; its columns are {', '.join(names)}"
+        )

@@ -144,8 +144,7 @@ def measure_pruned(
         offload: Place of the models; with `host` and `disk` all is done block by block.
 
     Returns:
-        The report; its seconds and peaks are those of pruning, or, if an earlier start has pruned, of reading the
-        masks, and its environment says `resumed`.
+        The report; its seconds and peaks are of pruning, or of reading masks if its environment says `resumed`.
 
     Raises:
         ValueError: If there is no criterion, clearly no room on the disk, or no way to score the tasks.

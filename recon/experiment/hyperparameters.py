@@ -4,13 +4,14 @@ import inspect
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from recon.basics.units import UNITS
 from recon.report import Report
 from recon.report.task_scores import main_of
 from recon.scopes import FullRetraining, Scope
 from recon.scopes.distillation import Distillation
+from recon.scopes.local.module import LocalScope
 
 
 def log_hyperparameters(trainer: L.Trainer, scope: Scope, report: Report) -> None:
@@ -27,6 +28,8 @@ def log_hyperparameters(trainer: L.Trainer, scope: Scope, report: Report) -> Non
         return
     for logger in trainer.loggers:
         _log(logger, _hyperparameters(scope, report), _metrics(report), trainer.global_step)
+        if isinstance(logger, TensorBoardLogger):
+            _log_by_tokens(logger, scope, report)
         logger.save()
         logger.finalize("success")  # again: the fit has closed what these lines opened
 
@@ -37,6 +40,18 @@ def _log(logger: Logger, hyperparameters: dict[str, Any], metrics: dict[str, flo
     else:
         logger.log_hyperparams(hyperparameters)
         logger.log_metrics(metrics, step)
+
+
+def _log_by_tokens(logger: TensorBoardLogger, scope: Scope, report: Report) -> None:
+    """Log each window's held-out error, and the perplexity, against the tokens seen, an axis that all scopes share."""
+    if isinstance(scope, LocalScope):
+        for window, found in scope.results.items():
+            logger.log_metrics({f"by_tokens/held_out_error/{window}": found["before"]}, 0)
+            logger.log_metrics({f"by_tokens/held_out_error/{window}": found["after"]}, found["tokens"])
+    if report.pruned_perplexity is not None:
+        logger.log_metrics({"by_tokens/perplexity": report.pruned_perplexity}, 0)
+    if report.perplexity is not None:
+        logger.log_metrics({"by_tokens/perplexity": report.perplexity}, report.train_tokens)
 
 
 def _hyperparameters(scope: Scope, report: Report) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The speed of a run's model: products with one matrix of each shape, dense and in the storages for zeros."""
 
 import logging
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -18,8 +19,9 @@ from recon.models.anatomy import Anatomy
 from recon.models.loading import ModelSource
 from recon.models.stored import dtype_of
 from recon.models.weight_files import directory_digest, weight_places
+from recon.pruning.bits import count_bits, unpack
 from recon.pruning.masks import Masks
-from recon.pruning.recorded_pattern import transposed_in
+from recon.pruning.recorded_pattern import matrices_in, transposed_in
 from recon.pruning.storages import STORAGES, fits_2_4, missing
 from recon.report.speed import MatrixSpeed, Speed
 
@@ -107,24 +109,25 @@ def _matrices(
 ) -> Iterable[MatrixSpeed]:
     """Measure one matrix of each shape, of several the one of median sparsity."""
     transposed = _transposed(run)
-    shapes: dict[tuple[int, ...], list[tuple[float, str, int]]] = {}
-    for name, shape in masks.shapes.items():
-        stack = masks[name].reshape(-1, *shape[-2:])
-        sparsities = 1 - stack.float().mean((1, 2))
-        rows_columns = shape[:-3:-1] if name in transposed else shape[-2:]
-        shapes.setdefault(rows_columns, []).extend((each.item(), name, i) for i, each in enumerate(sparsities))
+    shapes: dict[tuple[int, ...], list[tuple[float, str, str]]] = {}
+    bits: dict[str, Tensor] = {}
+    for parameter, whole in masks.shapes.items():
+        for name, shape, bits[name] in matrices_in(parameter, masks.packed(parameter), whole):
+            sparsity = 1 - count_bits(bits[name]) / math.prod(shape)
+            shapes.setdefault(shape[::-1] if parameter in transposed else shape, []).append((sparsity, name, parameter))
     for (rows, columns), found in sorted(shapes.items()):
-        sparsity, name, index = median_low(found)
-        shape = masks.shapes[name]
+        sparsity, name, parameter = median_low(found)
         log.info(f"timing {rows} x {columns}: {name}")
-        keep, weight = masks[name], _weight(run.model, name, shape)
-        if count := masks.violations_of(name, weight):
+        weight = _weight(run.model, parameter, masks.shapes[parameter])
+        if count := masks.violations_of(parameter, weight):
             raise ValueError(
-                f"recon speed needs pruned weights that are zero, got {count} of `{name}` in {run.model} that are not; "
-                f"`recon verify {run.path}` tells more"
+                f"recon speed needs pruned weights that are zero, got {count} of `{parameter}` in {run.model} that are "
+                f"not; `recon verify {run.path}` tells more"
             )
-        keep, weight = (tensor.reshape(-1, *shape[-2:])[index] for tensor in (keep, weight))
-        if name in transposed:
+        if name != parameter:
+            weight = weight[int(name.rpartition(".")[2])]
+        keep = unpack(bits[name], tuple(weight.shape))
+        if parameter in transposed:
             keep, weight = keep.T, weight.T
         keep, weight = keep.contiguous(), weight.to(options.device, dtype).contiguous()
         place = options.device.type, _capability(options.device), _name(dtype)
@@ -133,8 +136,7 @@ def _matrices(
             for storage, kind in STORAGES.items()
         }
         stored = measure_storages(weight, makers, options.tokens, options.min_seconds, options.seed)
-        label = name if len(shape) == 2 else f"{name}.{index}"
-        yield MatrixSpeed(label, rows, columns, len(found), sparsity, stored)
+        yield MatrixSpeed(name, rows, columns, len(found), sparsity, stored)
 
 
 def _transposed(run: RunPaths) -> set[str]:

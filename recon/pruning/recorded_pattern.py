@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from recon.models.matrices import Matrix
-from recon.pruning.bits import bits_between
+from recon.pruning.bits import bits_between, count_bits
 from recon.pruning.patterns import NM, Counted, Pattern, Unstructured
 
 KEY = "rule"
@@ -73,17 +73,17 @@ def broken(metadata: Mapping[str, str], packed: Mapping[str, Tensor], shapes: Sh
     if isinstance(pattern, Unstructured) and pattern.across_model:
         return _broken_together(pattern, packed, shapes, whole)
     for parameter, mask in packed.items():
-        for name, shape, bits in _matrices(parameter, mask, shapes[parameter]):
+        for name, shape, bits in matrices_in(parameter, mask, shapes[parameter]):
             if name in whole:
-                if found := _broken_whole(name, bits.numpy(), shape):
+                if found := _broken_whole(name, bits, shape):
                     return found
             elif found := _broken_matrix(pattern, name, bits.numpy(), shape, parameter in transposed):
                 return found
     return None
 
 
-def _matrices(name: str, packed: Tensor, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
-    """Yield name, shape and mask of each matrix in a parameter."""
+def matrices_in(name: str, packed: Tensor, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
+    """Yield name, shape and packed mask of each matrix in a parameter: of a stack those of its slices."""
     if len(shape) < 3:
         yield name, shape, packed
         return
@@ -91,8 +91,8 @@ def _matrices(name: str, packed: Tensor, shape: tuple[int, ...]) -> Iterator[tup
         yield f"{name}.{index}", shape[1:], bits_between(packed, math.prod(shape[1:]), index)
 
 
-def _broken_whole(name: str, packed: np.ndarray, shape: tuple[int, ...]) -> str | None:
-    kept = int(np.bitwise_count(packed).sum(dtype=np.int64))
+def _broken_whole(name: str, packed: Tensor, shape: tuple[int, ...]) -> str | None:
+    kept = count_bits(packed)
     return None if kept == math.prod(shape) else f"{kept} of {math.prod(shape)} weights in `{name}`, not all"
 
 
@@ -101,10 +101,10 @@ def _broken_together(
 ) -> str | None:
     num = kept = 0
     for parameter, mask in packed.items():
-        for name, shape, bits in _matrices(parameter, mask, shapes[parameter]):
+        for name, shape, bits in matrices_in(parameter, mask, shapes[parameter]):
             if name not in whole:
                 num += math.prod(shape)
-                kept += int(np.bitwise_count(bits.numpy()).sum(dtype=np.int64))
+                kept += count_bits(bits)
     return None if kept == pattern.num_kept(num) else f"{kept} of all {num} weights, not {pattern.num_kept(num)}"
 
 

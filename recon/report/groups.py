@@ -25,6 +25,11 @@ class Row:
         """The cells that did not fail: only these are averaged."""
         return [cell for cell in self.cells if cell.status == "ok"]
 
+    @property
+    def is_recovery(self) -> bool:
+        """Whether a scope made it: a model as it is, and the pruned one before recovery, are none."""
+        return self.scope not in ("dense", "sparse", "pruned")
+
     def estimate(self, quantity: str) -> Estimate | None:
         """Mean and deviation over seeds of one attribute of `Report`."""
         return estimate(getattr(cell, quantity) for cell in self.measured)

@@ -4,7 +4,9 @@ matplotlib costs a second and 50 MiB, plotly half a second, hence they are impor
 """
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
+from shutil import rmtree
 
 from recon.report.schema import Results
 
@@ -44,6 +46,25 @@ def draw_drift(results: Results, directory: Path | str) -> list[Path]:
     from recon.report.plots.style import draw_groups
 
     return draw_groups(results, Path(directory), "drift", draw_depth)
+
+
+def log_pictures(pictures: Iterable[Path], directory: Path) -> None:
+    """Show pictures in TensorBoard, in place of those of an earlier call; a failure is a warning.
+
+    Args:
+        pictures: Files; those other than PNG are left out.
+        directory: Where TensorBoard finds them.
+    """
+    try:
+        from matplotlib.image import imread
+        from torch.utils.tensorboard import SummaryWriter
+
+        rmtree(directory, ignore_errors=True)
+        with SummaryWriter(str(directory)) as writer:
+            for picture in (one for one in pictures if one.suffix == ".png"):
+                writer.add_image(picture.stem, imread(picture)[..., :3], dataformats="HWC")
+    except Exception as error:
+        log.warning(f"could not show the pictures in TensorBoard ({error}); they are in their files")
 
 
 def draw_page(results: Results, directory: Path) -> list[Path]:

@@ -78,7 +78,7 @@ def best_recovery(group: Group) -> Row | None:
     measured = [
         (value.mean, index, row)
         for index, row in enumerate(group.rows)
-        if row.scope not in ("dense", "sparse", "pruned") and (value := row.estimate("perplexity")) is not None
+        if row.is_recovery and (value := row.estimate("perplexity")) is not None
     ]
     return min(measured)[2] if measured else None
 
@@ -111,7 +111,7 @@ def sampling_note(group: Group) -> list[str]:
     percent = 100 * max(loss.error for loss in losses)
     text = f"Perplexities: ± {percent:.1f} % at most by sampling {losses[0].num_sequences} {group.split} sequences"
     best = best_recovery(group)
-    rivals = [row for row in group.rows if row is not best and row.scope not in ("dense", "sparse", "pruned")]
+    rivals = [row for row in group.rows if row is not best and row.is_recovery]
     found = [(one.mean, row.label, one) for row in rivals if best is not None and (one := difference(row, best))]
     if best is None or not found:
         return [text]

@@ -96,7 +96,7 @@ def _columns(results: Results) -> list[tuple[str, Callable[[Row], str]]]:
 
 
 def _is_free(row: Row, quantity: str) -> bool:
-    return row.scope in ("dense", "sparse", "pruned") and not any(getattr(cell, quantity) for cell in row.cells)
+    return not row.is_recovery and not any(getattr(cell, quantity) for cell in row.cells)
 
 
 def _seeds(row: Row) -> str:

@@ -91,6 +91,7 @@ TINY = {
 }
 
 
+@pytest.mark.slow
 def test_predictions_stand_beside_what_was_measured(tmp_path: Path) -> None:
     found = predictions.measure(tmp_path, quick=True, shapes={"tiny": TINY}, scopes=("block", "full"))
     printed = [line for line in predictions.table(found).splitlines() if line.startswith("| tiny")]

@@ -193,7 +193,7 @@ def test_a_run_directory_stays_and_can_be_used_by_commands(tmp_path: Path, capsy
     assert json.loads((tmp_path / "tested" / "report.json").read_text())["perplexity"] == report.perplexity
 
 
-@pytest.mark.parametrize("offload", ["host", "disk"])
+@pytest.mark.parametrize("offload", quick(["host", "disk"], "host"))
 def test_an_offloaded_model_is_recovered_in_place_too(offload: str) -> None:
     recovered = []
     for options in ({}, {"model.offload": offload}):

@@ -21,19 +21,11 @@ from recon.cli import main
 from recon.models.loading import ModelSource
 from recon.pruning.masks import Masks
 from recon.report import Report
+from tests.support.shapes import TIED_LLAMA, random_model
 from tests.support.slow import quick
 
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 2048,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "tie_word_embeddings": True,
-}
 DATA = ["--data.num_sequences=8", "--data.seq_len=32", "--data.num_validation=4", "--data.num_test=8"]
-RANDOM = ["--model.name=random", f"--model.shape={json.dumps(LLAMA)}"]
+RANDOM = random_model(TIED_LLAMA)
 SCOPES = ["matrix", "submodule", "block", "full"]
 
 
@@ -257,7 +249,7 @@ def test_the_hint_of_prune_can_be_pasted(tmp_path, capsys):
     assert main([*command[1:], "--model.epochs=1", "--run_dir", str(tmp_path / "run")]) == 0
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert config["model"]["init_args"]["start"] == "moved"
-    assert config["model"]["init_args"]["shape"] == LLAMA
+    assert config["model"]["init_args"]["shape"] == TIED_LLAMA
     assert config["data"]["init_args"]["source"]["init_args"]["paths"] == [str(text)]
     assert (config["seed_everything"], config["data"]["init_args"]["num_sequences"]) == (3, 8)
     report = json.loads((tmp_path / "run" / "report.json").read_text())

@@ -1,6 +1,5 @@
 """Recipes as a user gives them: stages run, resumed, reported, verified, refused, and chosen by limits."""
 
-import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -18,16 +17,9 @@ from recon.planner.recipes import RecipeNeeds, choose
 from recon.pruning.masks import Masks
 from recon.report import Report, Results
 from tests.support.scope_fixtures import same
+from tests.support.shapes import LLAMA, random_model
 
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 2048,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-}
-MODEL = ["--model.name=random", f"--model.shape={json.dumps(LLAMA)}", "--trainer.accelerator=cpu"]
+MODEL = [*random_model(LLAMA), "--trainer.accelerator=cpu"]
 DATA = ["--data.num_sequences=8", "--data.seq_len=16", "--data.num_validation=4", "--data.num_test=4"]
 RECIPE = """
 options: {pattern: 2:4, model.lr: 1.0e-3, model.epochs: 1, trainer.logger: false}

@@ -1,6 +1,7 @@
 """`recon speed` on real runs: its record and tables, refusals at once, wrong storages, and 2:4 on a device."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -17,6 +18,7 @@ from recon.cli import main
 from recon.experiment.speed import SpeedOptions, measure_speed
 from recon.experiment.verification import verify
 from recon.models.anatomy import Anatomy
+from recon.models.matrices import joined
 from recon.models.weight_files import directory_digest
 from recon.pruning.masks import Masks
 from recon.pruning.patterns import NM
@@ -84,6 +86,24 @@ def test_it_measures_prints_and_writes(run: RunPaths, capsys: pytest.CaptureFixt
     assert len(verify(run.path).faults) == 1
     assert main(["speed", str(run.path), "--tokens", "1", *QUICK]) == 0  # takes its place
     assert verify(run.path).faults == []
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_each_expert_is_a_matrix_of_its_own(name: str, tmp_path: Path) -> None:
+    model = tiny(name)
+    prunable = Anatomy.of(model).prunable()
+    halves = {one: NM(2, 4).select(matrix.weight.abs()) for one, matrix in prunable.items()}
+    masks = Masks(joined(prunable, halves, lambda whole: torch.ones_like(whole, dtype=torch.bool)))
+    run = write_run(tmp_path / "run", model, masks, {"pattern": "2:4", **recorded(NM(2, 4), prunable.values())})
+    measured = measure_speed(run, ON_CPU)
+    assert {(one.rows, one.columns): one.count for one in measured.matrices} == Counter(
+        matrix.shape for matrix in prunable.values()
+    )
+    assert any(".experts." in one.name for one in measured.matrices)
+    for one in measured.matrices:
+        assert (one.rows, one.columns) == prunable[one.name].shape
+        assert one.sparsity == 0.5
+        assert [stored.status for stored in one.stored] == ["timed", "timed", "timed", "needs"]
 
 
 def test_json_alone_is_printed(run: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from recon.cli import main
+from tests.support.shapes import TIED_LLAMA, random_model
 
 MODULE = '''
 import torch
@@ -69,16 +70,7 @@ class Mine(TokenData):
 class Foreign(LightningDataModule):
     """Knows nothing of tokens."""
 '''
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 2048,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "tie_word_embeddings": True,
-}
-MODEL = ["--model.name=random", f"--model.shape={json.dumps(LLAMA)}"]
+MODEL = random_model(TIED_LLAMA)
 
 
 @pytest.fixture

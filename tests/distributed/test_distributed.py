@@ -318,7 +318,7 @@ def test_a_loss_in_chunks_by_a_sharded_head(strategy: str, loss: str, directory:
 def test_a_partitioned_bf16_model_is_measured_as_it_is_written(more: tuple[str, ...], directory: Path) -> None:
     source = directory / "masks" / "bf16"
     if not source.exists():
-        AutoModelForCausalLM.from_pretrained(directory / "masks" / "dense", dtype=torch.bfloat16).save_pretrained(
+        AutoModelForCausalLM.from_pretrained(directory / "masks" / "source", dtype=torch.bfloat16).save_pretrained(
             source
         )
         ModelSource().load_tokenizer().save_pretrained(source)

@@ -80,7 +80,7 @@ TRAINED = {
 }
 
 
-@pytest.mark.parametrize(("scope", "masks"), quick(TRAINED, ("submodule", "three"), ("block", "one")))
+@pytest.mark.parametrize(("scope", "masks"), quick(TRAINED, ("submodule", "three")))
 def test_two_processes_recover_the_bits_of_one(scope: str, masks: str, directory: Path) -> None:
     run = directory / f"{scope}-{masks}-two"
     assert in_processes(runs.fit, scope, 2, run, masks) == TRAINED[scope, masks]
@@ -187,7 +187,7 @@ def test_windows_that_depend_on_each_other_are_refused(
     more += [] if world == 2 else ["--windows", "1/2"]
     made = directory / "masks"
     args = [*runs.options(scope, world, tmp_path / "run"), *more, "--masks", str(made / "masks.safetensors")]
-    assert runs.command("fit", *args, "--model.name", str(made / "dense")) == 2
+    assert runs.command("fit", *args, "--model.name", str(made / "source")) == 2
     error = capsys.readouterr().err.strip()
     named = "strategy window_parallel" if world == 2 else "--windows 1/2"
     assert re.search(message.format(named), error), error
@@ -196,7 +196,7 @@ def test_windows_that_depend_on_each_other_are_refused(
 
 def test_parts_run_one_process(directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = directory / "masks"
-    args = [*runs.options("block", 2, tmp_path / "run"), "--windows", "1/2", "--model.name", str(made / "dense")]
+    args = [*runs.options("block", 2, tmp_path / "run"), "--windows", "1/2", "--model.name", str(made / "source")]
     assert runs.command("fit", *args, "--masks", str(made / "masks.safetensors")) == 2
     assert "--windows 1/2 recovers its windows in one process, got" in capsys.readouterr().err
 

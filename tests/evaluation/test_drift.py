@@ -26,6 +26,7 @@ from recon.report.plots.style import plain_style
 from recon.report.table import table_sections
 from tests.support.families import FAMILIES, VOCABULARY, tiny, token_ids
 from tests.support.scope_fixtures import random_masks
+from tests.support.shapes import LLAMA, random_model
 
 
 def batches(ids: torch.Tensor, batch_size: int) -> DataLoader:
@@ -330,16 +331,8 @@ def test_files_are_named_as_the_pareto_pictures_and_deterministic(tmp_path: Path
 
 # --- through the commands
 
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 2048,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-}
 DATA = ["--data.num_sequences=16", "--data.seq_len=64", "--data.num_validation=4", "--data.num_test=4"]
-RANDOM = ["--model.name=random", f"--model.shape={json.dumps(LLAMA)}", *DATA]
+RANDOM = [*random_model(LLAMA), *DATA]
 
 
 def test_fit_and_prune_measure_it_and_its_phase_is_no_recovery(tmp_path: Path, capsys: Any) -> None:

@@ -105,6 +105,7 @@ def test_masks_are_shared(smoke):
     assert len(masks) == 1
 
 
+@pytest.mark.slow
 def test_second_run_keeps_finished_cells_and_draws_again(smoke):
     directory, options, _ = smoke
     reports = {path: path.stat().st_mtime_ns for path in directory.glob("*/report.json")}

@@ -17,19 +17,12 @@ from recon.experiment.hyperparameters import log_hyperparameters
 from recon.report import Report
 from recon.scopes import FullRetraining, MatrixReconstruction
 from tests.support.scope_fixtures import trainer_of
+from tests.support.shapes import TIED_LLAMA, random_model
 
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 2048,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "tie_word_embeddings": True,
-}
 SMALL = [
     *("--data.num_sequences=8", "--data.seq_len=32", "--data.num_validation=4", "--data.num_test=8"),
-    *("--model.name=random", f"--model.shape={json.dumps(LLAMA)}", "--summary=false", "--drift=false"),
+    *random_model(TIED_LLAMA),
+    *("--summary=false", "--drift=false"),
 ]
 METRICS = ("perplexity", "recovered", "device_gib", "peak_gib", "seconds")
 
@@ -56,7 +49,7 @@ def test_tensorboard_has_them_by_default(scope: str, tmp_path: Path) -> None:
     found, events = hparams_of(tmp_path / "run" / "logs")
     expected = {"scope": scope, "criterion": "wanda", "pattern": "60% per row", "seed": 3, "epochs": 1}
     assert expected.items() <= found.items()
-    assert found.get("lr") == {"submodule": "auto", "full": 0.25 / LLAMA["hidden_size"], "matrix": None}[scope]
+    assert found.get("lr") == {"submodule": "auto", "full": 0.25 / TIED_LLAMA["hidden_size"], "matrix": None}[scope]
     assert [found.get(f"lr_{kind}") for kind in report["rates"]] == [rate["lr"] for rate in report["rates"].values()]
     assert list(report["rates"]) == (["attention", "mlp"] if scope == "submodule" else [])
     logged = {name: events.Scalars(name)[-1].value for name in METRICS}
@@ -67,6 +60,16 @@ def test_tensorboard_has_them_by_default(scope: str, tmp_path: Path) -> None:
     tracked = [sum(rank["tracked"]["device"].values()) for rank in report["ranks"]]
     assert logged["device_gib"] * 2**30 == pytest.approx(max(tracked), rel=1e-6)
     assert "hp_metric" not in events.Tags()["scalars"]
+    seen = [(0, report["pruned_perplexity"]), (report["train_tokens"], report["perplexity"])]
+    assert by_tokens(events, "perplexity") == [(step, pytest.approx(value, rel=1e-6)) for step, value in seen]
+    for window, errors in report["windows"].items():
+        (first, before), (last, after) = by_tokens(events, f"held_out_error/{window}")
+        assert (before, after) == (pytest.approx(errors["before"]), pytest.approx(errors["after"]))
+        assert (first, last) == (0, report["train_tokens"])  # each window sees all of them
+
+
+def by_tokens(events: EventAccumulator, name: str) -> list[tuple[int, float]]:
+    return [(one.step, one.value) for one in events.Scalars(f"by_tokens/{name}")]
 
 
 def test_csv(tmp_path: Path) -> None:

@@ -12,14 +12,15 @@ from recon.cli import main
 from recon.models.loading import ModelSource
 from recon.models.stored import dtype_of, share_of_zeros, size_on_disk, stored_weights
 from recon.pruning.masks import Masks
-from tests.cli.test_cli import DATA, LLAMA
+from tests.cli.test_cli import DATA
+from tests.support.shapes import TIED_LLAMA
 
 
 @pytest.fixture(scope="module")
 def bf16(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A model directory whose weights are bf16."""
     path = tmp_path_factory.mktemp("bf16") / "dense"
-    model, tokenizer = ModelSource("random", LLAMA, dtype="bfloat16").load()
+    model, tokenizer = ModelSource("random", TIED_LLAMA, dtype="bfloat16").load()
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return str(path)
@@ -84,9 +85,9 @@ def test_prune_writes_the_stored_precision_too(bf16: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(("stored", "asked"), [("float32", "bfloat16"), ("bfloat16", "float32"), ("float16", "auto")])
 def test_the_stored_precision_does_not_depend_on_the_one_in_memory(stored: str, asked: Any, tmp_path: Path) -> None:
-    ModelSource("random", LLAMA, dtype=stored).model().save_pretrained(tmp_path / "m")
+    ModelSource("random", TIED_LLAMA, dtype=stored).model().save_pretrained(tmp_path / "m")
     assert ModelSource(str(tmp_path / "m"), dtype=asked).stored_dtype() == getattr(torch, stored)
-    assert ModelSource("random", LLAMA, dtype=stored).stored_dtype() == getattr(torch, stored)
+    assert ModelSource("random", TIED_LLAMA, dtype=stored).stored_dtype() == getattr(torch, stored)
 
 
 def test_most_weights_decide_and_the_configuration_without_safetensors(tmp_path: Path) -> None:
@@ -94,7 +95,7 @@ def test_most_weights_decide_and_the_configuration_without_safetensors(tmp_path:
     save_file(mixed, tmp_path / "model.safetensors")
     assert dtype_of(tmp_path) == torch.bfloat16
     assert share_of_zeros(stored_weights(tmp_path)) == 8 / 11
-    model = ModelSource("random", LLAMA, dtype="float16").model()
+    model = ModelSource("random", TIED_LLAMA, dtype="float16").model()
     model.config.save_pretrained(tmp_path / "bin")
     torch.save(model.state_dict(), tmp_path / "bin" / "pytorch_model.bin")
     assert dtype_of(tmp_path / "bin") is None

@@ -36,7 +36,7 @@ def test_a_forecast_is_the_prediction_of_the_run_and_leaves_no_trace() -> None:
     trainer, before = trainer_of(), torch.get_rng_state()
     found = forecast(scope, data, trainer, exclude=("*.0.*",), masked=True)
     given: dict[str, Any] = {"exclude": ("*.0.*",), "offload": "host", "activations": "host", "device": "cpu"}
-    given["searches_rate"] = True
+    given["searches_rate"] = given["chooses_start"] = True
     given |= {"num_test": data.num["test"], "evaluation_batch_size": 2}
     options = PlanOptions("block", 2, 16, 8, 4, **given)
     assert found == predict(Shape(scope.source), options).as_dict()

@@ -451,6 +451,7 @@ COMMAND = ["plan", "-c", "scopes/submodule", "--data.seq_len", "16", "--model.na
 SMALL = json.dumps({**LLAMA, **{key: value for key, value in FAMILIES["llama"].items() if key == "hidden_size"}})
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_row_a_scope(capsys: Any) -> None:
     few = ["--model.batch_size", "1", "--data.batch_size", "1"]  # which leaves no smaller ones to try
     assert main([*COMMAND, SMALL, *few, "--device_memory", "1MiB", "--flop_rate", "1e9"]) == 0

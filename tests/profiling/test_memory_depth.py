@@ -74,9 +74,10 @@ def test_full_retraining_holds_more_for_each_block(tmp_path: Path) -> None:
         peaks.append(tracked(phases[-1], "device"))
     a_block = (peaks[1] - peaks[0]) / 2
     assert (peaks[2] - peaks[1]) / 4 == pytest.approx(a_block, rel=0.02)
-    assert a_block > 0.2 * peaks[0]
+    assert a_block >= 4 * 4 * 9216  # weights, gradients and both moments; other tests' tensors count in `peaks` alone
 
 
+@pytest.mark.slow
 def test_a_model_larger_than_a_budget_ends_at_the_same_bits(tmp_path: Path) -> None:
     """Half of the model's bytes are the budget, of device and host together, in every phase from loading on."""
     options = {"epochs": 1, "batch_size": 4}

@@ -40,6 +40,7 @@ from tests.support.scope_fixtures import (
     trainer_of,
     weights_of,
 )
+from tests.support.shapes import TIED_LLAMA, random_model
 
 pytestmark = [pytest.mark.filterwarnings(one) for one in IGNORED]
 
@@ -310,17 +311,8 @@ def test_combinations_without_a_meaning_are_refused(tmp_path: Path) -> None:
 
 # --- runs ---------------------------------------------------------------------------------------------
 
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 2048,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "tie_word_embeddings": True,
-}
 DATA = ["--data.num_sequences=8", "--data.seq_len=32", "--data.num_validation=4", "--data.num_test=8"]
-COMMON = ["--model.name=random", f"--model.shape={json.dumps(LLAMA)}", *DATA, "--summary=false"]
+COMMON = [*random_model(TIED_LLAMA), *DATA, "--summary=false"]
 SPARSEGPT = ["--criterion=SparseGPT"]
 
 

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 CODE = """
 import json, sys
 from collections import Counter
@@ -27,6 +29,7 @@ SMALL = {"num_sequences": 4, "seq_len": 16, "num_validation": 2, "num_test": 2, 
 NUM_MASKS = 6 * 7
 
 
+@pytest.mark.slow
 def test_a_run_unpacks_each_mask_for_the_baseline_the_two_starts_and_the_gradients(tmp_path: Path) -> None:
     """In a process of its own: in this one beartype looks into mappings, and so unpacks masks."""
     options = [f"--data.{name}={value}" for name, value in SMALL.items()]

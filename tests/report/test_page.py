@@ -40,6 +40,10 @@ def comparison(run_dir: str = "runs/demo/{}") -> Results:
             {"dense": 0.0, "pruned": 9, "matrix": 5, "submodule": 2, "block": 1, "full": 4}.items()
         ):
             changes: dict[str, Any] = {"run_dir": run_dir.format(f"{scope}-{seed}"), "seconds": 1.5 + i + seed}
+            accuracy = {"value": 0.7 - 0.05 * i, "stderr": 0.02}
+            changes["tasks"] = {
+                "cloze": {"main": "acc", "metrics": {"acc": accuracy}, "num_documents": 50, "num_fewshot": 0}
+            }
             if scope not in ("dense", "pruned"):
                 changes |= {
                     "ranks": tracked(10.0 + 8 * i + seed),
@@ -104,6 +108,8 @@ def expected(cells: list[dict[str, Any]], label: str, quantity: str) -> float:
     own = [cell for cell in cells if cell["label"] == label and cell["status"] == "ok"]
     if quantity == "tracked_device_bytes":
         return fmean(max(sum(r["tracked"]["device"].values()) for r in c["ranks"] if "tracked" in r) for c in own)
+    if quantity == "task_mean":
+        return fmean(cell["task_mean"]["value"] for cell in own)
     return fmean(cell[quantity] for cell in own)
 
 
@@ -115,6 +121,7 @@ def test_all_numbers_equal_results_json_and_name_their_files(page: tuple[Path, d
         assert value == pytest.approx(expected(cells, label, str(quantity)), rel=1e-12), (label, quantity)
         assert str(title).count("/report.json") == 2
         assert f"/{label}-1/report.json" in str(title)
+    assert {"perplexity", "task_mean", "tracked_device_bytes"} <= {quantity for _, quantity, _, _ in shown}
     assert "</script> x9" not in text.replace("&lt;/script&gt; x9", "")
     assert "no room &lt;b&gt;here&lt;/b&gt;" in text
 

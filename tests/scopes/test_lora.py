@@ -319,7 +319,7 @@ def test_two_processes_learn_the_adapters_of_one(strategy: str, shared: Path, ca
     one, two = runs.weights(shared / "one" / "32-true"), runs.weights(run)
     assert runs.difference(one, two) < 1e-6
     assert runs.largest_pruned(run) == 0
-    before = load_file(shared / "masks" / "dense" / "model.safetensors")
+    before = load_file(shared / "masks" / "source" / "model.safetensors")
     masks = Masks.load(run / "masks.safetensors")
     assert all(torch.equal(two[name], weight) for name, weight in before.items() if name not in masks)
     assert all((two[name] - before[name])[keep].norm() > 1e-3 for name, keep in masks.items())

@@ -84,7 +84,7 @@ def options(strategy: str, precision: str, world: int, run_dir: Path) -> list[st
         *("--data.batch_size", str(8 // world), "--model.epochs", "2", "--model.lr", "1e-3"),
         *("--model.weight_decay", "0.1", "--trainer.accumulate_grad_batches", "2"),
         *("--trainer.gradient_clip_val", "0.5", "--trainer.precision", precision),
-        *("--model.name", str(masks / "dense"), "--masks", str(masks / "masks.safetensors"), "--baselines", "false"),
+        *("--model.name", str(masks / "source"), "--masks", str(masks / "masks.safetensors"), "--baselines", "false"),
         *("--trainer.accelerator", "cpu", "--trainer.devices", str(world)),
         *("--run_dir", str(run_dir), "--summary", "false"),
     ]
@@ -150,9 +150,9 @@ def prune_model(directory: Path) -> None:
     model.config.num_hidden_layers = 2
     del model.model.layers[2:]
     for part in (model, tokenizer):
-        part.save_pretrained(directory / "dense")
+        part.save_pretrained(directory / "source")
     data = ["--data.num_sequences", "8", "--data.seq_len", "32", "--data.num_test", "4"]
-    prune(["--model.name", str(directory / "dense"), "--run_dir", str(directory), *data, "--summary", "false"])
+    prune(["--model.name", str(directory / "source"), "--run_dir", str(directory), *data, "--summary", "false"])
 
 
 def train_without_enforcer(strategy: str, run_dir: Path, *more: str) -> None:

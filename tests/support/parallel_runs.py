@@ -48,7 +48,7 @@ def options(scope: str, world: int, run_dir: Path, masks: str = "masks") -> list
         *("--data.num_sequences", "24", "--data.seq_len", "32", "--data.num_validation", "8", "--data.num_test", "8"),
         *([] if scope == "matrix" else ["--model.epochs", "2", "--model.lr", "1e-3"]),
         *(["--model.batch_size", "8"] if scope in ("submodule", "block") else []),
-        *("--model.name", str(made / "dense"), "--masks", str(made / f"{masks}.safetensors"), "--baselines", "false"),
+        *("--model.name", str(made / "source"), "--masks", str(made / f"{masks}.safetensors"), "--baselines", "false"),
         *("--trainer.accelerator", "cpu", "--trainer.devices", str(world)),
         *("--run_dir", str(run_dir), "--summary", "false", "--drift", "false"),
     ]

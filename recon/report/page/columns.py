@@ -1,12 +1,15 @@
 """The page's table of results: each number with its value in full and the file that it comes from."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
+from recon.report.estimates import estimate
 from recon.report.groups import Group, Row
 from recon.report.page.sources import Source
 from recon.report.sampling import perplexity_error
+from recon.report.schema import Report
 from recon.report.sections import format_number, show
+from recon.report.tasks import task_column
 
 
 @dataclass(frozen=True)
@@ -15,7 +18,7 @@ class Column:
 
     Args:
         title: Its header.
-        quantity: Attribute of `Report`.
+        quantity: Attribute of `Report`; one with a standard error has `value` and `stderr`.
         scale: Factor to the unit of the header.
         decimals: As shown.
         spreads: Whether the deviation over seeds is shown.
@@ -33,6 +36,7 @@ class Column:
 COLUMNS = (
     Column("perplexity", "perplexity", decimals=2, spreads=True),
     Column("recovered (%)", "recovered", 100.0, spreads=True),
+    Column("tasks (%)", "task_mean", 100.0, spreads=True),
     Column("sparsity (%)", "sparsity", 100.0),
     Column("model sparsity (%)", "model_sparsity", 100.0),
     Column("disk (MiB)", "disk_bytes", 2**-20),
@@ -53,7 +57,7 @@ class Cell:
         value: The mean over seeds in full; None if there is none.
         quantity: What it is the mean of, in reports.
         title: Where it comes from.
-        error: Its standard error over sequences, as shown; empty if unknown.
+        error: Its standard error over sequences, of tasks over documents, as shown; empty if unknown.
     """
 
     text: str
@@ -76,7 +80,9 @@ class Line:
 
 def columns_of(group: Group) -> list[Column]:
     """The columns that a cell of the group has a number for."""
-    return [one for one in COLUMNS if any(getattr(cell, one.quantity) is not None for cell in group.cells)]
+    found = [one for one in COLUMNS if any(_number(cell, one.quantity) is not None for cell in group.cells)]
+    named = task_column(group.cells)
+    return [replace(one, title=named[0]) if named and one.quantity == "task_mean" else one for one in found]
 
 
 def lines_of(group: Group, sources: dict[int, Source]) -> list[Line]:
@@ -86,7 +92,8 @@ def lines_of(group: Group, sources: dict[int, Source]) -> list[Line]:
         group: The rows.
         sources: Identity of each report -> its files.
     """
-    return [_line(row, columns_of(group), [sources[id(cell)] for cell in row.cells]) for row in group.rows]
+    columns = columns_of(group)
+    return [_line(row, columns, [sources[id(cell)] for cell in row.cells]) for row in group.rows]
 
 
 def _line(row: Row, columns: Sequence[Column], sources: Sequence[Source]) -> Line:
@@ -96,12 +103,28 @@ def _line(row: Row, columns: Sequence[Column], sources: Sequence[Source]) -> Lin
 
 
 def _cell(row: Row, column: Column, sources: Sequence[Source]) -> Cell:
-    value = row.estimate(column.quantity)
-    is_free = column.is_cost and row.scope in ("dense", "sparse", "pruned") and not (value and value.mean)
+    value = estimate(_number(cell, column.quantity) for cell in row.measured)
+    is_free = column.is_cost and not row.is_recovery and not (value and value.mean)
     if value is None or is_free:
         return Cell("-", None, column.quantity, "")
     measured = [source.report for source in sources if source.cell.status == "ok"]
     title = f"{'mean of ' if len(measured) > 1 else ''}{column.quantity} in {', '.join(dict.fromkeys(measured))}"
-    error = perplexity_error(row) if column.quantity == "perplexity" else None
+    error = _error(row, column)
     text = show(value, scale=column.scale, decimals=column.decimals, spread=column.spreads)
-    return Cell(text, value.mean, column.quantity, title, "" if error is None else format_number(error, 2))
+    shown = "" if error is None else format_number(error, column.decimals)
+    return Cell(text, value.mean, column.quantity, title, shown)
+
+
+def _error(row: Row, column: Column) -> float | None:
+    """The standard error by the choice of what was tested, which more seeds do not make smaller."""
+    if column.quantity == "perplexity":
+        return perplexity_error(row)
+    found = estimate(_number(cell, column.quantity, "stderr") for cell in row.measured)
+    return None if found is None else found.mean * column.scale
+
+
+def _number(cell: Report, quantity: str, key: str = "value") -> float | int | None:
+    found = getattr(cell, quantity)
+    if isinstance(found, Mapping):
+        return found[key]
+    return found if key == "value" else None

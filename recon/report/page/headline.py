@@ -31,7 +31,7 @@ def headline(group: Group) -> list[str]:
 
 
 def _best(group: Group, best: Row) -> str:
-    num = sum(row.scope not in ("dense", "sparse", "pruned") and bool(row.measured) for row in group.rows)
+    num = sum(row.is_recovery and bool(row.measured) for row in group.rows)
     first = f"Of {num} recoveries {best.label} is best" if num > 1 else f"Recovery at the scope {best.label} ends"
     error = perplexity_error(best)
     parts = [f"{first} with a {group.split} perplexity of {show(best.estimate('perplexity'), decimals=2)}"]

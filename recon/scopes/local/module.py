@@ -80,8 +80,7 @@ class LocalScope(WindowedScope):
         """As `Scope.prepare`; lays out the windows and freezes the model.
 
         Raises:
-            ValueError: If the model cannot be run window by window, no window owns a masked weight, or
-                options do not go together.
+            ValueError: If the model cannot be run window by window, a mask has no window, or options conflict.
         """
         if self.start == "auto" and masks.remove_slices:
             self.start = "pruned"  # the experts that are left have no zeros to make up for
@@ -102,8 +101,7 @@ class LocalScope(WindowedScope):
         self._require_dense_elsewhere()
         self.under_way = None
         self._withheld, self._start = WithheldWeights(self.model), StartCopies(self.model)
-        self._precision = Upcast()
-        self._is_aside = False
+        self._precision, self._is_aside = Upcast(), False
         self._started: dict[str, str] = {}  # which start the window under way has, where that was chosen
 
     def carried(self, window: Window) -> list[str]:
