@@ -32,6 +32,7 @@ from recon.models.offload.opening import Offload
 from recon.profiling.process_memory import PeakMeter, resident_bytes
 from recon.pruning.masks import Masks
 from recon.pruning.prune import moved_with, noted, prune_to
+from recon.pruning.whole_slices import without_removed
 from recon.report import Report
 
 log = logging.getLogger("recon")
@@ -175,7 +176,7 @@ def measure_pruned(
         sizes = written_sizes(run.model)
         # Measured as written, and computed as the dense model is.
         model = opened(source.at(run.model))
-        written = masks.without_removed()
+        written = without_removed(masks)
     else:
         sizes = {"model_sparsity": sparsities(model.parameters(), masks)["model_sparsity"]}
         written = masks

@@ -41,7 +41,7 @@ def with_survivors(
     model: PreTrainedModel, state: dict[str, Tensor] | None, masks: Masks
 ) -> tuple[PreTrainedModel, dict[str, Tensor] | None]:
     """Cut a model, and its weights if it is without them, to the experts that masks keep; as it is if they keep all."""
-    if not (kept := kept_in(masks, Anatomy.of(model))):
+    if not (kept := kept_in(masks, model)):
         return model, state
     return smaller(model, len(next(iter(kept.values())))).model(model, state, kept)
 

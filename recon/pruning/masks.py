@@ -125,27 +125,6 @@ class Masks(Mapping[str, Tensor]):
         """Number of weights of one matrix that are pruned."""
         return math.prod(matrix.shape) - count_bits(self._packed_of(matrix))
 
-    def kept_slices(self, name: str) -> list[int] | None:
-        """List the slices of a stack that survive, if some are pruned whole and all others kept whole; None if not."""
-        shape = self._shapes[name]
-        if len(shape) != 3:
-            return None
-        size = math.prod(shape[1:])
-        counts = [count_bits(bits_between(self._packed[name], size, index)) for index in range(shape[0])]
-        return [index for index, one in enumerate(counts) if one] if set(counts) == {0, size} else None
-
-    @property
-    def remove_slices(self) -> bool:
-        """Whether whole slices of a stack are pruned, all others of it kept whole."""
-        return any(self.kept_slices(name) is not None for name in self)
-
-    def without_removed(self) -> "Masks":
-        """The masks of the written model, whose stacks have lost the slices that are pruned whole."""
-        if not self.remove_slices:
-            return self
-        kept = {name: self.kept_slices(name) for name in self}
-        return Masks({name: self[name] if some is None else self[name][some] for name, some in kept.items()})
-
     def _packed_of(self, matrix: Matrix) -> UInt8[Tensor, "num_bytes"]:
         packed, shape = self._packed[matrix.parameter_name], self._shapes[matrix.parameter_name]
         return packed if matrix.index is None else bits_between(packed, math.prod(shape[1:]), matrix.index)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from recon.basics.trees import tensors_in
 from recon.calibration.activations import Activations
@@ -17,6 +18,7 @@ from recon.pruning.criteria.experts import ExpertCriterion, Routing
 from recon.pruning.masks import Masks
 from recon.pruning.options import Pruning
 from recon.pruning.patterns import Experts, Pattern
+from recon.pruning.whole_slices import kept_slices, removes_slices
 
 log = logging.getLogger("recon")
 
@@ -87,16 +89,16 @@ def remove(walk: Activations, criterion: ExpertCriterion, pattern: Experts) -> M
     return masks
 
 
-def kept_in(masks: Masks, anatomy: Anatomy) -> Kept:
-    """Read the surviving experts off masks; none if they remove no whole experts.
+def kept_in(masks: Masks, model: PreTrainedModel) -> Kept:
+    """Read the surviving experts of a model off its masks; none if they remove no whole experts.
 
     Raises:
         ValueError: If stacks of one block keep different experts.
     """
     kept: dict[int, list[int]] = {}
-    for block in anatomy.blocks:
+    for block in Anatomy.of(model).blocks if removes_slices(masks) else ():
         for name in stacks(block):
-            if name not in masks or (survivors := masks.kept_slices(name)) is None:
+            if name not in masks or (survivors := kept_slices(masks, name)) is None:
                 continue
             if kept.setdefault(block.index, survivors) != survivors:
                 raise ValueError(
@@ -142,14 +144,15 @@ def _outputs(walk: Activations, block: Block) -> Routing:
 
 @contextmanager
 def _watched(experts: nn.Module, routing: Routing, name: str) -> Iterator[None]:
-    inside: list[bool] = []
+    inside, num = list[bool](), len(routing.tokens)
 
     @torch.no_grad()
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if inside:
             return
-        index, gates = _routing_of((args, kwargs), len(routing.tokens), name)
+        index, gates = _routing_of((args, kwargs), num, name)
         inside.append(True)
+        tokens, sums = torch.zeros(num, device=index.device), torch.zeros(num, device=index.device)
         for place in range(index.shape[1]):
             one, ones = index[:, place : place + 1], torch.ones_like(gates[:, :1])
             swapped = {id(index): one, id(gates): ones}
@@ -158,10 +161,12 @@ def _watched(experts: nn.Module, routing: Routing, name: str) -> Iterator[None]:
                 **{key: swapped.get(id(value), value) for key, value in kwargs.items()},
             )
             norms = alone.reshape(len(index), -1).float().norm(dim=-1) * gates[:, place].float()
-            is_sent = one[:, 0] < len(routing.tokens)  # one more stands for none
-            where = one[is_sent, 0].cpu()
-            routing.tokens.index_add_(0, where, torch.ones(len(where)))
-            routing.weighted_norms.index_add_(0, where, norms[is_sent].cpu())
+            is_sent = one[:, 0] < num  # one more stands for none
+            where = one[:, 0].clamp(max=num - 1)
+            tokens.index_add_(0, where, is_sent.float())
+            sums.index_add_(0, where, torch.where(is_sent, norms, 0))
+        routing.tokens += tokens.cpu()
+        routing.weighted_norms += sums.cpu()
         inside.clear()
 
     handle = experts.register_forward_hook(hook, with_kwargs=True)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from recon.basics.files import Writer, atomic_write
 from recon.distributed.parameters import whole
-from recon.models.anatomy import Anatomy, Block
+from recon.models.anatomy import Block
 from recon.models.fewer_experts import route_among
 from recon.models.offload.blocks import OffloadedBlocks
 from recon.pruning.masks import Masks
@@ -147,7 +147,7 @@ def apply(model: nn.Module, masks: Masks, start: Mapping[str, Tensor] | None) ->
     Raises:
         ValueError: If a weight of `start` is not zero where it is pruned.
     """
-    if isinstance(model, PreTrainedModel) and (kept := kept_in(masks, Anatomy.of(model))):
+    if isinstance(model, PreTrainedModel) and (kept := kept_in(masks, model)):
         route_among(model, kept)
     if start is None:
         masks.apply(model)

@@ -14,7 +14,7 @@ from recon.basics.files import read_json, write_json
 from recon.basics.seeds import derived_seed
 from recon.calibration.statistics import InputStatistics
 from recon.models.anatomy import Anatomy
-from recon.models.matrices import by_parameter, joined, parameters_of
+from recon.models.matrices import by_parameter, joined
 from recon.models.windows import (
     Window,
     Windows,
@@ -258,8 +258,7 @@ class Distillation(LocalScope):
         if self.which_parameters == "lora":
             return super().trained(window)
         parameters = {name: self.model.get_parameter(name) for name in window.owned}
-        matrices = parameters_of(one for block in window.blocks for one in block.matrices.values())
-        return chosen(parameters, matrices, self.which_parameters, f"window {window.name}")
+        return chosen(parameters, window.blocks, self.which_parameters, f"window {window.name}")
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of the window's output against its target."""

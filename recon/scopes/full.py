@@ -243,7 +243,7 @@ class FullRetraining(Scope):
         blocks, parameters = anatomy.blocks, dict(self.model.named_parameters())
         if self.train_what == "blocks":
             parameters = {name: one for block in blocks for name, one in block.parameters().items()}
-        learning = chosen(parameters, anatomy.matrix_parameters(), self.which_parameters)
+        learning = chosen(parameters, blocks, self.which_parameters)
         self.model.requires_grad_(False)
         for name in learning:
             parameters[name].requires_grad_(True)

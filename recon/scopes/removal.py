@@ -3,6 +3,7 @@
 import lightning as L
 
 from recon.distributed.strategies import FullyShardedStrategy, ZeroStrategy
+from recon.models.live import LiveModel
 from recon.scopes.base import Scope
 
 
@@ -20,6 +21,10 @@ def require_recoverable(scope: Scope, trainer: L.Trainer) -> None:
         got = f"model.start: {scope.start}"
     elif vars(scope).get("groups") is not None:
         got = "model.windows, groups of linear maps"
+    elif vars(scope).get("compiles"):
+        got = "model.compile: true, which cannot follow the choice between the dense and the smaller mixture"
+    elif isinstance(scope.source, LiveModel):
+        got = "a live model, whose parameters keep their shapes: save it and use `recon fit`"
     elif shards:
         got = f"{type(strategy).__name__}, which shards the parameters that a mixture selects from"
     else:

@@ -8,12 +8,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from recon.models.anatomy import Anatomy
 from recon.models.fewer_experts import smaller, stacks
-from recon.pruning.criteria import REAP, Wanda
 from recon.pruning.criteria.base import Criterion
 from recon.pruning.criteria.frequency import Frequency
 from recon.pruning.masks import Masks
-from recon.pruning.patterns import NM, Experts
-from recon.pruning.prune import Pruning, prune
+from recon.pruning.patterns import Experts
+from recon.pruning.prune import prune
 from recon.pruning.removal import kept_in
 from recon.pruning.start_weights import apply
 from tests.support.families import MIXTURES, tiny, token_ids

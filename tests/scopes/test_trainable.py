@@ -60,7 +60,7 @@ def test_weights_and_vectors_by_name(family: str) -> None:
         "lora": [],
     }
     for which, names in expected.items():
-        got = chosen(parameters, anatomy.matrix_parameters(), which)  # type: ignore[arg-type]
+        got = chosen(parameters, anatomy.blocks, which)  # type: ignore[arg-type]
         assert sorted(got) == sorted(names), which
         assert got == [name for name in parameters if name in got]  # in the order given
 
@@ -68,7 +68,7 @@ def test_weights_and_vectors_by_name(family: str) -> None:
 def test_a_partitioned_parameter_counts_by_its_whole_shape() -> None:
     weight = nn.Parameter(torch.empty(0))  # as under ZeRO-3
     weight.ds_shape = torch.Size((4, 4))  # type: ignore[attr-defined]
-    assert chosen({"a": weight, "b": nn.Parameter(torch.zeros(4))}, {"a"}, "vectors") == ["b"]
+    assert chosen({"a": weight, "b": nn.Parameter(torch.zeros(4))}, (), "vectors") == ["b"]
 
 
 @pytest.mark.parametrize(("which", "what"), [("vectors", "norms or biases"), ("weights", "matrices of linear maps")])

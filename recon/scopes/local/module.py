@@ -82,8 +82,6 @@ class LocalScope(WindowedScope):
         Raises:
             ValueError: If the model cannot be run window by window, a mask has no window, or options conflict.
         """
-        if self.start == "auto" and masks.remove_slices:
-            self.start = "pruned"  # the experts that are left have no zeros to make up for
         super().prepare(data, masks, directory, moved, interleaved)
         if self.offload == "disk" and directory is None:
             raise ValueError("model.offload: disk writes finished windows and reads them again, got no run directory")
