@@ -128,7 +128,11 @@ def experts_per_token(anatomy: Anatomy) -> int:
 def _found(model: PreTrainedModel, num_experts: int) -> Smaller:
     anatomy = Anatomy.of(model)
     num, of_token = num_experts_of(anatomy), experts_per_token(anatomy)
-    if of_token == num > num_experts:
+    if num_experts >= num:
+        raise ValueError(
+            f"removing experts needs fewer than the {num} of each mixture, got {num_experts} that are kept; keep fewer"
+        )
+    if of_token == num:
         raise ValueError(
             f"removing experts needs mixtures that multiply with the chosen experts alone, got one that computes all "
             f"{num} for every token, so that its choice cannot be seen; choose a pattern of weights, such as 2:4"
@@ -152,14 +156,13 @@ def _found(model: PreTrainedModel, num_experts: int) -> Smaller:
             f"removing experts needs a field of the configuration that sets their number, {num}, and nothing else, "
             f"found none in {type(model.config).__name__}; choose a pattern of weights, such as --pattern 2:4"
         )
-    if num_experts != num:
-        try:
-            Anatomy.of(skeleton)
-        except ValueError as error:
-            raise ValueError(
-                f"the router of {type(model).__name__} must work with the experts that are kept, it does not with "
-                f"{num_experts} of {num}: {error}; where it chooses groups first, keep a multiple of their number"
-            ) from error
+    try:
+        Anatomy.of(skeleton)
+    except ValueError as error:
+        raise ValueError(
+            f"the router of {type(model).__name__} must work with the experts that are kept, it does not with "
+            f"{num_experts} of {num}: {error}; where it chooses groups first, keep a multiple of their number"
+        ) from error
     return Smaller(num_experts, skeleton, cut)
 
 

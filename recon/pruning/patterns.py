@@ -243,14 +243,14 @@ class Experts(Pattern):
     its router no rows for the removed ones.
 
     Args:
-        keep: The fraction of experts kept, 0 < keep <= 1.
+        keep: The fraction of experts kept, 0 < keep < 1.
     """
 
     keep: float = 0.75
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep <= 1:
-            raise ValueError(f"`keep` is the fraction of experts kept and needs 0 < keep <= 1, got {self.keep}")
+        if not 0 < self.keep < 1:
+            raise ValueError(f"`keep` is the fraction of experts kept and needs 0 < keep < 1, got {self.keep}")
 
     def __str__(self) -> str:
         return f"{100 * self.keep:g}% of experts"

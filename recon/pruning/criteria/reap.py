@@ -1,4 +1,8 @@
-"""REAP: an expert matters as much as what it adds to the output of its mixture (arXiv 2510.13999)."""
+"""REAP: an expert matters as much as what it adds to the output of its mixture.
+
+REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression, ICLR 2026 (arXiv 2510.13999). Gate values are those
+that the model multiplies with: normalised over the chosen experts where it does that.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar
