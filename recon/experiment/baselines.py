@@ -176,10 +176,8 @@ def measure_pruned(
         sizes = written_sizes(run.model)
         # Measured as written, and computed as the dense model is.
         model = opened(source.at(run.model))
-        written = without_removed(masks)
     else:
         sizes = {"model_sparsity": sparsities(model.parameters(), masks)["model_sparsity"]}
-        written = masks
     evaluation = model.evaluate(data)
     report = costs.report(
         source,
@@ -190,7 +188,7 @@ def measure_pruned(
         criterion=str(options.criterion),
         pattern=options.pruning.describe(options.pattern),
         sparsity=masks.sparsity,
-        mask_violations=model.violations(written),
+        mask_violations=model.violations(without_removed(masks) if keep_model else masks),
         seconds=seconds,
         densities=masks.densities,
         run_dir=str(run.path),

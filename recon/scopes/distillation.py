@@ -53,7 +53,8 @@ class Distillation(LocalScope):
         loss: `normalised`, the squared error over the energy of the batch's target; `mse`, the mean squared error;
             `cosine`, one minus the cosine between output and target, mean over tokens.
         parameters: Parameters that learn in a window: `all`; `weights`, matrices of linear maps; `vectors`, norms and
-            biases; `routers`, which choose among experts; `lora`, low-rank updates of the pruned matrices, merged into them when the window ends.
+            biases; `routers`, which choose among experts; `lora`, low-rank updates of the pruned matrices, merged into
+            them when the window ends.
         lora: Rank and alpha of these updates.
         lr: Peak learning rate of AdamW, for each window anew. `auto` tries some on the middle window of each kind
             (attention, MLP), in short trials that take at most a tenth of the training, and takes the one of the lowest

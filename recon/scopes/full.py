@@ -68,7 +68,7 @@ class FullRetraining(Scope):
         temperature: Softens both distributions in distillation.
         train: Where it learns: `blocks` leaves embeddings and head as they are, `all` trains them too.
         parameters: What learns there: `all`; `weights`, the matrices of linear maps in the blocks; `vectors`, norms and
-            biases; `routers`, which choose among experts; `lora`, low-rank updates of the pruned matrices, which are merged into them in the end.
+            biases; `routers`; `lora`, low-rank updates of the pruned matrices, which are merged into them in the end.
         lora: Rank and alpha of these updates.
         lr: Peak learning rate of AdamW, `auto` for one by the model's width; another `--optimizer` has its own.
         weight_decay: AdamW's weight decay.
