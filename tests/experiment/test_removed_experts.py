@@ -68,6 +68,9 @@ def test_a_smaller_mixture_is_recovered_and_loads(family: str, scope: str, tmp_p
     assert_smaller(run)
     report = Report.load(run / "report.json")
     assert report.pattern == "75% of experts"
+    card = (run / "model/README.md").read_text()
+    assert "removed experts are not in it" in card
+    assert "zeros" not in card.partition("## Verification")[0]
     assert report.prediction["reason"].startswith("planning knows patterns of weights")
 
 
