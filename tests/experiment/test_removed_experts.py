@@ -38,7 +38,18 @@ def arguments(family: str, run: Path) -> list[str]:
         *("--data.source", "TextFiles", "--data.source.paths", json.dumps([str(text)])),
         *("--model.name", "random", "--model.shape", json.dumps(shape), "-c", "patterns/experts"),
         *(part for name, size in sizes.items() for part in (f"--data.{name}", str(size))),
-        *("--model.epochs", "1", "--model.save_dtype", "float32", "--drift", "false", "--summary", "false"),
+        *(
+            "--model.epochs",
+            "1",
+            "--model.lr",
+            "1e-2",
+            "--model.save_dtype",
+            "float32",
+            "--drift",
+            "false",
+            "--summary",
+            "false",
+        ),
         *("--run_dir", str(run), "--trainer.logger", "false"),
     ]
 
@@ -78,7 +89,7 @@ def test_a_smaller_mixture_is_recovered_and_loads(family: str, scope: str, tmp_p
 @pytest.mark.parametrize("scope", ["submodule", "block", "full"])
 def test_routers_alone_learn(scope: str, tmp_path: Path) -> None:
     pruned, run = tmp_path / "pruned", tmp_path / "run"
-    more = ["--model.parameters", "routers", "--model.lr", "1e-2", "--baselines", "false"]
+    more = ["--model.parameters", "routers", "--baselines", "false"]
     more += ["--model.keep_best", "false"] if scope == "full" else []
     assert main(["fit", "-c", f"scopes/{scope}", *arguments("qwen3_moe", run), *more]) == 0
     assert main(["fit", "-c", f"scopes/{scope}", *arguments("qwen3_moe", pruned), *more, "--model.lr", "1e-30"]) == 0

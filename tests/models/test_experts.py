@@ -49,6 +49,10 @@ def test_stacks_routers_and_layouts(family: str) -> None:
     left = anatomy.left_dense()
     matrices = {one.parameter_name for one in block.matrices.values()}
     assert not left.keys() & matrices
+    routers = {n: model.get_parameter(n) for n in block.routers}
+    assert routers
+    assert not routers.keys() & matrices
+    assert all(len(parameter) in one.shape for one in routers.values())
     everything = {n for n, one in block.parameters().items() if one.ndim > 1}
     assert everything <= left.keys() | matrices
     if router is not None:
