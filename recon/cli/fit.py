@@ -317,7 +317,8 @@ def _recover(cli: FitCLI, directory: RunDirectory, options: RunOptions) -> Repor
     if first and not directory.is_finished:
         exclude, criterion = tuple(options.pruning.exclude), options.criterion
         by_gram = criterion is not None and options.interleaves and criterion.needs == "gram"
-        options = replace(options, prediction=forecast(scope, data, trainer, exclude, options.prunes, by_gram))
+        predicted = forecast(scope, data, trainer, exclude, options.prunes, by_gram, options.pattern)
+        options = replace(options, prediction=predicted)
     with log_to(directory.measurements(cli.share).log) if first else nullcontext():
         return recover(scope, data, trainer, directory, options)
 

@@ -21,6 +21,7 @@ from recon.experiment.requirements import require_matrices
 from recon.models.loading import ModelSource
 from recon.planner import SCOPES, Kind, PlanOptions, Prediction, Proposal, Shape, predict, print_plan, propose
 from recon.planner.fake.model import FakeModel
+from recon.planner.options import require_plannable
 from recon.planner.rates import Rates, as_rates
 from recon.planner.speed import measured_speeds
 from recon.planner.trainer_options import configured_trainer_options
@@ -192,6 +193,7 @@ def _in_default_dtype(options: PlanOptions, scope: Scope, shape: Shape) -> PlanO
 
 def _require_fit(scope: Scope, fake: FakeModel, pattern: Pattern | None, pruning: Pruning | None) -> None:
     """Refuse what `recon fit` refuses once it has loaded the model."""
+    require_plannable(pattern)
     pruning = pruning or Pruning()
     prunable = fake.prunable(pruning.exclude)
     if pattern is not None:

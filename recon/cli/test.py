@@ -35,6 +35,7 @@ from recon.experiment.environment import versions
 from recon.models.loading import ModelSource
 from recon.pruning.masks import Masks
 from recon.pruning.prune import moved_with
+from recon.pruning.whole_slices import without_removed
 from recon.report import Report, Results, print_table, table_console, with_references
 
 FINGERPRINT, CONFIG, REPORT, MASKS, MODEL = (
@@ -213,7 +214,7 @@ def _measured(
             masks = Masks.load(file)
             moved = moved_with(file, masks)
         else:
-            promised = Masks.load(file)
+            promised = without_removed(Masks.load(file))  # removed experts are not in its model
     suite = suite_of(config)
     report = measure(source, data, device, masks, promised, moved, config.model.offload, suite, run)
     if subject.run is not None and config.masks is None and (subject.run / REPORT).is_file():

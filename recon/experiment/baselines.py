@@ -23,7 +23,7 @@ from recon.experiment.options import RunOptions
 from recon.experiment.requirements import require_free
 from recon.experiment.sizes import source_size, sparsities, written_sizes
 from recon.experiment.tasks import require_scorable, score_tasks
-from recon.experiment.writing import save_model
+from recon.experiment.writing import save_model, with_survivors
 from recon.models.anatomy import Anatomy
 from recon.models.author import DenseAuthor
 from recon.models.loading import ModelSource
@@ -32,6 +32,7 @@ from recon.models.offload.opening import Offload
 from recon.profiling.process_memory import PeakMeter, resident_bytes
 from recon.pruning.masks import Masks
 from recon.pruning.prune import moved_with, noted, prune_to
+from recon.pruning.whole_slices import without_removed
 from recon.report import Report
 
 log = logging.getLogger("recon")
@@ -171,7 +172,7 @@ def measure_pruned(
     costs.stop()
     model.apply(masks, moved_with(run.masks, masks))
     if keep_model:
-        _write(model, source, data.tokenizer, run)
+        _write(model, source, data.tokenizer, run, masks)
         sizes = written_sizes(run.model)
         # Measured as written, and computed as the dense model is.
         model = opened(source.at(run.model))
@@ -187,7 +188,7 @@ def measure_pruned(
         criterion=str(options.criterion),
         pattern=options.pruning.describe(options.pattern),
         sparsity=masks.sparsity,
-        mask_violations=model.violations(masks),
+        mask_violations=model.violations(without_removed(masks) if keep_model else masks),
         seconds=seconds,
         densities=masks.densities,
         run_dir=str(run.path),
@@ -202,8 +203,10 @@ def measure_pruned(
     return report
 
 
-def _write(model: OpenModel, source: ModelSource, tokenizer: PreTrainedTokenizerBase, run: RunDirectory) -> None:
-    stored, state = model.state(source.stored_dtype(), run.path)
+def _write(
+    model: OpenModel, source: ModelSource, tokenizer: PreTrainedTokenizerBase, run: RunDirectory, masks: Masks
+) -> None:
+    stored, state = with_survivors(*model.state(source.stored_dtype(), run.path), masks)
     save_model(stored, tokenizer, run.model, state, run.manifest.placing)
 
 

@@ -14,6 +14,7 @@ from recon.basics.run_paths import RunPaths
 from recon.models.licence import licence_of
 from recon.models.stored import dtype_of
 from recon.pruning.masks import Masks
+from recon.pruning.whole_slices import removes_slices
 from recon.report import Report
 from recon.report.card import Facts, card
 
@@ -59,6 +60,7 @@ def facts_of(run: RunPaths, masks: Masks | None = None) -> Facts:
         report,
         made_with,
         kinds=kinds_of(masks),
+        removes_experts=removes_slices(masks),
         packed_bytes=None if report.disk_bytes is None else report.disk_bytes - _saved_by_packing(run, masks),
         weights={file.name: entry.sha256 for file, entry in recorded if file.suffix == ".safetensors"},
         licence=licence_of(report.model, revision),

@@ -14,6 +14,7 @@ from recon.experiment.verification import violations_of_model
 from recon.profiling.phases import PhaseName
 from recon.pruning.masks import Masks
 from recon.pruning.start_weights import Start
+from recon.pruning.whole_slices import without_removed
 
 log = logging.getLogger("recon")
 
@@ -111,8 +112,9 @@ def _measure_written(job: Job, masks: Masks) -> tuple[Evaluation, int, Scores]:
         return job.scope.evaluation, violations_of_model(masks, job.run.model), {}
     model = job.reopened(job.written)
     recovered = model.evaluate(job.data)
+    kept = without_removed(masks)
     # Counted in the files: the blocks of an offloaded model would go to the device once more.
-    violations = violations_of_model(masks, job.run.model) if job.is_offloaded else model.violations(masks)
+    violations = violations_of_model(kept, job.run.model) if job.is_offloaded else model.violations(kept)
     return recovered, violations, _scores(job, model, "recovered")
 
 

@@ -27,9 +27,13 @@ from recon.experiment.selection import Selection, select
 from recon.experiment.training import train
 from recon.experiment.writing import write
 from recon.models.author import DenseAuthor
+from recon.models.fewer_experts import route_among
 from recon.profiling.phases import PhaseName, Phases
+from recon.pruning.removal import kept_in
+from recon.pruning.whole_slices import removes_slices
 from recon.report import Report
 from recon.scopes.base import Scope
+from recon.scopes.removal import require_recoverable
 
 log = logging.getLogger("recon")
 
@@ -131,6 +135,11 @@ def _load(job: Job) -> None:
 def _prepare(job: Job, selection: Selection) -> None:
     scope = job.scope
     scope.phases.enter(PhaseName.PREPARE)
+    if removes_slices(selection.masks):
+        require_recoverable(scope, job.trainer)
+        scope.start = "pruned"  # the experts that are left have no zeros to make up for
+        if scope.by_window:  # finished windows are loaded, and not pruned again
+            route_among(scope.model, kept_in(selection.masks, scope.model))
     if job.is_offloaded or (scope.start == "exact" and job.is_first):
         scope.to(job.device)
     scope.prepare(job.data, selection.masks, job.run.path, selection.start, selection.interleaved)

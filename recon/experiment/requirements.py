@@ -12,11 +12,14 @@ from recon.experiment.origin import Origin, require_masks_of
 from recon.experiment.tasks import require_scorable
 from recon.models.anatomy import Anatomy
 from recon.models.matrices import Matrix
+from recon.pruning.patterns import Experts
 from recon.pruning.prune import require_fit
+from recon.pruning.removal import require_of_experts, require_removable
 from recon.scopes.base import Scope
 from recon.scopes.local.module import LocalScope
 from recon.scopes.local.schedule import require_recovered_inputs
 from recon.scopes.lora import require_linear_maps
+from recon.scopes.removal import require_recoverable
 from recon.scopes.starts import NO_MOVED, NO_RUN
 
 CLEARLY = 0.9
@@ -91,6 +94,11 @@ def require_suitable(job: Job) -> None:
     pruned = anatomy.prunable(options.pruning.exclude) if options.prunes and not _has_masks(job) else {}
     if options.pattern is not None:
         require_fit(pruned, options.pattern, options.pruning)
+    if isinstance(options.pattern, Experts) and pruned:
+        assert options.criterion is not None
+        require_of_experts(options.criterion, options.pattern, options.pruning)
+        require_removable(scope.model, anatomy, options.pattern)
+        require_recoverable(scope, job.trainer)
     require_matrices(scope, anatomy, pruned)
 
 

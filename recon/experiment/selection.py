@@ -15,6 +15,7 @@ from recon.pruning.interleaved import Interleaved
 from recon.pruning.masks import Masks
 from recon.pruning.prune import block_patterns, metadata_at, moved_with, prune_to
 from recon.pruning.start_weights import Start
+from recon.pruning.whole_slices import removes_slices
 
 GIVEN = {"criterion": "given masks", "pattern": "given masks"}
 """The origin of masks in memory, which do not tell theirs."""
@@ -51,6 +52,12 @@ def select(job: Job) -> Selection:
     with locked(job.run.path / ".masks.lock") if job.options.part is not None else nullcontext():
         masks = _masks(job)
     origin, start = job.options.origin, job.scope.start
+    if origin is not None and removes_slices(masks):
+        raise ValueError(
+            f"{origin.option} needs a run whose model has the shape of the dense one, got {origin.path}, which has "
+            f"lost whole experts; repeat its command with the other options, or take the smaller model as the "
+            f"dense one: --model.name {origin.run.model}"
+        )
     needed = bool(masks) and (job.measures_baselines or start == "moved")
     moved = moved_with(job.run.masks, masks) if needed else None
     return Selection(masks, moved, start=moved if origin is None else origin.weights(job.scope.model))

@@ -23,6 +23,7 @@ from recon.pruning.bits import count_bits, unpack
 from recon.pruning.masks import Masks
 from recon.pruning.recorded_pattern import matrices_in, transposed_in
 from recon.pruning.storages import STORAGES, fits_2_4, missing
+from recon.pruning.whole_slices import removes_slices
 from recon.report.speed import MatrixSpeed, Speed
 
 log = logging.getLogger("recon")
@@ -82,6 +83,11 @@ def measure_speed(run: RunPaths, options: SpeedOptions) -> Speed:
     masks = Masks.load(run.masks)
     if not masks.num_pruned:
         raise ValueError(f"recon speed needs pruned weights, got {run.masks}, which keeps all; name another run")
+    if removes_slices(masks):
+        raise ValueError(
+            f"recon speed times sparse matrices, got {run.path}, whose model has lost whole experts and keeps dense "
+            f"ones; name a run of a pattern of weights"
+        )
     dtype = dtype_of(run.model) if options.dtype is None else getattr(torch, options.dtype)
     if dtype is None:
         raise ValueError(

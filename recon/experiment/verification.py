@@ -16,6 +16,7 @@ from recon.experiment.environment import versions
 from recon.models.loading import ModelSource
 from recon.pruning.masks import Masks
 from recon.pruning.start_weights import Start
+from recon.pruning.whole_slices import without_removed
 from recon.report import Report
 
 Outcome = tuple[Path, str | None]
@@ -141,7 +142,8 @@ def _weights(run: RunPaths, masks: Masks, intact: set[Path]) -> Iterator[Outcome
 
 
 def violations_of_model(masks: Masks, model: Path) -> int:
-    """Number of pruned weights that are not zero in the files of a model."""
+    """Number of pruned weights that are not zero in the files of a model; removed experts are not there."""
+    masks = without_removed(masks)
     try:
         return masks.violations_in(model)
     except ValueError:  # its architecture saves weights under other names

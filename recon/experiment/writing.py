@@ -8,8 +8,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from recon.basics.files import Writer, placing
 from recon.experiment.job import Job
 from recon.models.anatomy import Anatomy
+from recon.models.fewer_experts import smaller
 from recon.profiling.phases import PhaseName
+from recon.pruning.masks import Masks
 from recon.pruning.prune import made_by
+from recon.pruning.removal import kept_in
 
 
 def write(job: Job) -> None:
@@ -27,11 +30,20 @@ def write(job: Job) -> None:
         known = made_by(options.criterion, options.pattern, options.pruning, scope.masks, anatomy, scope.experts)
         scope.masks.save(job.run.masks, known, job.run.manifest.writing)
     assert job.data.tokenizer is not None
-    model, state = scope.result()
+    model, state = with_survivors(*scope.result(), scope.masks)
     save_model(model, job.data.tokenizer, job.run.model, state, job.run.manifest.placing)
     del model, state
     scope.release()
     job.trainer.strategy.optimizers, job.trainer.strategy.lr_scheduler_configs = [], []  # they hold parameters
+
+
+def with_survivors(
+    model: PreTrainedModel, state: dict[str, Tensor] | None, masks: Masks
+) -> tuple[PreTrainedModel, dict[str, Tensor] | None]:
+    """Cut a model, and its weights if it is without them, to the experts that masks keep; as it is if they keep all."""
+    if not (kept := kept_in(masks, model)):
+        return model, state
+    return smaller(model, len(next(iter(kept.values())))).model(model, state, kept)
 
 
 def save_model(

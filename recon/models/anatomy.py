@@ -32,6 +32,7 @@ class Block:
         mixer_name: Full module name of the token mixer that divides the block, such as `model.layers.3.self_attn`;
             None if the block has none, several in parallel, or no weights outside it.
         kind: Blocks of the same kind have equal modules.
+        routers: Full names of the parameters of routers, which choose among experts.
     """
 
     index: int
@@ -40,6 +41,7 @@ class Block:
     matrices: dict[str, Matrix]
     mixer_name: str | None = None
     kind: str = ""
+    routers: frozenset[str] = frozenset()
 
     @property
     def mixer(self) -> nn.Module | None:
@@ -117,10 +119,6 @@ class Anatomy:
         """As `Block.weights_among`, of all blocks."""
         return {name: one for block in self.blocks for name, one in block.weights_among(names).items()}
 
-    def matrix_parameters(self) -> set[str]:
-        """Names of the parameters that hold matrices."""
-        return {one.parameter_name for block in self.blocks for one in block.matrices.values()}
-
     def left_dense(self) -> dict[str, list[int]]:
         """As `Block.left_dense`, of all blocks, under full parameter names."""
         return {f"{block.name}.{name}": shape for block in self.blocks for name, shape in block.left_dense().items()}
@@ -173,7 +171,13 @@ def _block(index: int, name: str, module: nn.Module, found: Findings) -> Block:
         )
     matrices = {matrix.name: matrix for matrix in _matrices(name, module, found)}
     mixer_name = f"{name}.{found.mixer}" if found.mixer is not None else None
-    return Block(index, name, module, matrices, mixer_name, found.kind)
+    routers = frozenset(
+        f"{name}.{router}.{own}"
+        for router in found.routers
+        for own, one in module.get_submodule(router).named_parameters()
+        if one.is_floating_point()
+    )
+    return Block(index, name, module, matrices, mixer_name, found.kind, routers)
 
 
 def _matrices(name: str, block: nn.Module, found: Findings) -> Iterator[Matrix]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from recon.models.forwards import first_of
 from recon.models.matrices import is_matrix
 from recon.models.products import Product, Products, factors
 
@@ -75,14 +76,14 @@ def expert_by_expert(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 class Multiplications(TorchFunctionMode):
-    """Notes the products of a block with slices, and the linear maps whose outputs choose among as many slices.
+    """Notes the products of a block with slices, and the modules whose outputs choose among as many slices.
 
     Args:
         block: With numbers in its parameters.
         num_tokens: Of all calls within the context together.
 
     Attributes:
-        routers: Names of linear maps within the block.
+        routers: Names of linear maps, and of modules that hold a matrix of their own, within the block.
         divided: Name of the first two-dimensional parameter that multiplies in parts, each a view of it; None if
             there is none. Experts that lie side by side in one matrix are no matrices of their own.
     """
@@ -100,13 +101,23 @@ class Multiplications(TorchFunctionMode):
         mapped = {f"{name}.weight" for name in self._linear_maps}
         self._others = {name: one for name, one in numbers.items() if one.ndim == 2 and name not in mapped}
         self._by_weight = {id(numbers[f"{name}.weight"]): name for name in self._linear_maps}
-        self._latest: str | None = None  # the linear map that was computed last
+        owners = {name.rpartition(".")[0] for name, one in self._others.items() if self._sizes & {*one.shape}}
+        self._owners = {
+            name: block.get_submodule(name)
+            for name in owners
+            if name and not any(stack.startswith(f"{name}.") for stack in stacked)
+        }
+        self._inside: str | None = None  # the outermost module with a matrix of its own that is being computed
+        self._latest: str | None = None  # the linear map, or module with a matrix of its own, that was computed last
         self._hooks = ExitStack()
 
     def __enter__(self) -> "Multiplications":
         """Watch linear maps, too."""
         for name, module in self._linear_maps.items():
             self._hooks.callback(module.register_forward_hook(partial(self._computed, name)).remove)
+        for name, module in self._owners.items():
+            self._hooks.callback(module.register_forward_pre_hook(partial(self._entered, name)).remove)
+            self._hooks.callback(module.register_forward_hook(partial(self._left, name)).remove)
         return super().__enter__()
 
     def __exit__(self, *raised: Any) -> None:
@@ -116,8 +127,8 @@ class Multiplications(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Look at linear maps and at choices among slices; products are seen by a mode of their own."""
-        if func in RANKINGS and self._latest is not None and args[0].shape[-1:].numel() in self._sizes:
-            self.routers.add(self._latest)
+        if func in RANKINGS and args[0].shape[-1:].numel() in self._sizes:
+            self.routers.update(name for name in (self._inside or self._latest,) if name is not None)
         for _, factor in factors(func, (*args, *(kwargs or {}).values())):
             parts = [name for name, one in self._others.items() if _is_part(factor, one)]
             self.divided = self.divided or next(iter(parts), None)
@@ -135,6 +146,14 @@ class Multiplications(TorchFunctionMode):
     def _computed(self, name: str | None, module: nn.Module | None, args: Any, output: Any) -> None:
         if isinstance(output, Tensor):  # a router of its own kind may return its choice, too
             self._latest = name if output.shape[-1] in self._sizes else None
+
+    def _entered(self, name: str, module: nn.Module, args: Any) -> None:
+        self._inside = self._inside or name
+
+    def _left(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        if self._inside == name:
+            self._inside = None
+            self._computed(name, module, args, first_of(output))
 
     def _note(self, product: Product) -> None:
         self._rows[product.name, product.is_transposed] += product.inputs.numel() // product.inputs.shape[-1]

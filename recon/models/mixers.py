@@ -39,7 +39,7 @@ class Findings:
         mixer: The one where the block is divided: the first, if all others read its output, it is as wide as that of
             the block, and the rest of the block has weights, too; None otherwise.
         uncalled: The linear maps that the model does not call.
-        routers: The linear maps whose outputs choose among experts.
+        routers: The linear maps, and the modules with a matrix of their own, whose outputs choose among experts.
         stacks: Name of each parameter that holds a stack of experts -> stack.
         divided: As in `Multiplications`.
     """

@@ -12,6 +12,7 @@ from recon.calibration.activations import Propagation
 from recon.calibration.storage import Place, Storage
 from recon.data import TokenData
 from recon.models.offload.opening import Offload
+from recon.pruning.patterns import Experts, Pattern
 from recon.scopes import (
     BlockDistillation,
     FullRetraining,
@@ -39,6 +40,19 @@ PRECISIONS: dict[str, torch.dtype | None] = {
     "16-true": torch.float16,
 }
 """Lightning's name -> its 16-bit type."""
+
+
+def require_plannable(pattern: Pattern | None) -> None:
+    """Refuse a pattern whose recovery cannot be planned.
+
+    Raises:
+        ValueError: If it removes whole experts.
+    """
+    if isinstance(pattern, Experts):
+        raise ValueError(
+            f"planning knows patterns of weights, whose recovery computes with parameters of the dense shapes, got "
+            f"{pattern}; plan with another pattern for a rough bound"
+        )
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,12 @@ from recon.planner.fake.model import FakeModel
 from recon.planner.flops import PREPARATION, Kind, full_flops, local_flops, seconds_of, uniform
 from recon.planner.full import full_snapshots, held_on_host, optimizer_bytes
 from recon.planner.local import FakeModels, calibration_bytes, local_snapshots, start_bytes, windows_to_recover
-from recon.planner.options import PlanOptions
+from recon.planner.options import PlanOptions, require_plannable
 from recon.planner.rates import Precision, Rates, precisions, speeds_at
 from recon.planner.snapshot import FP32, Snapshot, numel
 from recon.planner.trainer_options import trainer_options
 from recon.profiling.entries import CATEGORIES
+from recon.pruning.patterns import Pattern
 from recon.scopes import Scope
 
 Speed = float | Mapping[Kind, float]
@@ -265,6 +266,7 @@ def forecast(
     exclude: tuple[str, ...],
     masked: bool,
     prunes_by_gram: bool = False,
+    pattern: Pattern | None = None,
 ) -> dict[str, Any]:
     """Predict the needs of a run that is about to begin, as plain data. It never stops the run.
 
@@ -278,11 +280,13 @@ def forecast(
         exclude: Patterns of modules that stay dense.
         masked: Whether the model is pruned.
         prunes_by_gram: Whether masks are chosen along with recovery, from Gram matrices.
+        pattern: Which zeros are allowed, if that is known.
 
     Returns:
         `Prediction.as_dict`, or the `reason` alone why there is none; a warning in the log then says it too.
     """
     try:
+        require_plannable(pattern)
         options = PlanOptions.of(scope, data, trainer_options(trainer), exclude, masked, prunes_by_gram)
         return predict(Shape(scope.source), options).as_dict()
     except Exception as error:  # whatever fails here, the run itself may succeed

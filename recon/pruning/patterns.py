@@ -236,6 +236,50 @@ class NM(Pattern):
 
 
 @dataclass(frozen=True)
+class Experts(Pattern):
+    """Whole experts are removed: each mixture keeps `round(keep * n)` of its n experts, a half to the even neighbour.
+
+    All weights of a removed expert are pruned, those of the others survive. The written model has fewer experts and
+    its router no rows for the removed ones.
+
+    Args:
+        keep: The fraction of experts kept, 0 < keep < 1.
+    """
+
+    keep: float = 0.75
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep < 1:
+            raise ValueError(f"`keep` is the fraction of experts kept and needs 0 < keep < 1, got {self.keep}")
+
+    def __str__(self) -> str:
+        return f"{100 * self.keep:g}% of experts"
+
+    @property
+    def density(self) -> float:
+        """The fraction of experts kept."""
+        return self.keep
+
+    def num_kept(self, num_experts: int) -> int:
+        """Count the survivors among the experts of a mixture."""
+        return round(Fraction(str(self.keep)) * num_experts)
+
+    def choose(self, scores: Float[Tensor, "experts"], name: str) -> list[int]:
+        """Return the experts with the highest scores, in order."""
+        require_finite(scores[None], name)
+        keep = keep_highest(scores[None], self.num_kept(len(scores)))
+        return keep[0].nonzero().flatten().tolist()
+
+    def select(self, scores: Float[Tensor, "out in_"], name: str = "the matrix") -> Bool[Tensor, "out in_"]:
+        """Refuse to choose within a matrix.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(f"{self} removes whole experts and cannot choose within `{name}`; choose another pattern")
+
+
+@dataclass(frozen=True)
 class Counted(Pattern):
     """Zeros anywhere, with a given number of them in each matrix. An allocation makes one for each block.
 

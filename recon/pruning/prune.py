@@ -23,11 +23,13 @@ from recon.models.matrices import Matrix, by_parameter, joined, parameters_of
 from recon.models.replay import Replay
 from recon.profiling.ledger import followed
 from recon.pruning.criteria import Criterion
+from recon.pruning.criteria.experts import ExpertCriterion
 from recon.pruning.masks import Masks
 from recon.pruning.options import Pruning
-from recon.pruning.patterns import Counted, Pattern
+from recon.pruning.patterns import Counted, Experts, Pattern
 from recon.pruning.recorded_pattern import recorded
 from recon.pruning.refinement import Refined
+from recon.pruning.removal import remove, require_of_experts, require_removable
 from recon.pruning.start_weights import Sink, Start, apply, written
 
 log = logging.getLogger("recon")
@@ -76,10 +78,13 @@ def prune(
     _require_compatible(criterion, pattern, options)
     replay = replay or Replay(model, Anatomy.of(model))
     replay.experts.rows = options.experts
+    begin = partial(Activations, replay, tokens, options.batch_size, replay.device, storage=storage)
+    if isinstance(pattern, Experts) and isinstance(criterion, ExpertCriterion):
+        require_removable(replay.model, replay.anatomy, pattern)
+        return remove(begin(), criterion, pattern)
     blocks = matrices_by_block(replay.anatomy, options.exclude)
     require_fit(replay.anatomy.prunable(options.exclude), pattern, options)
     patterns = block_patterns(replay, tokens, criterion, pattern, options, storage)
-    begin = partial(Activations, replay, tokens, options.batch_size, replay.device, storage=storage)
     if pattern.across_model:
         # Scores need no Gram matrix of a criterion whose masks are refined when all are chosen.
         scoring = criterion.criterion if isinstance(criterion, Refined) else criterion
@@ -357,6 +362,7 @@ def require_fit(matrices: Mapping[str, Matrix], pattern: Pattern, options: Pruni
 
 
 def _require_compatible(criterion: Criterion, pattern: Pattern, options: Pruning) -> None:
+    require_of_experts(criterion, pattern, options)
     if options.inputs == "recovered":
         raise ValueError(
             "pruning.inputs: recovered chooses the masks of a block when recovery gets there and needs a local scope "

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from recon.models.matrices import Matrix
 from recon.pruning.bits import bits_between, count_bits
-from recon.pruning.patterns import NM, Counted, Pattern, Unstructured
+from recon.pruning.patterns import NM, Counted, Experts, Pattern, Unstructured
 
 KEY = "rule"
 """Key in the metadata of masks: the pattern as JSON, the parameters that are stored in x out, and the slices of masked
 parameters that are kept whole."""
 
-KINDS = {kind.__name__: kind for kind in (Unstructured, NM, Counted)}
+KINDS = {kind.__name__: kind for kind in (Unstructured, NM, Counted, Experts)}
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -72,6 +72,8 @@ def broken(metadata: Mapping[str, str], packed: Mapping[str, Tensor], shapes: Sh
         raise ValueError(f"their record of a pattern cannot be read ({error})") from error
     if isinstance(pattern, Unstructured) and pattern.across_model:
         return _broken_together(pattern, packed, shapes, whole)
+    if isinstance(pattern, Experts):
+        return _broken_experts(pattern, packed, shapes)
     for parameter, mask in packed.items():
         for name, shape, bits in matrices_in(parameter, mask, shapes[parameter]):
             if name in whole:
@@ -106,6 +108,20 @@ def _broken_together(
                 num += math.prod(shape)
                 kept += count_bits(bits)
     return None if kept == pattern.num_kept(num) else f"{kept} of all {num} weights, not {pattern.num_kept(num)}"
+
+
+def _broken_experts(pattern: Experts, packed: Mapping[str, Tensor], shapes: Shapes) -> str | None:
+    for parameter, mask in packed.items():
+        survivors = 0
+        for name, shape, bits in matrices_in(parameter, mask, shapes[parameter]):
+            kept = count_bits(bits)
+            if kept not in (0, math.prod(shape)):
+                return f"{kept} of {math.prod(shape)} weights in `{name}`, neither all nor none"
+            survivors += kept > 0
+        num = shapes[parameter][0]
+        if survivors != pattern.num_kept(num):
+            return f"{survivors} of {num} experts in `{parameter}`, not {pattern.num_kept(num)}"
+    return None
 
 
 def _broken_matrix(

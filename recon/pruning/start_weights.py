@@ -13,12 +13,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from recon.basics.files import Writer, atomic_write
 from recon.distributed.parameters import whole
 from recon.models.anatomy import Block
+from recon.models.fewer_experts import route_among
 from recon.models.offload.blocks import OffloadedBlocks
 from recon.pruning.masks import Masks
+from recon.pruning.removal import kept_in
 
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 """As safetensors calls them."""
@@ -133,7 +136,8 @@ def written(
 def apply(model: nn.Module, masks: Masks, start: Mapping[str, Tensor] | None) -> None:
     """Zero the pruned weights of `model` in place and set the others to their values in `start`, if there is one.
 
-    As `Masks.apply`, before FSDP2 shards the model or DeepSpeed copies it.
+    Mixtures that lose whole experts choose among the others from then on: see `route_among`. As `Masks.apply`, before
+    FSDP2 shards the model or DeepSpeed copies it.
 
     Args:
         model: Has a parameter for every mask.
@@ -143,6 +147,8 @@ def apply(model: nn.Module, masks: Masks, start: Mapping[str, Tensor] | None) ->
     Raises:
         ValueError: If a weight of `start` is not zero where it is pruned.
     """
+    if isinstance(model, PreTrainedModel) and (kept := kept_in(masks, model)):
+        route_among(model, kept)
     if start is None:
         masks.apply(model)
         return

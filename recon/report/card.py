@@ -30,6 +30,7 @@ class Facts:
         report: Of the run that made the model.
         made_with: The fingerprint of that run: `options`, `versions`, and the identities of `model`, `data`, `masks`.
         kinds: Kind of matrix, such as `self_attn.q_proj` -> number of its weights that are pruned, and of all.
+        removes_experts: Whether whole experts are removed, so that the model is smaller and has no zeros.
         packed_bytes: Size of the model's directory if it held the kept weights and a bit per prunable weight.
         weights: Name of each weight file -> its sha256.
         licence: `license`, `license_name` and `license_link` of the base model, as far as they are known.
@@ -38,6 +39,7 @@ class Facts:
     report: Report
     made_with: Mapping[str, Any]
     kinds: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    removes_experts: bool = False
     packed_bytes: int | None = None
     weights: Mapping[str, str] = field(default_factory=dict)
     licence: Mapping[str, str] = field(default_factory=dict)
@@ -72,12 +74,18 @@ def _metadata(facts: Facts) -> ModelCardData:
         base_model=facts.hub_name,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["recon", *(["pruned", "sparse"] if facts.kinds else []), *scope],
+        tags=["recon", *_tags(facts), *scope],
         datasets=[data["path"]] if data.get("source") == "HubDataset" else None,
         model_name=facts.title,
         eval_results=list(_results(facts)) or None,
         **licence,
     )
+
+
+def _tags(facts: Facts) -> list[str]:
+    if facts.removes_experts:
+        return ["pruned"]
+    return ["pruned", "sparse"] if facts.kinds else []
 
 
 def _results(facts: Facts) -> Iterator[EvalResult]:
@@ -114,10 +122,10 @@ def _results(facts: Facts) -> Iterator[EvalResult]:
 def _sections(facts: Facts) -> Iterator[str]:
     report, how = facts.report, "Pruned" if facts.report.scope == "pruned" else "Pruned and recovered"
     yield f"# {one_line(facts.title)}"
+    found = "removed experts are not in it" if facts.removes_experts else "pruned weights are stored as zeros"
     yield (
         f"{how if facts.kinds else 'Trained'} with recon {facts.made_with['versions']['recon']} from "
-        f"`{one_line(facts.base)}`. Load it with `AutoModelForCausalLM.from_pretrained`; pruned weights are stored as "
-        f"zeros."
+        f"`{one_line(facts.base)}`. Load it with `AutoModelForCausalLM.from_pretrained`; {found}."
     )
     yield "## Method\n\n" + rows("setting", "value", method(report, facts.made_with))
     if facts.kinds:
@@ -136,6 +144,8 @@ def _sparsity(facts: Facts) -> str:
     counts = [*facts.kinds.items(), ("", _sum(facts.kinds.values()))]
     lines = [[f"`{kind}`", f"{total:,}", f"{pruned / max(1, total):.2%}"] for kind, (pruned, total) in counts]
     lines[-1][0] = "all of these"
+    if facts.removes_experts:
+        return table(["matrices", "weights before", "removed"], lines, num_text=1)
     if facts.report.model_sparsity is not None:
         lines.append(["all parameters", "", f"{facts.report.model_sparsity:.2%}"])
     return table(["matrices", "weights", "zeros"], lines, num_text=1)
@@ -179,6 +189,8 @@ def _size(facts: Facts) -> str:
         "this model, as saved": facts.report.disk_bytes,
         "bit-packed in theory (kept weights, and one bit for each prunable weight)": facts.packed_bytes,
     }
+    if facts.removes_experts:
+        sizes.popitem()
     lines = [[name, "not known" if size is None else readable(size)] for name, size in sizes.items()]
     return table(["model", "size"], lines, num_text=1)
 

@@ -14,7 +14,7 @@ from recon.basics.files import read_json, write_json
 from recon.basics.seeds import derived_seed
 from recon.calibration.statistics import InputStatistics
 from recon.models.anatomy import Anatomy
-from recon.models.matrices import by_parameter, joined, parameters_of
+from recon.models.matrices import by_parameter, joined
 from recon.models.windows import (
     Window,
     Windows,
@@ -53,7 +53,8 @@ class Distillation(LocalScope):
         loss: `normalised`, the squared error over the energy of the batch's target; `mse`, the mean squared error;
             `cosine`, one minus the cosine between output and target, mean over tokens.
         parameters: Parameters that learn in a window: `all`; `weights`, matrices of linear maps; `vectors`, norms and
-            biases; `lora`, low-rank updates of the pruned matrices, merged into them when the window ends.
+            biases; `routers`, which choose among experts; `lora`, low-rank updates of the pruned matrices, merged into
+            them when the window ends.
         lora: Rank and alpha of these updates.
         lr: Peak learning rate of AdamW, for each window anew. `auto` tries some on the middle window of each kind
             (attention, MLP), in short trials that take at most a tenth of the training, and takes the one of the lowest
@@ -258,8 +259,7 @@ class Distillation(LocalScope):
         if self.which_parameters == "lora":
             return super().trained(window)
         parameters = {name: self.model.get_parameter(name) for name in window.owned}
-        matrices = parameters_of(one for block in window.blocks for one in block.matrices.values())
-        return chosen(parameters, matrices, self.which_parameters, f"window {window.name}")
+        return chosen(parameters, window.blocks, self.which_parameters, f"window {window.name}")
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of the window's output against its target."""

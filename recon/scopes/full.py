@@ -63,7 +63,7 @@ class FullRetraining(Scope):
         temperature: Softens both distributions in distillation.
         train: Where it learns: `blocks` leaves embeddings and head as they are, `all` trains them too.
         parameters: What learns there: `all`; `weights`, the matrices of linear maps in the blocks; `vectors`, norms and
-            biases; `lora`, low-rank updates of the pruned matrices, which are merged into them in the end.
+            biases; `routers`; `lora`, low-rank updates of the pruned matrices, which are merged into them in the end.
         lora: Rank and alpha of these updates.
         lr: Peak learning rate of AdamW, `auto` for one by the model's width; another `--optimizer` has its own.
         weight_decay: AdamW's weight decay.
@@ -237,7 +237,7 @@ class FullRetraining(Scope):
         blocks, parameters = anatomy.blocks, dict(self.model.named_parameters())
         if self.train_what == "blocks":
             parameters = {name: one for block in blocks for name, one in block.parameters().items()}
-        learning = chosen(parameters, anatomy.matrix_parameters(), self.which_parameters)
+        learning = chosen(parameters, blocks, self.which_parameters)
         self.model.requires_grad_(False)
         for name in learning:
             parameters[name].requires_grad_(True)

@@ -47,9 +47,14 @@ def test_stacks_routers_and_layouts(family: str) -> None:
             assert matrix.shape == expected.shape
             assert matrix.rows_per_token == rows / len(parameter)
     left = anatomy.left_dense()
-    assert not left.keys() & anatomy.matrix_parameters()
+    matrices = {one.parameter_name for one in block.matrices.values()}
+    assert not left.keys() & matrices
+    routers = {n: model.get_parameter(n) for n in block.routers}
+    assert routers
+    assert not routers.keys() & matrices
+    assert all(len(parameter) in one.shape for one in routers.values())
     everything = {n for n, one in block.parameters().items() if one.ndim > 1}
-    assert everything <= left.keys() | anatomy.matrix_parameters()
+    assert everything <= left.keys() | matrices
     if router is not None:
         assert f"{block.name}.{router}.weight" in left
         assert isinstance(model.get_submodule(f"{block.name}.{router}"), nn.Linear)

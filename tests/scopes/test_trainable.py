@@ -60,18 +60,27 @@ def test_weights_and_vectors_by_name(family: str) -> None:
         "lora": [],
     }
     for which, names in expected.items():
-        got = chosen(parameters, anatomy.matrix_parameters(), which)  # type: ignore[arg-type]
+        got = chosen(parameters, anatomy.blocks, which)  # type: ignore[arg-type]
         assert sorted(got) == sorted(names), which
         assert got == [name for name in parameters if name in got]  # in the order given
+
+
+def test_routers_by_name() -> None:
+    model = tiny("qwen3_moe")
+    got = chosen(dict(model.named_parameters()), Anatomy.of(model).blocks, "routers")
+    assert got == [f"model.layers.{index}.mlp.gate.weight" for index in range(DEPTH)]
 
 
 def test_a_partitioned_parameter_counts_by_its_whole_shape() -> None:
     weight = nn.Parameter(torch.empty(0))  # as under ZeRO-3
     weight.ds_shape = torch.Size((4, 4))  # type: ignore[attr-defined]
-    assert chosen({"a": weight, "b": nn.Parameter(torch.zeros(4))}, {"a"}, "vectors") == ["b"]
+    assert chosen({"a": weight, "b": nn.Parameter(torch.zeros(4))}, (), "vectors") == ["b"]
 
 
-@pytest.mark.parametrize(("which", "what"), [("vectors", "norms or biases"), ("weights", "matrices of linear maps")])
+@pytest.mark.parametrize(
+    ("which", "what"),
+    [("vectors", "norms or biases"), ("weights", "matrices of linear maps"), ("routers", "routers of experts")],
+)
 def test_nothing_left_to_learn_is_refused(which: Parameters, what: str) -> None:
     weight = nn.Parameter(torch.zeros(4, 4))
     with pytest.raises(ValueError, match=f"{which} needs {what} to learn, got none among the 1 parameters of window 3"):

@@ -148,9 +148,7 @@ class FakeModel:
             return {name: self.parameters[name] for name in names}
         if options.parameters == "lora":
             return self._adapters(self.masked(names, options), options.lora_rank)
-        found = chosen(
-            {name: self.parameters[name] for name in names}, self.anatomy.matrix_parameters(), options.parameters
-        )
+        found = chosen({name: self.parameters[name] for name in names}, self.anatomy.blocks, options.parameters)
         return {name: self.parameters[name] for name in found}
 
     def masked(self, names: Sequence[str], options: PlanOptions) -> list[str]:
