@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from jsonargparse import Namespace
 
 from recon.cli import prune, test
@@ -19,9 +20,15 @@ BUILT = ("model", "data", "criterion", "pattern", "pruning")
 
 
 class CommandResolver(Resolver):
-    """Reads the commands of a comparison as the child processes will."""
+    """Reads the commands of a comparison as the child processes will.
 
-    def __init__(self) -> None:
+    Args:
+        gpus: GPUs of each process where the cells run; None if they run on this machine.
+    """
+
+    def __init__(self, gpus: int | None = None) -> None:
+        self._is_elsewhere = gpus is not None
+        self.on_gpu = torch.cuda.is_available() if gpus is None else gpus > 0
         self._known: dict[tuple[str, ...], Any] = {}
 
     def describe(self, kind: type, spec: dict[str, Any]) -> str:
@@ -35,21 +42,21 @@ class CommandResolver(Resolver):
             UsageError: If the command cannot be understood.
         """
         if tuple(command) not in self._known:
-            self._known[tuple(command)] = _resolved(*command)
+            self._known[tuple(command)] = self._resolved(*command)
         return self._known[tuple(command)]
 
-
-def _resolved(name: str, *args: str) -> dict[str, Any]:
-    config, data = _fit([*args]) if name == "fit" else _other(name, [*args])
-    options = {key: value for key, value in config.as_dict().items() if key not in (*NOT_DECISIVE, *TASK_OPTIONS)}
-    return {"options": options, "text": data.identity(), **identity_of_tasks(config)}
+    def _resolved(self, name: str, *args: str) -> dict[str, Any]:
+        config, data = _fit([*args]) if name == "fit" else _other(name, [*args])
+        if name == "fit" and not self._is_elsewhere:
+            require_devices(config.trainer)
+        options = {key: value for key, value in config.as_dict().items() if key not in (*NOT_DECISIVE, *TASK_OPTIONS)}
+        return {"options": options, "text": data.identity(), **identity_of_tasks(config)}
 
 
 def _fit(args: list[str]) -> tuple[Namespace, Any]:
     parser, config = parse_options(args)
     built: Any = parser.instantiate_classes(Namespace(**{name: config[name] for name in BUILT}))
     choose_optimizer(built.model, config)
-    require_devices(config.trainer)
     return config, built.data
 
 

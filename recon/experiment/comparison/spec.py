@@ -15,8 +15,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from recon.evaluation.tasks.options import TaskOptions
 from recon.experiment.comparison.cell import Cell
 from recon.experiment.comparison.tuning import grid
@@ -203,7 +201,13 @@ class Group:
 
 
 class Resolver(ABC):
-    """Knows recon's command line, which a comparison writes without knowing how it is read."""
+    """Knows recon's command line, which a comparison writes without knowing how it is read.
+
+    Attributes:
+        on_gpu: Whether cells run on GPUs.
+    """
+
+    on_gpu: bool
 
     @abstractmethod
     def describe(self, kind: type, spec: ClassSpec) -> str:
@@ -235,16 +239,18 @@ def plan(comparison: Comparison, model: dict[str, Any], resolver: Resolver) -> I
     identity = {"model": ModelSource(**model).identity(), "versions": versions()}
     # One precision for all rows: on a GPU local scopes would have that of the files, full retraining float32.
     of_tasks = _of_tasks(comparison.tasks)
-    of_model = as_arguments({"dtype": "float32"} | model if torch.cuda.is_available() else model, "model")
+    of_model = as_arguments({"dtype": "float32"} | model if resolver.on_gpu else model, "model")
 
     def cell(title: str, command: list[str], tasks: list[str] = of_tasks) -> Cell:
         slug = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
         # Of tasks, what decides their scores: a cell goes on with smaller batches after memory ran out.
-        key = digest([command, resolver.resolved([*command, *tasks]), identity])[:8]
+        resolved = resolver.resolved([*command, *tasks])
+        key = digest([command, resolved, identity])[:8]
         # A title is only what people read: the cell is found again under another one.
         found = sorted(comparison.path.glob(f"*-{key}"))
         directory = found[0] if found else comparison.path / f"{slug}-{key}"
-        return Cell(title, [*command, *tasks, "--run_dir", str(directory)], directory)
+        command = [*command, *tasks, "--run_dir", str(directory)]
+        return Cell(title, command, directory, *_processes(resolved["options"].get("trainer", {})))
 
     def fit(common: list[str], masks: list[str], title: str, entry: Entry, chosen: dict[str, Any]) -> Cell:
         configs = [arg for name in ["cell", *entry.config] for arg in ("-c", name)]
@@ -278,6 +284,13 @@ def plan(comparison: Comparison, model: dict[str, Any], resolver: Resolver) -> I
         masks = ["--masks", str(pruned.directory / "masks.safetensors")]
         fitted = partial(fit, common, masks)
         yield Group(model, calibration.label, of_criterion, of_pattern, seed, dense, pruned, fitted)
+
+
+def _processes(trainer: dict[str, Any]) -> tuple[int, int]:
+    """The processes on each node, and the nodes, that a trainer asks for; one where it takes what is there."""
+    devices = trainer.get("devices", 1)
+    number = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else 1
+    return max(1, number), trainer.get("num_nodes", 1)
 
 
 def _of_tasks(tasks: TaskOptions) -> list[str]:
