@@ -239,6 +239,9 @@ class Jobs(Pool):
         return _UNKNOWN
 
 
+RULE = "-" * 22
+"""Stands around the traceback in an error of submitit."""
+
 _UNKNOWN = object()
 """The result of a job under way."""
 
@@ -276,8 +279,9 @@ def _show_output(one: UnderWay) -> None:
 
 
 def _last_line(error: Exception) -> str:
-    """The last line of what an error says: of a traceback, the error in the job."""
-    lines = [line for line in str(error).splitlines() if line.strip("- ") and "full logs" not in line]
+    """The last line of the traceback that submitit puts between two rules; of another error, its own."""
+    _, _, behind = str(error).partition(RULE)
+    lines = (behind.partition(RULE)[0] or str(error)).strip().splitlines()
     return lines[-1].strip() if lines else type(error).__name__
 
 
