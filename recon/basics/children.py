@@ -6,8 +6,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 PARENT = "RECON_PARENT"
 """Environment variable: the process whose end ends the one that has it."""
@@ -52,12 +53,15 @@ class Children:
         self._is_stopped = False
 
     @contextmanager
-    def started(self, command: Sequence[str], environment: Mapping[str, str]) -> Iterator[subprocess.Popen[str]]:
+    def started(
+        self, command: Sequence[str], environment: Mapping[str, str], is_recon: bool = True
+    ) -> Iterator[subprocess.Popen[str]]:
         """Start a process, and wait for it at the end of the context, whose error ends it.
 
         Args:
             command: The program and its arguments.
             environment: All variables of the process.
+            is_recon: Whether the process itself runs recon, and not what it starts elsewhere: then it ends with ours.
 
         Yields:
             The process; its output and its errors are lines of `stdout`.
@@ -73,7 +77,7 @@ class Children:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
-                env={**environment, PARENT: str(os.getpid())},
+                env={**environment, **({PARENT: str(os.getpid())} if is_recon else {})},
             )
             self._living.add(process)
         try:
@@ -94,3 +98,18 @@ class Children:
             self._is_stopped = True
             for process in list(self._living):
                 process.kill()
+
+    def end(self, patience: float) -> None:
+        """Have all processes end as they do at SIGTERM, where a fit saves its state; start no more.
+
+        Args:
+            patience: Seconds to wait for them.
+        """
+        self._is_stopped = True  # without the lock: a handler of signals may call this while it is held
+        living = list(self._living)
+        for process in living:
+            process.terminate()
+        end = time.monotonic() + patience
+        for process in living:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, end - time.monotonic()))

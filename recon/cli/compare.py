@@ -5,18 +5,22 @@ from typing import Any, Literal
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
+from recon.basics.refusals import UsageError
 from recon.cli.arrange import arrange
 from recon.cli.errors import usage
 from recon.cli.quiet import quiet
 from recon.cli.resolver import CommandResolver
 from recon.cli.tasks import TASK_OPTIONS, add_task_arguments, tasks_of
+from recon.experiment.comparison.cluster import Cluster
 from recon.experiment.comparison.compare import compare
 from recon.experiment.comparison.entry import Entry
+from recon.experiment.comparison.jobs import Jobs, require_slurm
+from recon.experiment.comparison.pool import Pool, Processes
 from recon.experiment.comparison.spec import Comparison, Text
-from recon.experiment.comparison.workers import workers_of
+from recon.experiment.comparison.workers import require_threads, workers_of
 from recon.report import draw_drift, draw_page, draw_pareto, log_pictures, print_table, table_console
 
-OWN = ("config", "workers", "threads", "verbose")
+OWN = ("config", "workers", "threads", "cluster", "verbose")
 """Options of the command that are none of the comparison's."""
 
 
@@ -30,9 +34,9 @@ def build_parser() -> ArgumentParser:
     add_task_arguments(parser)
     parser.add_argument(
         "--workers",
-        type=int | Literal["gpus"],
+        type=int | Literal["gpus", "slurm"],
         default=1,
-        help="Cells at a time; `gpus` for one on each visible GPU.",
+        help="Cells at a time; `gpus` for one on each visible GPU, `slurm` for one in each job of a SLURM cluster.",
     )
     parser.add_argument(
         "--threads",
@@ -40,6 +44,7 @@ def build_parser() -> ArgumentParser:
         default=None,
         help="CPU threads of each cell; several workers share the cores evenly by default.",
     )
+    parser.add_class_arguments(Cluster, "cluster")
     parser.add_argument("--verbose", type=bool, default=False, help="Add tables of memory, predictions and drift.")
     return parser
 
@@ -61,12 +66,34 @@ def parsed(args: list[str]) -> tuple[Namespace, Comparison]:
         return config, Comparison(**options | built)
 
 
+def pool_of(config: Namespace, comparison: Comparison) -> tuple[Pool, CommandResolver]:
+    """What runs the cells, and what reads their commands for it.
+
+    Raises:
+        UsageError: If this machine has no such workers, a number is too small, or budgets are the seconds of this
+            machine.
+    """
+    if config.workers != "slurm":
+        return Processes(workers_of(config.workers, config.threads)), CommandResolver(comparison.path)
+    require_threads(config.threads)
+    with usage():
+        cluster = Cluster(**config.cluster.as_dict())
+    require_slurm()
+    if comparison.match == "seconds":
+        raise UsageError(
+            "--match seconds needs the speed of the machine that runs the cells, got --workers slurm, whose nodes are "
+            "not measured; give --match flops"
+        )
+    return Jobs(cluster, comparison.path, config.threads), CommandResolver(comparison.path, cluster.gpus_per_process)
+
+
 def main(args: list[str]) -> int:
     """Parse, run the cells, print the table, draw the pictures."""
     quiet()
     config, comparison = parsed(args)
     console = Console(highlight=False, soft_wrap=True, markup=False)
-    results = compare(comparison, CommandResolver(comparison.path), workers_of(config.workers, config.threads))
+    pool, resolver = pool_of(config, comparison)
+    results = compare(comparison, resolver, pool)
     print_table(results, table_console(), config.verbose)
     pictures = draw_pareto(results, comparison.path) + draw_drift(results, comparison.path)
     log_pictures(pictures, comparison.path / "pictures")

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import Namespace
 
 from recon.cli import prune, test
@@ -25,9 +26,12 @@ class CommandResolver(Resolver):
 
     Args:
         directory: Where measured speeds are kept; nowhere if None.
+        gpus: GPUs of each process where the cells run; None if they run on this machine.
     """
 
-    def __init__(self, directory: Path | None = None) -> None:
+    def __init__(self, directory: Path | None = None, gpus: int | None = None) -> None:
+        self._is_elsewhere = gpus is not None
+        self.on_gpu = torch.cuda.is_available() if gpus is None else gpus > 0
         self._known: dict[tuple[str, ...], Any] = {}
         self._costs = Costs(directory)
 
@@ -42,7 +46,7 @@ class CommandResolver(Resolver):
             UsageError: If the command cannot be understood.
         """
         if tuple(command) not in self._known:
-            self._known[tuple(command)] = _resolved(*command)
+            self._known[tuple(command)] = self._resolved(*command)
         return self._known[tuple(command)]
 
     def cost(self, command: list[str], quantity: Quantity) -> float:
@@ -53,18 +57,18 @@ class CommandResolver(Resolver):
         """The options by which a command of `recon fit` trains as long as `limit` allows, and what it then needs."""
         return self._costs.within(command, quantity, limit)
 
-
-def _resolved(name: str, *args: str) -> dict[str, Any]:
-    config, data = _fit([*args]) if name == "fit" else _other(name, [*args])
-    options = {key: value for key, value in config.as_dict().items() if key not in (*NOT_DECISIVE, *TASK_OPTIONS)}
-    return {"options": options, "text": data.identity(), **identity_of_tasks(config)}
+    def _resolved(self, name: str, *args: str) -> dict[str, Any]:
+        config, data = _fit([*args]) if name == "fit" else _other(name, [*args])
+        if name == "fit" and not self._is_elsewhere:
+            require_devices(config.trainer)
+        options = {key: value for key, value in config.as_dict().items() if key not in (*NOT_DECISIVE, *TASK_OPTIONS)}
+        return {"options": options, "text": data.identity(), **identity_of_tasks(config)}
 
 
 def _fit(args: list[str]) -> tuple[Namespace, Any]:
     parser, config = parse_options(args)
     built: Any = parser.instantiate_classes(Namespace(**{name: config[name] for name in BUILT}))
     choose_optimizer(built.model, config)
-    require_devices(config.trainer)
     return config, built.data
 
 

@@ -1,29 +1,32 @@
 """Every shipped configuration is parsed by the real command line."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from recon.basics.refusals import UsageError
 from recon.cli.arrange import arrange
-from recon.cli.compare import build_parser
+from recon.cli.compare import build_parser, parsed
 from recon.cli.configs import config_directory, find_config, load_config, shipped_configs
 from recon.cli.fit import parse_only
 from recon.cli.recipe_names import candidates
+from recon.experiment.comparison.cluster import Cluster
 from recon.experiment.recipes import Recipe, lay_out
 from recon.planner.rates import PRECISIONS, as_rates
 
 NAMES = [path.relative_to(config_directory()).with_suffix("").as_posix() for path in shipped_configs()]
 COMPARISONS = [name for name in NAMES if name.startswith("comparisons/")]
-OTHERS = ("comparisons/", "devices/", "recipes/", "scopes/", "pretrain/")
+OTHERS = ("clusters/", "comparisons/", "devices/", "recipes/", "scopes/", "pretrain/")
 OVERLAYS = [name for name in NAMES if not name.startswith(OTHERS)]
 RECIPES = [name for name in NAMES if name.startswith("recipes/")]
+CLUSTERS = [name for name in NAMES if name.startswith("clusters/")]
 DEVICES = [name for name in NAMES if name.startswith("devices/")]
 RUNS = [name for name in NAMES if name.startswith(("scopes/", "pretrain/"))]
 
 
 def test_none_is_forgotten():
-    assert len(NAMES) == sum(map(len, (COMPARISONS, OVERLAYS, DEVICES, RUNS, RECIPES))) == 95
+    assert len(NAMES) == sum(map(len, (CLUSTERS, COMPARISONS, OVERLAYS, DEVICES, RUNS, RECIPES))) == 97
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -46,6 +49,13 @@ def test_recipe(name):
 @pytest.mark.parametrize("name", DEVICES)
 def test_device(name):
     assert as_rates(load_config(find_config(name))["rates"]).keys() == set(PRECISIONS)
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_cluster(name):
+    config, comparison = parsed(["-c", "comparisons/smoke", "--workers=slurm", "-c", name])
+    assert (config.workers, comparison.name) == ("slurm", "smoke")
+    assert config.cluster.as_dict() == asdict(Cluster())  # a cluster's file lists the defaults, to be copied
 
 
 @pytest.mark.parametrize("name", COMPARISONS)

@@ -107,7 +107,7 @@ def test_tuned_once_per_model_and_used_everywhere(tmp_path, monkeypatch):
             return report(1.0 if is_trial == is_half else 2.0, "validation" if is_trial else "test")
         return report(3.0, "test")
 
-    monkeypatch.setattr("recon.experiment.comparison.cells.outcome", made_up)
+    monkeypatch.setattr("recon.experiment.comparison.pool.outcome", made_up)
     comparison = Comparison(
         "x",
         [Entry("full", tune={"model.lr": [0.25, 0.5]}), Entry("block", options={"model.epochs": 2})],
@@ -140,7 +140,7 @@ def test_a_grid_that_fails_fails_its_cells(tmp_path, monkeypatch):
         titles.append(cell.title)
         return "out of memory" if cell.title.startswith("tune") else report(3.0, "test")
 
-    monkeypatch.setattr("recon.experiment.comparison.cells.outcome", made_up)
+    monkeypatch.setattr("recon.experiment.comparison.pool.outcome", made_up)
     entries = [Entry("full", tune={"model.lr": [1e-3, 2e-3]}), Entry("matrix")]
     comparison = Comparison("x", entries, seeds=[0, 1], directory=str(tmp_path))
     cells = compare(comparison, CommandResolver()).cells

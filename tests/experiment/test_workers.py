@@ -16,9 +16,11 @@ from recon.basics.children import Children, Stopped
 from recon.basics.manifest import Manifest
 from recon.basics.refusals import UsageError
 from recon.cli import main
-from recon.experiment.comparison import cells as module
+from recon.experiment.comparison import cells as passes
+from recon.experiment.comparison import pool
 from recon.experiment.comparison.cell import Cell
 from recon.experiment.comparison.cells import Cells
+from recon.experiment.comparison.pool import Processes
 from recon.experiment.comparison.workers import workers_of
 from recon.report import Report
 
@@ -74,8 +76,8 @@ def test_gpus_without_a_gpu_are_refused(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--workers=0"], "--workers must be at least 1, or gpus, got 0"),
-        (["--workers", "gpu"], "--workers needs a whole number or gpus, got gpu"),
+        (["--workers=0"], "--workers must be at least 1, or gpus or slurm, got 0"),
+        (["--workers", "gpu"], "--workers needs a whole number or gpus or slurm, got gpu"),
         (["--workers=2", "--threads=0"], "--threads must be at least 1, got 0"),
     ],
 )
@@ -105,7 +107,7 @@ def make(tmp_path, monkeypatch):
 
 def run_all(wanted: list[Cell], workers: list[dict[str, str]]) -> list[Report | str | None]:
     """Run cells until all are known."""
-    with Cells(len(wanted), workers) as cells:
+    with Cells(len(wanted), Processes(workers)) as cells:
         while True:
             cells.begin_pass()
             known = [cells.get(cell) for cell in wanted]
@@ -153,7 +155,7 @@ def test_an_error_ends_the_cells_under_way(make, tmp_path, caplog):
     files = [tmp_path / name / "pid" for name in "ab"]
 
     def interrupted() -> None:
-        with Cells(2, [{}, {}]) as cells:
+        with Cells(2, Processes([{}, {}])) as cells:
             assert [cells.get(cell) for cell in wanted] == [None, None]
             end = time.monotonic() + PATIENCE
             while not all(file.exists() and file.read_text() for file in files):
@@ -179,16 +181,16 @@ def test_nothing_starts_after_a_stop():
 
 def test_a_cell_of_another_process_is_waited_for(make, monkeypatch, caplog):
     """The other one holds its lock until this one has looked twice; then nobody has run it, and this one does."""
-    monkeypatch.setattr(module, "PAUSE", 0.01)
+    monkeypatch.setattr(passes, "PAUSE", 0.01)
     caplog.set_level(logging.INFO, "recon")
     ours, theirs = make("true", "a", "b")
-    looks, is_free = [], module.is_free
+    looks, is_free = [], pool.is_free
 
     def free_after_two_looks(cell: Cell) -> bool:
         looks.append(cell)
         return is_free(cell) and (cell != theirs or looks.count(theirs) > 2)
 
-    monkeypatch.setattr(module, "is_free", free_after_two_looks)
+    monkeypatch.setattr(pool, "is_free", free_after_two_looks)
     assert all(isinstance(known, Report) for known in run_all([theirs, ours], [{}]))
     assert looks.count(ours) == 1
     assert looks.count(theirs) == 3

@@ -4,7 +4,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,16 @@ class Cell:
         command: Arguments of `recon`.
         directory: Its run directory.
         budget: See `Report.budget`.
+        devices: Processes that it asks for on each node.
+        num_nodes: Nodes that it asks for.
     """
 
     title: str
     command: list[str]
     directory: Path
     budget: dict[str, Any] = field(default_factory=dict)
+    devices: int = 1
+    num_nodes: int = 1
 
 
 def found(cell: Cell) -> Report | None:
@@ -46,7 +50,9 @@ def is_free(cell: Cell) -> bool:
         return is_free
 
 
-def outcome(cell: Cell, prefix: str, children: Children, variables: Mapping[str, str]) -> Report | str | None:
+def outcome(
+    cell: Cell, prefix: str, children: Children, variables: Mapping[str, str], launcher: Sequence[str] = ()
+) -> Report | str | None:
     """The report of a cell, found or made now, or why there is none; None while another process runs the cell.
 
     Args:
@@ -54,6 +60,7 @@ def outcome(cell: Cell, prefix: str, children: Children, variables: Mapping[str,
         prefix: Stands before each of its lines.
         children: Starts its process.
         variables: Environment variables of the process beside ours.
+        launcher: Command of a cluster that starts the processes of the cell within our job, and ends them with it.
 
     Raises:
         Stopped: If `children` were stopped.
@@ -64,7 +71,7 @@ def outcome(cell: Cell, prefix: str, children: Children, variables: Mapping[str,
         # Looked up again: another process may have ended the cell before this one had the lock.
         if (report := found(cell)) is not None:
             return report
-        error = _run(cell, prefix, children, variables)
+        error = _run(cell, prefix, children, variables, launcher)
     return Report.load(RunDirectory(cell.directory, None).report) if error is None else error
 
 
@@ -80,37 +87,46 @@ def _lock(cell: Cell) -> Path:
     return cell.directory / ".cell.lock"
 
 
-def _run(cell: Cell, prefix: str, children: Children, variables: Mapping[str, str]) -> str | None:
+def _run(
+    cell: Cell, prefix: str, children: Children, variables: Mapping[str, str], launcher: Sequence[str]
+) -> str | None:
     """Run a cell, once more if its process was killed; the reason if it failed.
 
     The second start goes on from the files of the first. It is the last: a cell that takes more memory than there is
     would be killed again and again.
     """
-    status = _process(cell, prefix, children, variables)
+    status = _process(cell, prefix, children, variables, launcher)
     if status < 0:
         log.warning(f"{prefix} its process was killed by {_name(-status)}; it is started again")
-        status = _process(cell, prefix, children, variables)
+        status = _process(cell, prefix, children, variables, launcher)
     if status == 0:
         return None
-    kept = _output(cell)
+    kept = output(cell)
     reason = " ".join(kept.read_text().partition(f"recon {cell.command[0]}: error: ")[2].split())
     return reason or f"{f'exit status {status}' if status > 0 else f'killed by {_name(-status)} twice'}, see {kept}"
 
 
-def _process(cell: Cell, prefix: str, children: Children, variables: Mapping[str, str]) -> int:
-    """Run a cell's process, repeat its lines behind `prefix`, keep them in its `output.txt`; its exit status."""
+def _process(cell: Cell, prefix: str, children: Children, variables: Mapping[str, str], launcher: Sequence[str]) -> int:
+    """Run a cell's process, repeat its lines behind `prefix`, keep them in its `output.txt`.
+
+    Returns:
+        The exit status of the process, negative for a signal that killed it.
+    """
     cell.directory.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "recon", *cell.command]
-    with _output(cell).open("w") as kept, children.started(command, {**_environment(), **variables}) as process:
+    command = [*launcher, sys.executable, "-m", "recon", *cell.command]
+    environment = {**(os.environ if launcher else _environment()), **variables}
+    with output(cell).open("w") as kept, children.started(command, environment, not launcher) as process:
         assert process.stdout is not None
         for line in process.stdout:
             kept.write(line)
             kept.flush()
             log.info(f"{prefix} {line.rstrip()}")
-    return process.returncode
+    status = process.returncode
+    return 128 - status if launcher and status > 128 else status
 
 
-def _output(cell: Cell) -> Path:
+def output(cell: Cell) -> Path:
+    """The file that its lines are kept in."""
     return cell.directory / "output.txt"
 
 

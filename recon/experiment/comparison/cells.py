@@ -2,14 +2,11 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from recon.basics.children import Children
-from recon.experiment.comparison.cell import Cell, found, is_free, outcome
+from recon.experiment.comparison.cell import Cell, found
+from recon.experiment.comparison.pool import Pool
 from recon.report import Report
 
 log = logging.getLogger("recon")
@@ -18,42 +15,24 @@ PAUSE = 1.0
 """Seconds between two looks at cells of other processes."""
 
 
-@dataclass(frozen=True)
-class UnderWay:
-    """A cell that runs.
-
-    Args:
-        cell: The cell.
-        prefix: Stands before its lines.
-        worker: Runs it.
-    """
-
-    cell: Cell
-    prefix: str
-    worker: Mapping[str, str]
-
-
 class Cells:
     """The cells that this process knows, runs, or has seen in another process; a context that ends those under way.
 
     A comparison is gone through in passes, which run nothing themselves: a pass asks for all cells that it knows of,
-    and each free worker takes the first of them that nobody runs. `wait` stands between two passes.
+    and the pool takes the first of them that nobody runs, as long as it has room. `wait` stands between two passes.
 
     Args:
         num: How many cells there are in all.
-        workers: Environment variables for the cells of each worker.
+        pool: Runs cells.
 
     Attributes:
         are_known: Whether all cells of the present pass were known.
     """
 
-    def __init__(self, num: int, workers: Sequence[Mapping[str, str]]) -> None:
-        self._num = num
-        self._free = list(workers)
-        self._threads = ThreadPoolExecutor(len(workers))
-        self._children = Children()
+    def __init__(self, num: int, pool: Pool) -> None:
+        self._num, self._pool = num, pool
         self._outcomes: dict[Path, Report | str] = {}
-        self._under_way: dict[Future[Report | str | None], UnderWay] = {}
+        self._under_way: dict[Path, str] = {}
         self._told: set[Path] = set()
         self.begin_pass()
 
@@ -61,8 +40,7 @@ class Cells:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._children.stop()
-        self._threads.shutdown(cancel_futures=True)
+        self._pool.stop()
 
     def begin_pass(self) -> None:
         """Go through the comparison again."""
@@ -70,27 +48,26 @@ class Cells:
         self.are_known = True
 
     def get(self, cell: Cell) -> Report | str | None:
-        """The report of `cell`, or why it failed; None if it is not known yet, then it runs or waits for a worker."""
-        if cell.directory not in self._outcomes and all(cell != one.cell for one in self._under_way.values()):
+        """The report of `cell`, or why it failed; None if it is not known yet, then it runs or waits for room."""
+        if cell.directory not in self._outcomes and cell.directory not in self._under_way:
             self._look_at(cell)
         known = self._outcomes.get(cell.directory)
         self.are_known &= known is not None
         return known
 
     def _look_at(self, cell: Cell) -> None:
-        """Find the report of a cell, or give the cell to a worker if one is free."""
+        """Find the report of a cell, or give the cell to the pool if that has room."""
         if (report := found(cell)) is not None:
             self._outcomes[cell.directory] = report
-        elif self._free and is_free(cell):
+        elif self._pool.has_room:
             prefix = f"[{len(self._outcomes) + len(self._under_way) + 1}/{self._num} {cell.title}]"
-            worker = self._free.pop(0)
-            run = self._threads.submit(outcome, cell, prefix, self._children, worker)
-            self._under_way[run] = UnderWay(cell, prefix, worker)
-        elif self._free:
-            self._elsewhere.append(cell)
+            if self._pool.take(cell, prefix):
+                self._under_way[cell.directory] = prefix
+            else:
+                self._elsewhere.append(cell)
 
     def wait(self) -> None:
-        """Wait until a cell of ours has ended; a moment if a worker is free for one that another process runs.
+        """Wait until a cell of ours has ended; a moment if there is room for one that another process runs.
 
         Raises:
             OSError: If a cell's directory cannot be written.
@@ -101,13 +78,10 @@ class Cells:
                     log.info(f"wait for {cell.title}, which another process runs")
                 self._told.add(cell.directory)
             time.sleep(PAUSE)
-        is_short = self._free and self._elsewhere
-        ended, _ = wait(self._under_way, PAUSE if is_short else None, FIRST_COMPLETED)
-        for run in ended:
-            one = self._under_way.pop(run)
-            self._free.append(one.worker)
-            known = run.result()
+        is_short = self._pool.has_room and self._elsewhere
+        for cell, known in self._pool.wait(PAUSE if is_short else None):
+            prefix = self._under_way.pop(cell.directory)
             if isinstance(known, str):
-                log.error(f"{one.prefix} failed: {known}")
+                log.error(f"{prefix} failed: {known}")
             if known is not None:
-                self._outcomes[one.cell.directory] = known
+                self._outcomes[cell.directory] = known

@@ -10,7 +10,7 @@ patterns and seeds then use the choice. Nothing is chosen on the test split.
 
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -20,6 +20,7 @@ from recon.basics.run_paths import RunPaths
 from recon.experiment.comparison.cell import Cell
 from recon.experiment.comparison.cells import Cells
 from recon.experiment.comparison.entry import Entry
+from recon.experiment.comparison.pool import Pool, Processes
 from recon.experiment.comparison.resolver import Resolver
 from recon.experiment.comparison.spec import Comparison, Group, plan
 from recon.experiment.comparison.tuning import Choice, choose
@@ -87,7 +88,7 @@ class ModelCells:
                 log.info(f"{title}: {brief(choice.options)} chosen of {len(trials)} on the validation split")
 
 
-def compare(comparison: Comparison, resolver: Resolver, workers: Sequence[Mapping[str, str]] = ({},)) -> Results:
+def compare(comparison: Comparison, resolver: Resolver, pool: Pool | None = None) -> Results:
     """Run every cell that has not finished yet; write `results.json` as rows are known.
 
     Another process may run the same comparison at the same time. Then each takes the next cells that are free, and
@@ -96,7 +97,7 @@ def compare(comparison: Comparison, resolver: Resolver, workers: Sequence[Mappin
     Args:
         comparison: What to compare.
         resolver: Knows the commands that cells run.
-        workers: Environment variables for the cells of each worker; there are as many cells under way as workers.
+        pool: Runs cells; if None, one child process at a time.
 
     Returns:
         All cells; those that failed have `status` "failed" and say why.
@@ -108,7 +109,7 @@ def compare(comparison: Comparison, resolver: Resolver, workers: Sequence[Mappin
     _require_readable(comparison.recoveries, planned)
     models = [ModelCells(comparison.recoveries, groups) for groups in planned]
     results, file = Results([], name=comparison.name), comparison.path / "results.json"
-    with Cells(comparison.num_cells, workers) as cells:
+    with Cells(comparison.num_cells, pool or Processes()) as cells:
         while True:
             cells.begin_pass()
             rows = [list(model.rows(cells)) for model in models]

@@ -8,7 +8,13 @@ Quantity = Literal["tokens", "flops", "seconds"]
 
 
 class Resolver(ABC):
-    """Knows recon's command line, which a comparison writes without knowing how it is read."""
+    """Knows recon's command line, which a comparison writes without knowing how it is read.
+
+    Attributes:
+        on_gpu: Whether cells run on GPUs.
+    """
+
+    on_gpu: bool
 
     @abstractmethod
     def describe(self, kind: type, spec: dict[str, Any]) -> str:

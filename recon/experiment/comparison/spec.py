@@ -14,8 +14,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from recon.evaluation.tasks.options import TaskOptions
 from recon.experiment.comparison.budgets import Budgets
 from recon.experiment.comparison.cell import Cell
@@ -214,17 +212,19 @@ def plan(comparison: Comparison, model: dict[str, Any], resolver: Resolver) -> I
     identity = {"model": ModelSource(**model).identity(), "versions": versions()}
     # One precision for all rows: on a GPU local scopes would have that of the files, full retraining float32.
     of_tasks = _of_tasks(comparison.tasks)
-    of_model = as_arguments({"dtype": "float32"} | model if torch.cuda.is_available() else model, "model")
+    of_model = as_arguments({"dtype": "float32"} | model if resolver.on_gpu else model, "model")
 
     def cell(title: str, command: list[str], scored: bool = True, budget: dict[str, Any] | None = None) -> Cell:
         tasks = of_tasks if scored else []
         slug = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
         # Of tasks, what decides their scores: a cell goes on with smaller batches after memory ran out.
-        key = digest([command, resolver.resolved([*command, *tasks]), identity])[:8]
+        resolved = resolver.resolved([*command, *tasks])
+        key = digest([command, resolved, identity])[:8]
         # A title is only what people read: the cell is found again under another one.
         found = sorted(comparison.path.glob(f"*-{key}"))
         directory = found[0] if found else comparison.path / f"{slug}-{key}"
-        return Cell(title, [*command, *tasks, "--run_dir", str(directory)], directory, budget or {})
+        command = [*command, *tasks, "--run_dir", str(directory)]
+        return Cell(title, command, directory, budget or {}, *_processes(resolved["options"].get("trainer", {})))
 
     named = [option for option in of_model if not option.startswith("--model.name=")]
     for calibration, criterion, refinement, pattern, allocation, seed in product(
@@ -293,6 +293,13 @@ class Fits:
         # Where recovery chooses its masks on the way, it has none to begin with.
         masks = [] if options.get("pruning.inputs") == "recovered" else self.masks
         return ["fit", *configs, *self.common, *masks, "--baselines", "false", *as_arguments(options)]
+
+
+def _processes(trainer: dict[str, Any]) -> tuple[int, int]:
+    """The processes on each node, and the nodes, that a trainer asks for; one where it takes what is there."""
+    devices = trainer.get("devices", 1)
+    number = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else 1
+    return max(1, number), trainer.get("num_nodes", 1)
 
 
 def _of_tasks(tasks: TaskOptions) -> list[str]:

@@ -25,14 +25,28 @@ def workers_of(number: int | Literal["gpus"], threads: int | None = None) -> lis
         UsageError: If a number is below 1, or there is no CUDA device.
     """
     if number != "gpus" and number < 1:
-        raise UsageError(f"--workers must be at least 1, or gpus, got {number}; 1 is the default")
-    if threads is not None and threads < 1:
-        raise UsageError(f"--threads must be at least 1, got {threads}; leave it out to share the cores evenly")
+        raise UsageError(f"--workers must be at least 1, or gpus or slurm, got {number}; 1 is the default")
+    require_threads(threads)
     workers = [{DEVICES: name} for name in _devices()] if number == "gpus" else [{} for _ in range(number)]
     if threads is None and len(workers) > 1 and not any(name in os.environ for name in THREADS):
         threads = max(1, _num_cores() // len(workers))
-    bound = {} if threads is None else dict.fromkeys(THREADS, str(threads))
+    bound = {} if threads is None else threads_of(threads)
     return [worker | bound for worker in workers]
+
+
+def require_threads(number: int | None) -> None:
+    """Refuse a number of threads below 1.
+
+    Raises:
+        UsageError: If it is.
+    """
+    if number is not None and number < 1:
+        raise UsageError(f"--threads must be at least 1, got {number}; leave it out to share the cores evenly")
+
+
+def threads_of(number: int) -> dict[str, str]:
+    """The environment variables that bound a process to a number of threads."""
+    return dict.fromkeys(THREADS, str(number))
 
 
 def _devices() -> list[str]:
