@@ -81,7 +81,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Slurm:
 
 
 def cell(directory: Path, name: str, devices: int = 1) -> Cell:
-    return Cell(name, ["fit"], directory / name, devices)
+    return Cell(name, ["fit"], directory / name, devices=devices)
 
 
 def test_cells_that_ask_for_the_same_are_an_array(slurm: Slurm, tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_a_job_runs_its_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_srun_starts_the_processes_of_a_cell(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "6")
     assert launcher(Cell("a", [], Path("a"))) == []
-    assert launcher(Cell("a", [], Path("a"), 4, 2)) == [
+    assert launcher(Cell("a", [], Path("a"), devices=4, num_nodes=2)) == [
         *("srun", "--kill-on-bad-exit=1", "--nodes=2", "--ntasks-per-node=4", "--cpus-per-task=6")
     ]
 
