@@ -114,6 +114,7 @@ def test_what_cannot_recover_is_refused(scope: Scope, said: str) -> None:
         require_recoverable(scope, trainer_of())
 
 
+@pytest.mark.slow
 def test_a_plan_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     shape = json.dumps({"model_type": "qwen3_moe", "vocab_size": 64, **MIXTURES["qwen3_moe"]})
     given = ["-c", "scopes/block", "-c", "patterns/experts", "--model.name", "random", "--model.shape", shape]
