@@ -157,7 +157,7 @@ def _held_equal(cells: list[Report]) -> list[str]:
     unit, size = flop_unit(budget["limit"]) if budget["quantity"] == "flops" else (budget["quantity"], 1.0)
     chosen = {cell.label: cell.budget["options"] for cell in matched if cell.budget["options"]}
     lengths = [f"{label} {' '.join(f'{k}={v}' for k, v in options.items())}" for label, options in chosen.items()]
-    limit = f"{format_number(budget['limit'] / size, 1)} {unit}"
+    limit = f"{format_number(budget['limit'] / size, 2)} {unit}"
     return [f"Budget: {limit} at most, as planned for {budget['of']}{': ' if lengths else ''}{', '.join(lengths)}"]
 
 

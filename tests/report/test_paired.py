@@ -126,7 +126,7 @@ def test_what_was_held_equal_is_told() -> None:
     text = markdown_table(
         Results([costly("block", 15 * 10**11, budget=less), costly("full", 2 * 10**12, budget=budget)])
     )
-    assert "Budget: 2.0 TFLOP at most, as planned for full: block model.epochs=3" in text
+    assert "Budget: 2.00 TFLOP at most, as planned for full: block model.epochs=3" in text
     assert "| budget (%) |" in text
     assert "| 75.0 |" in text
     with pytest.raises(ValueError, match="`budget` is not as recon writes it"):
