@@ -299,7 +299,7 @@ def test_distillation_by_a_sharded_teacher(strategy: str, more: tuple[str, ...],
     [
         slow("zero2", "distillation"),
         slow("zero3", "cross_entropy"),
-        ("zero3", "distillation"),
+        slow("zero3", "distillation"),
         ("fsdp2", "distillation"),
     ],
 )

@@ -104,7 +104,7 @@ def test_groups_of_matrices_and_accumulated_gradients_too(directory: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("scope", "masks", "offload"), [("submodule", "three", "disk"), slow("block", "masks", "host")]
+    ("scope", "masks", "offload"), [slow("submodule", "three", "disk"), slow("block", "masks", "host")]
 )
 def test_an_offloaded_model_is_recovered_by_two_processes_too(
     scope: str, masks: str, offload: str, directory: Path

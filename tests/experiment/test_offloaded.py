@@ -41,7 +41,9 @@ def pruned(source: ModelSource, path: Path, offload: Any, keep_model: bool, opti
     return measure_pruned(source, data_of(), RunDirectory(path, {}), options, CPU, keep_model, offload)
 
 
-@pytest.mark.parametrize(("offload", "family"), [("host", "gpt2"), ("disk", "llama")])
+@pytest.mark.parametrize(
+    ("offload", "family"), [("host", "gpt2"), pytest.param("disk", "llama", marks=pytest.mark.slow)]
+)
 def test_pruning_and_testing_block_by_block_are_those_of_whole_models(
     offload: Any, family: str, tmp_path: Path
 ) -> None:

@@ -43,7 +43,9 @@ CASES: dict[str, tuple[str, list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", ["full", "disk", *(pytest.param(case, marks=pytest.mark.slow) for case in ("matrix", "lora", "host"))]
+)
 def test_a_bf16_model_comes_back_in_bf16_and_is_measured_as_written(case: str, bf16: str, tmp_path: Path) -> None:
     scope, options = CASES[case]
     weights = fitted(bf16, scope, tmp_path / "run", *options)

@@ -109,7 +109,14 @@ def test_every_model_has_a_total() -> None:
     assert {path.stem for path in MODELS} == set(TOTALS)
 
 
-@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+LARGEST = ("mixtral-8x7b", "qwen3-30b-a3b")
+"""Take seconds to lay out."""
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=pytest.mark.slow if path.stem in LARGEST else (), id=path.stem) for path in MODELS],
+)
 def test_a_model_has_the_published_size_and_plans(path: Any) -> None:
     sizes = yaml.safe_load(path.read_text())["model"]["shape"]
     assert shape_of(sizes).num_parameters == TOTALS[path.stem]
