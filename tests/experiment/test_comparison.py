@@ -136,6 +136,30 @@ def test_two_comparisons_in_one_directory_share_its_cells(smoke, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_killed_comparison_loses_the_cells_under_way_alone(tmp_path):
+    """One of two in a directory: its processes end with it, and the other takes their cells."""
+    recoveries = [{"scope": "matrix"}, {"scope": "full", "options": {"model.epochs": 2}}]
+    options = ["--directory", str(tmp_path), f"--recoveries={json.dumps(recoveries)}", "--workers=2", "--threads=1"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    first, second = (subprocess.Popen([*SMOKE, *options], **pipes) for _ in range(2))
+    heard = []
+    for line in first.stdout:
+        heard.append(line)
+        if len(list(tmp_path.glob("*/report.json"))) >= 2 and re.search(r"(matrix|full)\] load random", line):
+            break
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/report.json")}
+    first.kill()
+    first.wait()
+    said = second.communicate()[0]
+    assert second.returncode == 0, said
+    assert kept == {path: path.stat().st_mtime_ns for path in kept}
+    cells = json.loads((tmp_path / "results.json").read_text())["cells"]
+    assert [(cell["scope"], cell["status"]) for cell in cells] == [
+        (scope, "ok") for scope in ("dense", "pruned", "matrix", "full")
+    ]
+
+
+@pytest.mark.slow
 def test_two_workers_give_the_rows_of_one(tmp_path):
     """With the choice of an option, which needs trials; all but the places and the costs."""
     recoveries = [
