@@ -1,5 +1,6 @@
 """`recon compare`: compare scopes, criteria, patterns and seeds, and draw what each buys and costs."""
 
+from contextlib import nullcontext
 from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
@@ -10,6 +11,7 @@ from recon.cli.arrange import arrange
 from recon.cli.errors import usage
 from recon.cli.quiet import quiet
 from recon.cli.resolver import CommandResolver
+from recon.cli.screen import screen
 from recon.cli.tasks import TASK_OPTIONS, add_task_arguments, tasks_of
 from recon.experiment.comparison.cluster import Cluster
 from recon.experiment.comparison.compare import compare
@@ -93,7 +95,9 @@ def main(args: list[str]) -> int:
     config, comparison = parsed(args)
     console = Console(highlight=False, soft_wrap=True, markup=False)
     pool, resolver = pool_of(config, comparison)
-    results = compare(comparison, resolver, pool)
+    is_live = console.is_terminal and not console.is_dumb_terminal and config.workers != 1
+    with screen(console) if is_live else nullcontext():
+        results = compare(comparison, resolver, pool)
     print_table(results, table_console(), config.verbose)
     pictures = draw_pareto(results, comparison.path) + draw_drift(results, comparison.path)
     log_pictures(pictures, comparison.path / "pictures")

@@ -137,6 +137,27 @@ def test_two_comparisons_in_one_directory_share_its_cells(smoke, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_killed_comparison_loses_the_cells_under_way_alone(tmp_path):
+    """One of two in a directory: its processes end with it, and the other takes their cells."""
+    recoveries = [{"scope": scope} for scope in ("matrix", "submodule", "full")]
+    options = ["--directory", str(tmp_path), f"--recoveries={json.dumps(recoveries)}", "--threads=1"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    first, second = (subprocess.Popen([*SMOKE, *options], **pipes) for _ in range(2))
+    took = any(re.search(r"(matrix|submodule|full)\] load random", line) for line in first.stdout)
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/report.json")}
+    first.kill()
+    first.communicate()
+    said = second.communicate()[0]
+    assert second.returncode == 0, said
+    assert took, "the first had no recovery under way"
+    assert kept == {path: path.stat().st_mtime_ns for path in kept}
+    cells = json.loads((tmp_path / "results.json").read_text())["cells"]
+    assert [(cell["scope"], cell["status"]) for cell in cells] == [
+        (scope, "ok") for scope in ("dense", "pruned", "matrix", "submodule", "full")
+    ]
+
+
+@pytest.mark.slow
 def test_two_workers_give_the_rows_of_one(tmp_path):
     """With the choice of an option, which needs trials; all but the places and the costs."""
     recoveries = [

@@ -38,6 +38,16 @@ class Cell:
     num_nodes: int = 1
 
 
+def of_cell(prefix: str, has_ended: bool = False) -> dict[str, Any]:
+    """What marks a log record as a line of a cell.
+
+    Args:
+        prefix: Of the cell's lines.
+        has_ended: Whether it is the last.
+    """
+    return {"cell": prefix, "has_ended": has_ended}
+
+
 def found(cell: Cell) -> Report | None:
     """The report of a cell that has ended; None if it has to run, or runs."""
     run = RunDirectory(cell.directory, None)
@@ -97,7 +107,7 @@ def _run(
     """
     status = _process(cell, prefix, children, variables, launcher)
     if status < 0:
-        log.warning(f"{prefix} its process was killed by {_name(-status)}; it is started again")
+        log.warning(f"{prefix} its process was killed by {_name(-status)}; it is started again", extra=of_cell(prefix))
         status = _process(cell, prefix, children, variables, launcher)
     if status == 0:
         return None
@@ -120,7 +130,7 @@ def _process(cell: Cell, prefix: str, children: Children, variables: Mapping[str
         for line in process.stdout:
             kept.write(line)
             kept.flush()
-            log.info(f"{prefix} {line.rstrip()}")
+            log.info(f"{prefix} {line.rstrip()}", extra=of_cell(prefix))
     status = process.returncode
     return 128 - status if launcher and status > 128 else status
 

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from recon.experiment.comparison.cell import Cell, found
+from recon.experiment.comparison.cell import Cell, found, of_cell
 from recon.experiment.comparison.pool import Pool
 from recon.report import Report
 
@@ -82,6 +82,10 @@ class Cells:
         for cell, known in self._pool.wait(PAUSE if is_short else None):
             prefix = self._under_way.pop(cell.directory)
             if isinstance(known, str):
-                log.error(f"{prefix} failed: {known}")
+                log.error(f"{prefix} failed: {known}", extra=of_cell(prefix, True))
+            elif known is None:
+                log.debug(f"{prefix} runs in another process", extra=of_cell(prefix, True))
+            else:
+                log.debug(f"{prefix} ended, perplexity {known.perplexity}", extra=of_cell(prefix, True))
             if known is not None:
                 self._outcomes[cell.directory] = known

@@ -18,7 +18,7 @@ from typing import Any
 
 from recon.basics.locks import locked
 from recon.basics.refusals import UsageError
-from recon.experiment.comparison.cell import Cell, is_free, output
+from recon.experiment.comparison.cell import Cell, is_free, of_cell, output
 from recon.experiment.comparison.cluster import Cluster
 from recon.experiment.comparison.job import SIGNAL_DELAY, CellJob
 from recon.experiment.comparison.pool import Pool
@@ -176,7 +176,7 @@ class Jobs(Pool):
             for one, job in zip(together, jobs, strict=True):
                 output(one.cell).unlink(missing_ok=True)  # of an earlier job
                 one.job, one.starts, one.state, one.missed, one.read = job, one.starts + 1, "PENDING", None, 0
-                log.info(f"{one.prefix} queued as job {job.job_id}")
+                log.info(f"{one.prefix} queued as job {job.job_id}", extra=of_cell(one.prefix))
                 self._submitted.append(one)
 
     def _parameters(self, devices: int, num_nodes: int) -> dict[str, Any]:
@@ -219,7 +219,7 @@ class Jobs(Pool):
                 continue
             one.missed = None
             if state != one.state:
-                log.info(f"{one.prefix} job {one.job.job_id} is {state.lower()}")
+                log.info(f"{one.prefix} job {one.job.job_id} is {state.lower()}", extra=of_cell(one.prefix))
             one.state = state
 
     def _result(self, one: UnderWay) -> Any:
@@ -233,7 +233,7 @@ class Jobs(Pool):
             return _UNKNOWN
         if one.starts >= STARTS:
             return f"its job was lost {STARTS} times, see {one.job.paths.stderr}"
-        log.warning(f"{one.prefix} job {one.job.job_id} was lost; the cell is queued again")
+        log.warning(f"{one.prefix} job {one.job.job_id} was lost; the cell is queued again", extra=of_cell(one.prefix))
         self._submitted.remove(one)
         self._waiting.append(one)
         return _UNKNOWN
@@ -275,7 +275,7 @@ def _show_output(one: UnderWay) -> None:
         lines, end, _ = written.read().rpartition(b"\n")
     one.read += len(lines) + len(end)
     for line in lines.decode(errors="replace").splitlines():
-        log.info(f"{one.prefix} {line.rstrip()}")
+        log.info(f"{one.prefix} {line.rstrip()}", extra=of_cell(one.prefix))
 
 
 def _last_line(error: Exception) -> str:
