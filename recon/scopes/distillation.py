@@ -52,7 +52,7 @@ class Distillation(LocalScope):
         epochs: Passes over the calibration sequences, for each window.
         loss: `normalised`, the squared error over the energy of the batch's target; `mse`, the mean squared error;
             `cosine`, one minus the cosine between output and target, mean over tokens.
-        parameters: Parameters that learn in a window: `all`; `weights`, matrices of linear maps; `vectors`, norms and
+        parameters: What learns in a window: `all`; `weights`, matrices of linear maps; `vectors`, norms and
             biases; `routers`, which choose among experts; `lora`, low-rank updates of the pruned matrices, merged into
             them when the window ends.
         lora: Rank and alpha of these updates.

@@ -186,6 +186,7 @@ def test_a_full_disk_leaves_no_model_that_looks_whole(tmp_path, capsys, monkeypa
     assert_complete(tmp_path / "run", "matrix")
 
 
+@pytest.mark.slow
 def test_sigkill_in_a_window_changes_nothing(tmp_path):
     def command(name):
         args = ["--model.epochs=3", "--run_dir", str(tmp_path / name), "--baselines=false"]

@@ -96,7 +96,7 @@ def test_the_last_checkpoint_is_consolidated_to_the_model_that_the_run_wrote(
     [
         slow("ddp", ()),
         slow("zero2", ()),
-        ("zero3", ("--model.partitioned", "true")),
+        slow("zero3", ("--model.partitioned", "true")),
         slow("fsdp2", ("--model.train", "all")),
     ],
 )
@@ -118,6 +118,7 @@ def test_the_best_weights_are_kept_wherever_they_are_sharded(
     assert measured["mask_violations"] == 0
 
 
+@pytest.mark.slow
 def test_fsdp2_gathers_in_bf16_and_reduces_once_a_step(directory: Path) -> None:
     groups = 2  # blocks; the rest of the model does not learn
     for precision, dtype in (("bf16-mixed", torch.bfloat16), ("32-true", torch.float32)):
@@ -148,7 +149,7 @@ def test_an_own_list_of_callbacks_loses_no_mask(strategy: str, directory: Path) 
     assert runs.same(runs.weights(run), runs.weights(finished(directory, strategy, "bf16-mixed")))
 
 
-@pytest.mark.parametrize("strategy", [slow("zero2"), "fsdp2"])
+@pytest.mark.parametrize("strategy", [slow("zero2"), slow("fsdp2")])
 def test_another_optimizer_and_schedule_keep_exact_masks(strategy: str, directory: Path) -> None:
     run = directory / f"{strategy}-sgd" / "32-true"
     chosen = ("--optimizer", "SGD", "--optimizer.lr", "0.05", "--optimizer.momentum", "0.9")
@@ -220,7 +221,8 @@ def test_a_terminated_run_saves_the_step_that_it_is_in_and_ends_bit_identically(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
-@pytest.mark.parametrize("told", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("told", [1, 0])
 def test_both_processes_of_a_command_end_when_one_is_told_to(told: int, directory: Path) -> None:
     run = directory / f"ddp-told-{told}" / "bf16-mixed"
     args = [sys.executable, "-m", "tests.support.stopped_run", str(told), *runs.options("ddp", "bf16-mixed", 2, run)]
@@ -277,7 +279,7 @@ def test_one_process_that_fails_saves_its_last_step_and_ends_bit_identically(dir
     ("strategy", "more"),
     [
         slow("zero2", ()),
-        ("zero3", ("--model.partitioned", "true", "--model.gradient_checkpointing", "true")),
+        slow("zero3", ("--model.partitioned", "true", "--model.gradient_checkpointing", "true")),
         slow("fsdp2", ("--model.gradient_checkpointing", "true")),
     ],
 )

@@ -50,7 +50,7 @@ def phases_of(kind: Any, depth: int, path: Path, **options: Any) -> list[dict[st
 
 
 @pytest.mark.parametrize("offload", ["host", pytest.param("disk", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", [MatrixReconstruction, slow(SubmoduleDistillation), slow(BlockDistillation)])
+@pytest.mark.parametrize("kind", [slow(MatrixReconstruction), SubmoduleDistillation, slow(BlockDistillation)])
 def test_the_device_holds_as_much_for_a_model_of_any_depth(kind: Any, offload: str, tmp_path: Path) -> None:
     options = {"offload": offload, "activations": "host", "batch_size": 4}
     if kind is not MatrixReconstruction:

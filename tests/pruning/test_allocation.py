@@ -335,7 +335,7 @@ def test_masks_say_their_allocation(tmp_path) -> None:
         assert len(Masks.load(tmp_path / "masks")) > 0  # they keep to what the file records of each matrix
 
 
-@pytest.mark.parametrize("name", ["owl", "errors"])
+@pytest.mark.parametrize("name", ["owl", pytest.param("errors", marks=pytest.mark.slow)])
 def test_prune_and_fit_by_the_command_line(name: str, tmp_path) -> None:
     options = [*RANDOM, *DATA, "-c", f"allocations/{name}", "--pattern.sparsity=0.55"]
     assert main(["prune", "--run_dir", str(tmp_path / "pruned"), *options]) == 0

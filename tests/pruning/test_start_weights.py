@@ -474,6 +474,7 @@ def test_one_process_solves_for_the_start_and_all_have_it(tmp_path: Path) -> Non
         assert (weight - exact[name]).norm() < 0.05 * exact[name].norm()
 
 
+@pytest.mark.slow
 def test_a_partitioned_model_starts_from_moved_weights(pruned: Path, tmp_path: Path) -> None:
     options = [*SHARED, "-c", "strategies/zero3", "--trainer.strategy.init_args.min_partitioned=0"]
     options += ["--masks", str(pruned / "masks.safetensors"), "--baselines=false"]
