@@ -302,7 +302,7 @@ def test_distillation_by_a_sharded_teacher(strategy: str, more: tuple[str, ...],
         slow("zero2", "distillation"),
         slow("zero3", "cross_entropy"),
         slow("zero3", "distillation"),
-        ("fsdp2", "distillation"),
+        slow("fsdp2", "distillation"),
     ],
 )
 def test_a_loss_in_chunks_by_a_sharded_head(strategy: str, loss: str, directory: Path) -> None:
@@ -316,7 +316,8 @@ def test_a_loss_in_chunks_by_a_sharded_head(strategy: str, loss: str, directory:
     assert "logits" not in (two / "log.txt").read_text()  # where chunks are refused, the log says why
 
 
-@pytest.mark.parametrize("more", [(), slow(("--model.parameters", "lora"))], ids=["all", "lora"])
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("--model.parameters", "lora")], ids=["all", "lora"])
 def test_a_partitioned_bf16_model_is_measured_as_it_is_written(more: tuple[str, ...], directory: Path) -> None:
     source = directory / "masks" / "bf16"
     if not source.exists():

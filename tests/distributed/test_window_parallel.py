@@ -201,6 +201,7 @@ def test_parts_run_one_process(directory: Path, tmp_path: Path, capsys: pytest.C
     assert "--windows 1/2 recovers its windows in one process, got" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_jobs_and_merge_end_as_one_process(directory: Path) -> None:
     run = directory / "jobs"
     parts = [["000.attention"], ["000.mlp"], ["001.attention", "001.mlp"]]

@@ -111,6 +111,7 @@ def slurm(tmp_path: Path) -> Iterator[Slurm]:
             job.wait()
 
 
+@pytest.mark.slow
 def test_torchrun_in_two_processes(tmp_path: Path) -> None:
     result = subprocess.run(
         [
