@@ -1,9 +1,16 @@
-"""The sha256 of files, computed once for each file of a process as long as nobody writes to it."""
+"""The sha256 of JSON content, and of files: computed once in a process as long as nobody writes to them."""
 
 import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 _known: dict[Path, tuple[tuple[int, ...], str]] = {}
+
+
+def digest(content: Any) -> str:
+    """Sha256 of `content` as canonical JSON."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def sha256_of(path: Path) -> str:
@@ -20,9 +27,9 @@ def sha256_of(path: Path) -> str:
     return _known[path][1]
 
 
-def remember(path: Path, digest: str) -> None:
+def remember(path: Path, sha256: str) -> None:
     """Note the sha256 of a file that this process has hashed under another name, before it was renamed."""
-    _known[path.absolute()] = state_of(path), digest
+    _known[path.absolute()] = state_of(path), sha256
 
 
 def state_of(path: Path) -> tuple[int, ...]:

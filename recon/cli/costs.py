@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 
+from recon.basics.digests import digest
 from recon.basics.files import read_json, write_json
 from recon.basics.locks import locked
 from recon.basics.manifest import Manifest
 from recon.cli.plan import PlannedRun, planned_run
-from recon.experiment.directory import digest
 from recon.planner import Kind, PlanOptions
-from recon.planner.budgets import Quantity, cost, longest_within
+from recon.planner.budgets import cost, longest_within
+from recon.report.parts import Quantity
 
 SPEEDS = "speeds.json"
 """File of measured speeds in the directory of a comparison."""

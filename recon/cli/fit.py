@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from torch.optim import Optimizer
 
+from recon.basics.digests import digest
 from recon.basics.locks import owned
 from recon.basics.run_paths import RunPaths
 from recon.cli.arguments import (
@@ -36,7 +37,7 @@ from recon.data.texts import Texts
 from recon.distributed import ranks
 from recon.distributed.part import Share
 from recon.experiment.checkpoints import STOPPED, Checkpoints
-from recon.experiment.directory import RunDirectory, digest
+from recon.experiment.directory import RunDirectory
 from recon.experiment.environment import versions
 from recon.experiment.options import RunOptions
 from recon.experiment.origin import Origin

@@ -8,6 +8,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
+from recon.basics.digests import digest
 from recon.basics.locks import owned
 from recon.cli.arguments import (
     add_data_arguments,
@@ -24,7 +25,7 @@ from recon.cli.quiet import quiet
 from recon.cli.tasks import TASK_OPTIONS, add_task_arguments, identity_of_tasks, suite_of
 from recon.experiment.baselines import measure_pruned
 from recon.experiment.data_hooks import begin
-from recon.experiment.directory import RunDirectory, digest
+from recon.experiment.directory import RunDirectory
 from recon.experiment.environment import versions
 from recon.experiment.options import RunOptions
 from recon.models.loading import ModelSource

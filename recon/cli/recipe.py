@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.measure import Measurement
 
+from recon.basics.digests import digest
 from recon.basics.locks import owned
 from recon.basics.refusals import UsageError
 from recon.basics.units import in_bytes
@@ -21,7 +22,6 @@ from recon.cli.quiet import quiet
 from recon.cli.recipe_names import candidates, split
 from recon.cli.report import table_of
 from recon.cli.resolver import CommandResolver
-from recon.experiment.directory import digest
 from recon.experiment.environment import versions
 from recon.experiment.recipes import Recipe, StageCells, claim, lay_out, run_stages
 from recon.models.loading import ModelSource

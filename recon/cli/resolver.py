@@ -12,7 +12,8 @@ from recon.cli.building import require_devices
 from recon.cli.costs import Costs
 from recon.cli.fit import choose_optimizer, parse_options
 from recon.cli.tasks import TASK_OPTIONS, identity_of_tasks
-from recon.experiment.comparison.resolver import Quantity, Resolver
+from recon.experiment.comparison.resolver import Resolver
+from recon.report.parts import Quantity
 
 NOT_DECISIVE = ("config", "run_dir", "summary", "verbose", "masks")
 """Where results go and what is printed; the file of the masks is keyed by its directory, which the command names."""

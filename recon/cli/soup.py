@@ -6,6 +6,7 @@ from typing import Any, Literal
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
+from recon.basics.digests import digest
 from recon.basics.locks import owned
 from recon.cli.arguments import (
     add_data_arguments,
@@ -21,7 +22,7 @@ from recon.cli.errors import usage
 from recon.cli.quiet import quiet
 from recon.cli.test import Subject, data_of_run
 from recon.experiment.data_hooks import begin
-from recon.experiment.directory import RunDirectory, digest
+from recon.experiment.directory import RunDirectory
 from recon.experiment.environment import versions
 from recon.experiment.opened import Opener
 from recon.experiment.origin import Origin

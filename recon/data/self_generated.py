@@ -1,7 +1,5 @@
 """Text that the dense model writes, kept in a directory that runs with the same model and options share."""
 
-import hashlib
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterator
@@ -14,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from recon.basics.digests import digest
 from recon.basics.files import write_json
 from recon.basics.locks import locked
 from recon.basics.manifest import Manifest
@@ -200,18 +199,18 @@ class SelfGenerated(TokenSource):
         """
         identity = {
             "author": author.identity(),
-            "vocabulary": hashlib.sha256(json.dumps(draw.tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest(),
+            "vocabulary": digest(draw.tokenizer.get_vocab()),
             **self._decisive(),
             "seq_len": draw.seq_len,
             "seed": draw.seed,
         }
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
-        directory = Path(self.cache).expanduser() / digest[:16]
+        key = digest(identity)
+        directory = Path(self.cache).expanduser() / key[:16]
         manifest = Manifest(directory)
         try:
             with locked(directory / ".lock"):
-                if (held := manifest.read()) is None or held.identity != digest:
-                    manifest.begin(digest)
+                if (held := manifest.read()) is None or held.identity != key:
+                    manifest.begin(key)
                     write_json(directory / "identity.json", identity, manifest.writing)
         except OSError as error:
             raise ValueError(

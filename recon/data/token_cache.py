@@ -21,6 +21,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from recon.basics.digests import digest
 from recon.basics.files import sweep, write_json
 from recon.basics.locks import locked
 from recon.basics.manifest import Manifest
@@ -28,7 +29,7 @@ from recon.basics.units import readable
 from recon.data.checks import require_ids
 from recon.data.shards import MappedSequences, extremes, num_rows, write_shard
 from recon.data.sources import TextSource
-from recon.data.tokens import batches_of, token_ids
+from recon.data.tokens import at_a_time, batches_of, token_ids
 
 log = logging.getLogger("recon")
 
@@ -66,7 +67,7 @@ class TokenCache:
             "end": tokenizer.eos_token_id,
             "seq_len": seq_len,
         }
-        self._key = hashlib.sha256(json.dumps(self.identity, sort_keys=True, default=str).encode()).hexdigest()
+        self._key = digest(self.identity)
         self.directory = Path(root).expanduser() / self._key[:16]
         self.manifest = Manifest(self.directory)
 
@@ -191,8 +192,7 @@ class TokenCache:
             documents = documents.shuffle(seed=0)  # not the run's: all seeds share the tokens
         chunk: list[list[str]] = []
         size = 0
-        # As many as in `recon.data.tokens.sequences`, for the reasons given there.
-        for texts in batches_of(documents, 16 if separator is None else 10_000, self.source.origin("train")):
+        for texts in batches_of(documents, at_a_time(separator), self.source.origin("train")):
             chunk.append(texts)
             size += sum(len(text) for text in texts)
             if size >= CHARACTERS:

@@ -48,9 +48,7 @@ def sequences(
     if num_sequences is not None and separator is None:
         documents = documents.shuffle(seed=seed)
     ids = array("i")  # 4 bytes a token: the pool is the most memory that this takes
-    # Few documents at a time, since the tokenizer's own record of a token takes hundreds of bytes. Lines that are
-    # joined with a separator are short, and every border between two batches can fall within one token.
-    for piece in token_ids(batches_of(documents, 16 if separator is None else 10_000, origin), tokenizer, separator):
+    for piece in token_ids(batches_of(documents, at_a_time(separator), origin), tokenizer, separator):
         ids.extend(piece)
         if wanted is not None and len(ids) >= wanted:
             break
@@ -65,6 +63,15 @@ def sequences(
         return pool.long()
     choice = torch.randperm(num_pool, generator=torch.Generator().manual_seed(seed))
     return pool[choice[:num_sequences]].long()
+
+
+def at_a_time(separator: str | None) -> int:
+    """The documents that are tokenised at a time.
+
+    They are few, since the tokenizer's own record of a token takes hundreds of bytes. Lines that are joined with a
+    separator are short, and every border between two batches can fall within one token.
+    """
+    return 16 if separator is None else 10_000
 
 
 def batches_of(documents: Documents, size: int, origin: str) -> Iterator[list[str]]:

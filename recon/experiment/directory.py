@@ -1,12 +1,12 @@
 """The directory of a run: its identity, its products, and the clean-up after a finished run."""
 
-import hashlib
 import json
 import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
+from recon.basics.digests import digest
 from recon.basics.files import partial, read_json, settle, sweep, write_json
 from recon.basics.manifest import Content
 from recon.basics.run_paths import RunPaths
@@ -16,11 +16,6 @@ log = logging.getLogger("recon")
 
 DELETE_FILE = "delete it: its measurements alone are lost"
 """Cure for a damaged file of measurements."""
-
-
-def digest(content: Any) -> str:
-    """Sha256 of `content` as canonical JSON."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 class RunDirectory(RunPaths):

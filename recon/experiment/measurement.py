@@ -112,9 +112,10 @@ def _measure_written(job: Job, masks: Masks) -> tuple[Evaluation, int, Scores]:
         return job.scope.evaluation, violations_of_model(masks, job.run.model), {}
     model = job.reopened(job.written)
     recovered = model.evaluate(job.data)
-    kept = without_removed(masks)
     # Counted in the files: the blocks of an offloaded model would go to the device once more.
-    violations = violations_of_model(kept, job.run.model) if job.is_offloaded else model.violations(kept)
+    violations = (
+        violations_of_model(masks, job.run.model) if job.is_offloaded else model.violations(without_removed(masks))
+    )
     return recovered, violations, _scores(job, model, "recovered")
 
 

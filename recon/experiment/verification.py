@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError, safe_open
 
+from recon.basics.digests import digest
 from recon.basics.manifest import FOR_PEOPLE, NAME, Entry, Manifest
 from recon.basics.run_paths import RunPaths
-from recon.experiment.directory import digest
 from recon.experiment.environment import versions
 from recon.models.loading import ModelSource
 from recon.pruning.masks import Masks

@@ -261,7 +261,7 @@ def _with_survivors(module: nn.Module, twin: nn.Module, cut: Mapping[str, int], 
             own[name] = value
         elif isinstance(value, PreTrainedConfig):
             own[name] = copy.copy(value)
-            own[name]._experts_implementation = own_implementation(vars(module)[name])
+            own[name]._experts_implementation = getattr(vars(module)[name], "_experts_implementation", None)
     inner: dict[str, dict[str, int]] = {}
     for name, dimension in cut.items():
         child, _, rest = name.partition(".")
@@ -275,11 +275,6 @@ def _with_survivors(module: nn.Module, twin: nn.Module, cut: Mapping[str, int], 
     for child, rest in inner.items():
         own["_modules"][child] = _with_survivors(module.get_submodule(child), twin.get_submodule(child), rest, kept)
     return copied
-
-
-def own_implementation(config: PreTrainedConfig) -> str | None:
-    """The implementation of experts that a configuration names at this moment."""
-    return getattr(config, "_experts_implementation", None)
 
 
 def _common(paths: Sequence[str]) -> str:

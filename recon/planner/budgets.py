@@ -2,13 +2,11 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Literal
 
 from recon.planner.flops import Kind, seconds_of
 from recon.planner.options import PlanOptions
 from recon.planner.prediction import Shape, flops_of
-
-Quantity = Literal["tokens", "flops", "seconds"]
+from recon.report.parts import Quantity
 
 LONGEST = 2**20
 """Most epochs or steps that are looked at."""

@@ -36,7 +36,7 @@ def removes_slices(masks: Masks) -> bool:
 
 def without_removed(masks: Masks) -> Masks:
     """Return the masks of the written model, whose stacks have lost the slices that are pruned whole."""
-    if not removes_slices(masks):
-        return masks
     kept = {name: kept_slices(masks, name) for name in masks}
+    if all(some is None for some in kept.values()):
+        return masks
     return Masks({name: masks[name] if some is None else masks[name][some] for name, some in kept.items()})

@@ -77,11 +77,15 @@ class NotPredicted(TypedDict):
     reason: str
 
 
+Quantity = Literal["tokens", "flops", "seconds"]
+"""What a comparison can hold equal."""
+
+
 @with_config(OPEN)
 class Budget(TypedDict):
     """A report's `budget`, of a row whose cost a comparison held equal."""
 
-    quantity: Literal["tokens", "flops", "seconds"]
+    quantity: Quantity
     limit: float
     of: str
     planned: float

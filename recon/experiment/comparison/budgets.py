@@ -10,8 +10,9 @@ from functools import cached_property
 from typing import Any
 
 from recon.experiment.comparison.entry import Entry
-from recon.experiment.comparison.resolver import Quantity, Resolver
+from recon.experiment.comparison.resolver import Resolver
 from recon.experiment.comparison.tuning import grid
+from recon.report.parts import Quantity
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,9 @@
 """The command line of recon as a comparison sees it, which writes commands and does not know how they are read."""
 
 from abc import ABC, abstractmethod
-from typing import Any, Literal
+from typing import Any
 
-Quantity = Literal["tokens", "flops", "seconds"]
-"""What a comparison can hold equal."""
+from recon.report.parts import Quantity
 
 
 class Resolver(ABC):

@@ -14,19 +14,20 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from recon.basics.digests import digest
 from recon.evaluation.tasks.options import TaskOptions
 from recon.experiment.comparison.budgets import Budgets
 from recon.experiment.comparison.cell import Cell
 from recon.experiment.comparison.entry import Entry
-from recon.experiment.comparison.resolver import Quantity, Resolver
+from recon.experiment.comparison.resolver import Resolver
 from recon.experiment.comparison.tuning import grid
-from recon.experiment.directory import digest
 from recon.experiment.environment import versions
 from recon.models.loading import ModelSource
 from recon.pruning.allocation import Allocation
 from recon.pruning.criteria import Criterion
 from recon.pruning.patterns import Pattern
 from recon.pruning.refinement import Refinement
+from recon.report.parts import Quantity
 from recon.report.tuning import brief
 
 OF_CALIBRATION = ("data.source", "data.num_sequences")
