@@ -20,7 +20,7 @@ from recon.experiment.comparison.jobs import Jobs, require_slurm
 from recon.experiment.comparison.pool import Pool, Processes
 from recon.experiment.comparison.spec import Comparison, Text
 from recon.experiment.comparison.workers import require_threads, workers_of
-from recon.report import draw_drift, draw_page, draw_pareto, log_pictures, print_table, table_console
+from recon.report import draw_across, draw_drift, draw_page, draw_pareto, log_pictures, print_table, table_console
 
 OWN = ("config", "workers", "threads", "cluster", "verbose")
 """Options of the command that are none of the comparison's."""
@@ -99,7 +99,7 @@ def main(args: list[str]) -> int:
     with screen(console) if is_live else nullcontext():
         results = compare(comparison, resolver, pool)
     print_table(results, table_console(), config.verbose)
-    pictures = draw_pareto(results, comparison.path) + draw_drift(results, comparison.path)
+    pictures = [file for draw in (draw_across, draw_pareto, draw_drift) for file in draw(results, comparison.path)]
     log_pictures(pictures, comparison.path / "pictures")
     for file in [comparison.path / "results.json", *pictures, *draw_page(results, comparison.path)]:
         console.print(str(file))

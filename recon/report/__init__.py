@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from recon.report.pictures import draw_drift, draw_page, draw_pareto, log_pictures
+    from recon.report.pictures import draw_across, draw_drift, draw_page, draw_pareto, log_pictures
     from recon.report.runs import collect, with_references
     from recon.report.schema import SCOPES, Report, Results
     from recon.report.table import markdown_table, print_table, table_console
@@ -19,6 +19,7 @@ __all__ = [
     "Report",
     "Results",
     "collect",
+    "draw_across",
     "draw_drift",
     "draw_page",
     "draw_pareto",
@@ -30,7 +31,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    **dict.fromkeys(("draw_drift", "draw_page", "draw_pareto", "log_pictures"), "pictures"),
+    **dict.fromkeys(("draw_across", "draw_drift", "draw_page", "draw_pareto", "log_pictures"), "pictures"),
     **dict.fromkeys(("collect", "with_references"), "runs"),
     **dict.fromkeys(("SCOPES", "Report", "Results"), "schema"),
     **dict.fromkeys(("markdown_table", "print_table", "table_console"), "table"),

@@ -48,6 +48,25 @@ def draw_drift(results: Results, directory: Path | str) -> list[Path]:
     return draw_groups(results, Path(directory), "drift", draw_depth)
 
 
+def draw_across(results: Results, directory: Path | str) -> list[Path]:
+    """Draw the loss above the dense model's along the axis in which comparable groups differ most, such as patterns.
+
+    Args:
+        results: What was measured. Several seeds become one point with error bars (sample standard deviation).
+        directory: Where `across.png` and `across.svg` go. It is created if needed; equal results make equal files.
+
+    Returns:
+        The files written; none for a single group, or if too many groups differ in several respects.
+    """
+    from recon.report.groups import group_cells
+    from recon.report.plots.across import draw_across as draw
+    from recon.report.plots.style import plain_style, save
+
+    with plain_style():
+        figure = draw(group_cells(results))
+        return [] if figure is None else save(figure, Path(directory), "across")
+
+
 def log_pictures(pictures: Iterable[Path], directory: Path) -> None:
     """Show pictures in TensorBoard, in place of those of an earlier call; a failure is a warning.
 

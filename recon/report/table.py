@@ -11,6 +11,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from recon.report.across import across_sections
 from recon.report.drift import curves, drift_section, protocol
 from recon.report.groups import Group, Row, group_cells
 from recon.report.memory import memory_section
@@ -41,7 +42,7 @@ def table_sections(results: Results, verbose: bool = False, together: bool = Fal
         means.
         Scores on tasks have a column, too, and a table, with their standard error over documents.
         The last column counts the seeds if there are several, or names failed rows if there are some, and is left out
-        otherwise. The points tried to choose options follow a model's first group.
+        otherwise. The points tried to choose options follow a model's first group. Tables over all groups are last.
     """
     groups = group_cells(results)
     columns = _columns(results)
@@ -63,7 +64,7 @@ def table_sections(results: Results, verbose: bool = False, together: bool = Fal
         header = ["scope", f"{group.split} perplexity", *(name for name, _ in columns[1:])]
         rows = [[row.label, *(shown(row) for _, shown in columns)] for row in group.rows]
         sections += [Section(title_of(group), header, rows, notes), *more]
-    return sections
+    return sections if together else [*sections, *across_sections(groups)]
 
 
 def _columns(results: Results) -> list[tuple[str, Callable[[Row], str]]]:

@@ -118,8 +118,9 @@ def test_processes_write_the_same_bytes(tmp_path: Path, tokenizer) -> None:
 
 
 def begin_to_tokenise(cache: TokenCache, to: Any) -> None:
-    to.send(cache._pool(1).submit(os.getpid).result())
-    time.sleep(60)
+    with cache._pool(1) as pool:  # named: a pool that nothing names is collected, and ends its workers
+        to.send(pool.submit(os.getpid).result())
+        time.sleep(60)
 
 
 def is_alive(pid: int) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from recon.basics.files import Writer, atomic_write
+from recon.report.across import across_sections
 from recon.report.groups import Group, group_cells
 from recon.report.page.chart import Chart
 from recon.report.page.columns import Line, columns_of, lines_of
@@ -87,7 +88,8 @@ def page_of(results: Results, file: Path) -> str:
 
     sources = {id(cell): Source.of(cell, file) for cell in results.cells}
     tuned: set[str] = set()
-    parts = [_part(group, sources, tuned) for group in group_cells(results)]
+    groups = group_cells(results)
+    parts = [_part(group, sources, tuned) for group in groups]
     resources = files(__package__ or __name__)
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(resources.joinpath("page.html.jinja").read_text(encoding="utf-8"))
@@ -95,6 +97,7 @@ def page_of(results: Results, file: Path) -> str:
         name=results.name or "Results",
         created=results.created,
         num_runs=len(results.cells),
+        across=across_sections(groups),
         parts=parts,
         runs=[_run(source) for source in sources.values() if source.cell.run_dir],
         style=resources.joinpath("page.css").read_text(encoding="utf-8"),

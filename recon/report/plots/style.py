@@ -79,12 +79,20 @@ def legend(figure: Figure, axes: Sequence[Axes], behind: Mapping[str, str] | Non
 
 
 def frame(figure: Figure, group: Group, split: str, notes: list[str], height: float) -> None:
-    """Title, footnotes, and the room that is left to the panels of a figure `WIDTH` wide and `height` inches high."""
-    num_seeds = len(group.seeds)
-    seeds = f"{num_seeds} seeds (mean ± standard deviation)" if num_seeds > 1 else "1 seed"
+    """`framed` for the picture of one group, which the title and the line below name."""
     text = f"{group.text}, " if group.text else ""
-    facts = f"{text}criterion {group.criterion}, pattern {group.pattern}, {split} split, {seeds}"
-    title = textwrap.wrap(group.model, 90)
+    facts = f"{text}criterion {group.criterion}, pattern {group.pattern}, {split} split, {said_of_seeds(group.seeds)}"
+    framed(figure, group.model, facts, notes, height)
+
+
+def said_of_seeds(seeds: Sequence[int]) -> str:
+    """How many seeds a picture shows."""
+    return f"{len(seeds)} seeds (mean ± standard deviation)" if len(seeds) > 1 else "1 seed"
+
+
+def framed(figure: Figure, name: str, facts: str, notes: Sequence[str], height: float) -> None:
+    """Title, footnotes, and the room that is left to the panels of a figure `WIDTH` wide and `height` inches high."""
+    title = textwrap.wrap(name, 90)
     subtitle = textwrap.wrap(facts, 130)
     footnotes = [line for note in notes for line in textwrap.wrap(note, 150)]
 
