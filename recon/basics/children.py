@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from typing import IO, Any, Protocol
 
 PARENT = "RECON_PARENT"
 """Environment variable: the process whose end ends the one that has it."""
@@ -41,6 +42,26 @@ class Stopped(Exception):
     """The child processes were stopped, so there is no more to be known of one of them."""
 
 
+class Process(Protocol):
+    """What is asked of a child process, as `subprocess.Popen` has it."""
+
+    stdout: IO[str] | None
+    returncode: int | Any
+
+    def __enter__(self) -> Any: ...
+    def __exit__(self, kind: Any, value: Any, traceback: Any, /) -> Any: ...
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for the end; the exit status, negative for a signal that killed it."""
+        ...
+
+    def kill(self) -> None:
+        """End it at once."""
+
+    def terminate(self) -> None:
+        """Have it end as it does at SIGTERM."""
+
+
 class Children:
     """Child processes that run recon: started from any thread, stopped together, ended by the end of this process.
 
@@ -49,13 +70,13 @@ class Children:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._living: set[subprocess.Popen[str]] = set()
+        self._living: set[Process] = set()
         self._is_stopped = False
 
     @contextmanager
     def started(
         self, command: Sequence[str], environment: Mapping[str, str], is_recon: bool = True
-    ) -> Iterator[subprocess.Popen[str]]:
+    ) -> Iterator[Process]:
         """Start a process, and wait for it at the end of the context, whose error ends it.
 
         Args:
@@ -72,13 +93,7 @@ class Children:
         with self._lock:  # or a process might start just after the others were stopped
             if self._is_stopped:
                 raise Stopped
-            process = subprocess.Popen(
-                command,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                env={**environment, **({PARENT: str(os.getpid())} if is_recon else {})},
-            )
+            process = self._start(command, environment, is_recon)
             self._living.add(process)
         try:
             with process:
@@ -91,6 +106,15 @@ class Children:
             self._living.discard(process)
         if self._is_stopped:
             raise Stopped
+
+    def _start(self, command: Sequence[str], environment: Mapping[str, str], is_recon: bool) -> Process:
+        return subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**environment, **({PARENT: str(os.getpid())} if is_recon else {})},
+        )
 
     def stop(self) -> None:
         """Kill all processes, and start no more."""

@@ -132,6 +132,7 @@ def _process(cell: Cell, prefix: str, children: Children, variables: Mapping[str
             kept.flush()
             log.info(f"{prefix} {line.rstrip()}", extra=of_cell(prefix))
     status = process.returncode
+    assert status is not None
     return 128 - status if launcher and status > 128 else status
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from recon.basics.children import Children
 from recon.experiment.comparison.cell import Cell, is_free, outcome
+from recon.experiment.comparison.forks import Forks
 from recon.report import Report
 
 
@@ -67,12 +68,13 @@ class Processes(Pool):
 
     Args:
         workers: Environment variables for the cells of each worker; there are as many cells under way as workers.
+        warm: Whether cells are forks of a process that has imported recon.
     """
 
-    def __init__(self, workers: Sequence[Mapping[str, str]] = ({},)) -> None:
+    def __init__(self, workers: Sequence[Mapping[str, str]] = ({},), warm: bool = False) -> None:
         self._free = list(workers)
         self._threads = ThreadPoolExecutor(len(workers))
-        self._children = Children()
+        self._children = Forks() if warm else Children()
         self._under_way: dict[Future[Report | str | None], UnderWay] = {}
 
     @property

@@ -1,0 +1,112 @@
+"""Child processes that are forks of one that has imported recon: each cell is spared the seconds of that (Linux)."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import IO, Any
+
+from recon.basics.children import PARENT, Children, Process
+
+SERVER = "recon.cli.forking"
+
+
+class Forks(Children):
+    """As `Children`, but commands of recon run in forks; at most one at a time of each process that forks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._idle: list[Server] = []
+        self._idle_lock = threading.Lock()
+
+    def _start(self, command: Sequence[str], environment: Mapping[str, str], is_recon: bool) -> Process:
+        recon = [sys.executable, "-m", "recon"]
+        if not is_recon or list(command[:3]) != recon:
+            return super()._start(command, environment, is_recon)
+        with self._idle_lock:
+            fitting = [server for server in self._idle if server.environment == environment]
+            server = fitting[0] if fitting else Server(environment)
+            self._idle = [one for one in self._idle if one is not server]
+        return Fork(server, command[3:], self._idle)
+
+
+class Server:
+    """The process that forks.
+
+    Args:
+        environment: Its variables, which are those of all its forks.
+    """
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self.environment = dict(environment)
+        # A packet is a message; the other end of a stream would have to tell where one ends.
+        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", SERVER, str(theirs.fileno())],
+                env={**environment, PARENT: str(os.getpid())},
+                pass_fds=[theirs.fileno()],
+            )
+
+    def answer(self) -> int | None:
+        """Wait for the next number that it sends; None if it has ended."""
+        with suppress(ConnectionError):
+            if message := self.socket.recv(32):
+                return int(message)
+        self._process.wait()
+        return None
+
+
+class Fork:
+    """A command of recon in a fork.
+
+    Args:
+        server: Forks.
+        args: Of recon.
+        idle: Takes the server when the command has ended.
+    """
+
+    def __init__(self, server: Server, args: Sequence[str], idle: list[Server]) -> None:
+        self._server, self._idle = server, idle
+        self.returncode: int | None = None
+        reading, writing = os.pipe()
+        self.stdout: IO[str] | None = os.fdopen(reading)
+        with suppress(ConnectionError):  # its end is answered below
+            socket.send_fds(server.socket, [json.dumps(list(args)).encode()], [writing])
+        os.close(writing)
+        self._pid = server.answer()
+
+    def __enter__(self) -> "Fork":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.stdout is not None:
+            self.stdout.close()
+        self.wait()
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for the end, whatever `timeout` is; the exit status, negative for a signal, 1 if its server ended."""
+        if self.returncode is None:
+            status = None if self._pid is None else self._server.answer()
+            self.returncode = 1 if status is None else status
+            if status is not None:
+                self._idle.append(self._server)
+        return self.returncode
+
+    def kill(self) -> None:
+        """End it at once."""
+        self._signal(signal.SIGKILL)
+
+    def terminate(self) -> None:
+        """Have it end as it does at SIGTERM."""
+        self._signal(signal.SIGTERM)
+
+    def _signal(self, number: int) -> None:
+        if self.returncode is None and self._pid is not None:
+            with suppress(ProcessLookupError):
+                os.kill(self._pid, number)
