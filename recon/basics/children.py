@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, runtime_checkable
 
 PARENT = "RECON_PARENT"
 """Environment variable: the process whose end ends the one that has it."""
@@ -42,6 +42,7 @@ class Stopped(Exception):
     """The child processes were stopped, so there is no more to be known of one of them."""
 
 
+@runtime_checkable
 class Process(Protocol):
     """What is asked of a child process, as `subprocess.Popen` has it."""
 

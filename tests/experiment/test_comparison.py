@@ -137,12 +137,13 @@ def test_two_comparisons_in_one_directory_share_its_cells(smoke, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_comparison_loses_the_cells_under_way_alone(tmp_path):
+@pytest.mark.parametrize("warm", ["false", "true"])
+def test_a_killed_comparison_loses_the_cells_under_way_alone(tmp_path, warm):
     """One of two in a directory: its processes end with it, and the other takes their cells."""
     recoveries = [{"scope": scope} for scope in ("matrix", "submodule", "full")]
     options = ["--directory", str(tmp_path), f"--recoveries={json.dumps(recoveries)}", "--threads=1"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    first, second = (subprocess.Popen([*SMOKE, *options], **pipes) for _ in range(2))
+    first, second = (subprocess.Popen([*SMOKE, *options, f"--warm={warm}"], **pipes) for _ in range(2))
     took = any(re.search(r"(matrix|submodule|full)\] load random", line) for line in first.stdout)
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/report.json")}
     first.kill()
@@ -165,17 +166,17 @@ def test_two_workers_give_the_rows_of_one(tmp_path):
         {"scope": "full", "options": {"model.epochs": 1}, "tune": {"model.lr": [1e-2, 1e-3]}},
     ]
     rows = []
-    for workers in ("1", "2"):
-        directory = tmp_path / workers
+    for workers, *warm in (("1",), ("2",), ("2", "--warm=true")):
+        directory = tmp_path / "-".join([workers, *warm])
         finished = run("--directory", str(directory), f"--recoveries={json.dumps(recoveries)}", "--seeds=[0,1]",
-                       "--workers", workers, "--threads=1")  # fmt: skip
+                       "--workers", workers, "--threads=1", *warm)  # fmt: skip
         assert finished.returncode == 0, finished.stderr
         rows.append([
             {name: cell[name] for name in NAMES - {"run_dir", "seconds", "peak_host_bytes"}}
             | {"chosen": [point["options"] for point in cell["tuning"] if point["chosen"]]}
             for cell in json.loads((directory / "results.json").read_text())["cells"]
         ])  # fmt: skip
-    assert rows[0] == rows[1]
+    assert rows[0] == rows[1] == rows[2]
     assert [row["scope"] for row in rows[0]] == ["dense", "pruned", "matrix", "full"] * 2
 
 

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import IO, Any
 
@@ -32,7 +32,22 @@ class Forks(Children):
             fitting = [server for server in self._idle if server.environment == environment]
             server = fitting[0] if fitting else Server(environment)
             self._idle = [one for one in self._idle if one is not server]
-        return Fork(server, command[3:], self._idle)
+        return Fork(server, command[3:], self._take_back)
+
+    def _take_back(self, server: "Server") -> None:
+        with self._idle_lock:
+            if self._is_stopped:
+                server.close()
+            else:
+                self._idle.append(server)
+
+    def stop(self) -> None:
+        """See `Children`; the processes that fork end, too."""
+        super().stop()
+        with self._idle_lock:
+            for server in self._idle:
+                server.close()
+            self._idle.clear()
 
 
 class Server:
@@ -58,8 +73,14 @@ class Server:
         with suppress(ConnectionError):
             if message := self.socket.recv(32):
                 return int(message)
-        self._process.wait()
+        self.close()
         return None
+
+    def close(self) -> None:
+        """End it, and a fork that it still has."""
+        self._process.kill()
+        self._process.wait()
+        self.socket.close()
 
 
 class Fork:
@@ -68,18 +89,18 @@ class Fork:
     Args:
         server: Forks.
         args: Of recon.
-        idle: Takes the server when the command has ended.
+        give_back: Takes the server when the command has ended.
     """
 
-    def __init__(self, server: Server, args: Sequence[str], idle: list[Server]) -> None:
-        self._server, self._idle = server, idle
+    def __init__(self, server: Server, args: Sequence[str], give_back: Callable[[Server], None]) -> None:
+        self._server, self._give_back = server, give_back
         self.returncode: int | None = None
         reading, writing = os.pipe()
         self.stdout: IO[str] | None = os.fdopen(reading)
-        with suppress(ConnectionError):  # its end is answered below
+        with suppress(ConnectionError):  # then there is no answer either
             socket.send_fds(server.socket, [json.dumps(list(args)).encode()], [writing])
         os.close(writing)
-        self._pid = server.answer()
+        self._process = server.answer()
 
     def __enter__(self) -> "Fork":
         return self
@@ -92,10 +113,10 @@ class Fork:
     def wait(self, timeout: float | None = None) -> int:
         """Wait for the end, whatever `timeout` is; the exit status, negative for a signal, 1 if its server ended."""
         if self.returncode is None:
-            status = None if self._pid is None else self._server.answer()
+            status = None if self._process is None else self._server.answer()
             self.returncode = 1 if status is None else status
             if status is not None:
-                self._idle.append(self._server)
+                self._give_back(self._server)
         return self.returncode
 
     def kill(self) -> None:
@@ -107,6 +128,6 @@ class Fork:
         self._signal(signal.SIGTERM)
 
     def _signal(self, number: int) -> None:
-        if self.returncode is None and self._pid is not None:
+        if self.returncode is None and self._process is not None:
             with suppress(ProcessLookupError):
-                os.kill(self._pid, number)
+                os.kill(self._process, number)
