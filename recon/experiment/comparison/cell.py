@@ -11,6 +11,7 @@ from typing import Any
 
 from recon.basics.children import Children
 from recon.basics.locks import locked
+from recon.experiment.comparison.cluster import is_of_job
 from recon.experiment.directory import RunDirectory
 from recon.report import Report
 
@@ -124,7 +125,8 @@ def _process(cell: Cell, prefix: str, children: Children, variables: Mapping[str
     """
     cell.directory.mkdir(parents=True, exist_ok=True)
     command = [*launcher, sys.executable, "-m", "recon", *cell.command]
-    environment = {**(os.environ if launcher else _environment()), **variables}
+    ours = {name: value for name, value in os.environ.items() if launcher or not is_of_job(name)}
+    environment = {**ours, **variables}
     with output(cell).open("w") as kept, children.started(command, environment, not launcher) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -144,8 +146,3 @@ def output(cell: Cell) -> Path:
 def _name(number: int) -> str:
     """The name of a signal; of most real-time signals the number."""
     return signal.Signals(number).name if number in list(signal.Signals) else f"signal {number}"
-
-
-def _environment() -> dict[str, str]:
-    """The environment of a child: with a job's variables it would take itself for one of the job's tasks."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}

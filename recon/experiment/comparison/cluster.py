@@ -43,3 +43,8 @@ class Cluster:
             )
         if self.memory_gb <= 0:
             raise ValueError(f"--cluster.memory_gb must be above 0, got {self.memory_gb}; give what a cell needs")
+
+
+def is_of_job(variable: str) -> bool:
+    """Whether an environment variable describes the job of this process: what it starts would take it for its own."""
+    return variable.startswith("SLURM_") and variable != "SLURM_CONF"

@@ -113,12 +113,12 @@ def compare(comparison: Comparison, resolver: Resolver, pool: Pool | None = None
         while True:
             cells.begin_pass()
             rows = [list(model.rows(cells)) for model in models]
-            if sum(map(len, rows)) > len(results.cells):
-                results.cells[:] = chain.from_iterable(rows)
-                results.save(file, Manifest(comparison.path).writing)
+            num_before, results.cells[:] = len(results.cells), chain.from_iterable(rows)
             if cells.are_known:
                 results.differences[:] = chain.from_iterable(differences(Results(one)) for one in rows)
+            if cells.are_known or len(results.cells) > num_before:
                 results.save(file, Manifest(comparison.path).writing)
+            if cells.are_known:
                 return results
             cells.wait()
 

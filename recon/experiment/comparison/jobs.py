@@ -19,7 +19,7 @@ from typing import Any
 from recon.basics.locks import locked
 from recon.basics.refusals import UsageError
 from recon.experiment.comparison.cell import Cell, is_free, of_cell, output
-from recon.experiment.comparison.cluster import Cluster
+from recon.experiment.comparison.cluster import Cluster, is_of_job
 from recon.experiment.comparison.job import SIGNAL_DELAY, CellJob
 from recon.experiment.comparison.pool import Pool
 from recon.experiment.comparison.workers import threads_of
@@ -288,12 +288,8 @@ def _last_line(error: Exception) -> str:
 @contextmanager
 def _outside_a_job() -> Iterator[None]:
     """Hide the variables of the job that this process runs in, if any: those that it submits would inherit them."""
-    ours = {name: os.environ.pop(name) for name in list(os.environ) if _is_of_job(name)}
+    ours = {name: os.environ.pop(name) for name in list(os.environ) if is_of_job(name)}
     try:
         yield
     finally:
         os.environ.update(ours)
-
-
-def _is_of_job(name: str) -> bool:
-    return name.startswith("SLURM_") and name != "SLURM_CONF"
