@@ -119,8 +119,11 @@ class Replay:
         with expert_by_expert([module for block in self.anatomy.blocks for module in block.experts]):
             yield
 
-    def embed(self, tokens: Tokens) -> Hidden:
-        """Compute the hidden states that enter block 0, on the device that blocks are run on."""
+    def embed(self, tokens: Tokens) -> Float[Tensor, "_ _ _"]:
+        """Compute the hidden states that enter block 0, on the device that blocks are run on.
+
+        Batch, tokens and width, unless the model has another order or more positions: `verify` refuses such a one.
+        """
         first = self.anatomy.blocks[0]
         entering: list[Tensor] = []
 
