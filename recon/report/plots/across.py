@@ -19,8 +19,8 @@ from recon.report.plots.style import PNG_DPI, WIDTH, framed, height_of, legend, 
 
 MOST_PANELS = 6
 
-LONGEST_PLACE = 12
-"""Characters of a place on the axis that are written level; longer ones are turned."""
+ROOM = 96
+"""Characters of the places below all panels of a line; where they are more, they are turned."""
 
 
 def draw_across(groups: Sequence[Group]) -> Figure | None:
@@ -38,15 +38,20 @@ def draw_across(groups: Sequence[Group]) -> Figure | None:
     height = max(height_of(len(rows)), 1.2 + 2.9 * num_down)
     figure = Figure(figsize=(WIDTH, height), dpi=PNG_DPI)
     FigureCanvasAgg(figure)
-    turned = max(map(len, places)) > LONGEST_PLACE or len(places) > 9
+    turned = sum(len(place) + 2 for place in places) > ROOM // num_across
     framed(figure, *_facts(groups, axes_of), [_NOTE], height)
     panels = figure.subplots(num_down, num_across, sharex=True, sharey=True, squeeze=False).flatten()
-    figure.subplots_adjust(hspace=0.12, bottom=figure.subplotpars.bottom + (0.6 / height if turned else 0))
+    named, turning = 0.25 / height if len(lines) > 1 else 0, 0.5 / height if turned else 0
+    figure.subplots_adjust(
+        hspace=0.15, top=figure.subplotpars.top - named, bottom=figure.subplotpars.bottom + turning - 0.15 / height
+    )
     markers = markers_of(rows)
     for panel in panels[len(lines) :]:
         panel.set_visible(False)
     for panel, line in zip(panels, lines, strict=False):
         _draw(panel, line, places, rows, markers, turned)
+    for lowest in panels[len(lines) - num_across : len(lines)]:
+        lowest.tick_params(labelbottom=True)
     for first in panels[::num_across]:
         first.set_ylabel("nats per token above the dense model")
     _scale(panels[0])
@@ -92,11 +97,12 @@ def _draw(
     for row in rows:
         found = [(number, _of(row.label, line.groups.get(place))) for number, place in enumerate(places)]
         drawn = [(number, value) for number, value in found if value is not None]
+        has_spread = any(value.std for _, value in drawn)
         look = LOOKS.get(row.scope, REFERENCE)
         axes.errorbar(
             [number for number, _ in drawn],
             [value.mean for _, value in drawn],
-            yerr=[min(value.std or 0.0, 0.99 * value.mean) for _, value in drawn],
+            yerr=[min(value.std or 0.0, 0.99 * value.mean) for _, value in drawn] if has_spread else None,
             color=look.color,
             linestyle="-" if row.scope in LOOKS else (0, (5, 3)),
             linewidth=1.2,
