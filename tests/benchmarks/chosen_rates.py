@@ -38,6 +38,11 @@ class Row:
         return min(self.fixed, key=lambda lr: _perplexity(self.fixed[lr]))
 
     @property
+    def range(self) -> float:
+        """Relative perplexity of the worst fixed rate above that of the best."""
+        return max(map(_perplexity, self.fixed.values())) / _perplexity(self.fixed[self.best]) - 1
+
+    @property
     def excess(self) -> float:
         """Relative perplexity of `auto` above that of the best fixed rate."""
         return _perplexity(self.auto) / _perplexity(self.fixed[self.best]) - 1
@@ -60,15 +65,16 @@ def rows_of(results: Results) -> list[Row]:
 def table(rows: Sequence[Row]) -> str:
     """Markdown, a line per row, and how many are within the limit."""
     lines = [
-        "| model | pattern | scope | rates of auto | perplexity | best fixed rate | perplexity | auto above it (%) |",
-        "|---|---|---|---|--:|--:|--:|--:|",
+        "| model | pattern | scope | rates of auto | perplexity | best fixed rate | perplexity | auto above it (%) "
+        "| worst of the six above it (%) |",
+        "|---|---|---|---|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
         rates = ", ".join(f"{kind} {choice['lr']:.1e}" for kind, choice in row.auto.rates.items())
         best = _perplexity(row.fixed[row.best])
         lines.append(
             f"| {row.model} | {row.pattern} | {row.scope} | {rates} | {_perplexity(row.auto):.2f} | {row.best:.1e} "
-            f"| {best:.2f} | {100 * row.excess:+.2f} |"
+            f"| {best:.2f} | {100 * row.excess:+.2f} | {100 * row.range:.1f} |"
         )
     within = sum(row.excess <= LIMIT for row in rows)
     return "\n".join([*lines, "", f"{within} of {len(rows)} within {100 * LIMIT:.0f} %."])

@@ -25,6 +25,7 @@ def test_auto_is_compared_with_the_best_rate_that_ran() -> None:
     block, submodule = rows_of(Results(cells))
     assert (block.best, list(block.fixed)) == (4e-3, [1e-3, 4e-3])
     assert block.excess == pytest.approx(0.015)
+    assert block.range == pytest.approx(0.05)
     text = table([block, submodule])
     assert "| tiny | 2:4 | block | block 3.0e-03 | 20.30 | 4.0e-03 | 20.00 | +1.50 |" in text
     assert text.endswith("1 of 2 within 1 %.")
