@@ -26,7 +26,7 @@ RUNS = [name for name in NAMES if name.startswith(("scopes/", "pretrain/"))]
 
 
 def test_none_is_forgotten():
-    assert len(NAMES) == sum(map(len, (CLUSTERS, COMPARISONS, OVERLAYS, DEVICES, RUNS, RECIPES))) == 97
+    assert len(NAMES) == sum(map(len, (CLUSTERS, COMPARISONS, OVERLAYS, DEVICES, RUNS, RECIPES))) == 103
 
 
 @pytest.mark.parametrize("name", RUNS)
