@@ -52,7 +52,7 @@ def smoke(tmp_path_factory):
         {"scope": "full", "options": {"model.epochs": 1}},
     ]
     options = ["--directory", str(directory), f"--recoveries={json.dumps(recoveries)}"]
-    return directory, options, run(*options)
+    return directory, options, run(*options, "--warm=true")  # test_workers has cells that are no forks
 
 
 def test_results(smoke):
