@@ -4,8 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from recon.report.groups import Group, Row
-from recon.report.paired import paired
-from recon.report.sampling import best_recovery
+from recon.report.paired import best_two
 from recon.report.sections import MISSING, Section, flop_unit, show
 
 AXES = ("text", "pattern", "model", "criterion")
@@ -80,10 +79,8 @@ def _best(groups: Sequence[Group]) -> Section:
     axes = differing(groups)
     rows = []
     for group in groups:
-        best = best_recovery(group)
-        second = None if best is None else best_recovery(group, best)
-        one = None if best is None or second is None else paired(second, best)
-        if best is not None and second is not None and one is not None:
+        if (found := best_two(group)) is not None:
+            best, second, one = found
             names = [getattr(group, axis) for axis in axes]
             rows.append([*names, best.label, second.label, f"{one.mean:+.4f}", one.shown])
     header = [*axes, "best", "second", "second minus best (nats/token)", "interval (95%)"]

@@ -106,12 +106,20 @@ def paired_section(group: Group) -> Section | None:
     return Section("differences over seeds", header, lines, notes)
 
 
-def ranking_note(group: Group) -> list[str]:
-    """A warning where the order of the two best recoveries is within noise, or cannot be told from it."""
+def best_two(group: Group) -> tuple[Row, Row, Paired] | None:
+    """The best recovery, the second, and the second's difference from it; None if they share no seed and protocol."""
     best = best_recovery(group)
     second = None if best is None else best_recovery(group, best)
-    if best is None or second is None or (one := paired(second, best)) is None or one.is_resolved:
+    one = None if best is None or second is None else paired(second, best)
+    return None if best is None or second is None or one is None else (best, second, one)
+
+
+def ranking_note(group: Group) -> list[str]:
+    """A warning where the order of the two best recoveries is within noise, or cannot be told from it."""
+    found = best_two(group)
+    if found is None or found[2].is_resolved:
         return []
+    best, second, one = found
     if one.interval is None:
         return [
             f"The order of {best.label} and {second.label} rests on one seed: with seeds such as [0, 1, 2] differences "
