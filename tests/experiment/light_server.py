@@ -1,6 +1,8 @@
 """`recon.cli.forking` without its seconds of imports; forks run Python that the test gives instead of recon."""
 
+import os
 import sys
+import time
 
 from recon.basics.children import die_with_parent
 from recon.cli import forking
@@ -14,5 +16,6 @@ def run() -> int:
 
 
 if __name__ == "__main__":
+    time.sleep(float(os.environ.get("SECONDS_OF_IMPORTS", 0)))
     forking.COMMANDS, forking.recon = (), run
     sys.exit(forking.main())

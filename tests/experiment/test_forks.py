@@ -1,12 +1,13 @@
 """Cells as forks of a process that has imported recon."""
 
 import os
+import queue
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -82,36 +83,49 @@ def test_a_fork_whose_process_ends_fails_and_the_next_has_another(children: Fork
     assert after != before
 
 
-def test_a_stop_kills_forks_under_way(children: Forks) -> None:
-    found: list[int] = []
+@pytest.mark.parametrize("seconds_of_imports", ["0", "600"])
+def test_a_stop_ends_all_forks_whether_they_run_or_wait_for_imports(children: Forks, seconds_of_imports: str) -> None:
+    code = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+    environment = {**os.environ, "SECONDS_OF_IMPORTS": seconds_of_imports}
+    entered: queue.Queue[int | None] = queue.Queue()
 
-    def long() -> None:
-        with children.started(
-            [sys.executable, "-m", "recon", "import os, time; print(os.getpid(), flush=True); time.sleep(600)"],
-            {**os.environ},
-        ) as process:
-            assert process.stdout is not None
-            found.append(int(process.stdout.readline()))
-            process.stdout.read()
-
-    stopped: list[bool] = []
-
-    def until_stopped() -> None:
+    def until_stopped(worker: int) -> bool:
         try:
-            long()
+            with children.started([sys.executable, "-m", "recon", code], {**environment, "WORKER": str(worker)}) as one:
+                assert one.stdout is not None
+                entered.put(int(one.stdout.readline()) if seconds_of_imports == "0" else None)
+                one.stdout.read()
         except Stopped:
-            stopped.append(True)
+            return True
+        return False
 
-    thread = threading.Thread(target=until_stopped)
-    thread.start()
-    end = time.monotonic() + PATIENCE
-    while not found and time.monotonic() < end:
+    with ThreadPoolExecutor(2) as threads:
+        ends = [threads.submit(until_stopped, worker) for worker in range(2)]
+        forks = [entered.get(timeout=PATIENCE) for _ in ends]
+        children.stop()
+        assert [end.result(PATIENCE) for end in ends] == [True, True]
+    end_of_wait = time.monotonic() + PATIENCE  # the system may need a moment to forget them
+    while any(fork is not None and Path(f"/proc/{fork}").exists() for fork in forks):
+        assert time.monotonic() < end_of_wait
         time.sleep(0.01)
-    children.stop()
-    thread.join(PATIENCE)
-    assert stopped == [True]
-    with pytest.raises(ProcessLookupError):
-        os.kill(found[0], 0)
+
+
+def test_an_end_lets_forks_do_what_they_do_at_sigterm(children: Forks) -> None:
+    code = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: (print("saved", flush=True), sys.exit(5)))
+print("ready", flush=True)
+time.sleep(600)
+"""
+    with (
+        suppress(Stopped),
+        children.started([sys.executable, "-m", "recon", code], {**os.environ}) as process,
+    ):
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        children.end(PATIENCE)
+        assert process.stdout.read() == "saved\n"
+    assert process.returncode == 5
 
 
 def test_other_programs_are_no_forks(children: Forks) -> None:

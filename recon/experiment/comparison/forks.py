@@ -68,13 +68,17 @@ class Server:
                 pass_fds=[theirs.fileno()],
             )
 
-    def answer(self) -> int | None:
-        """Wait for the next number that it sends; None if it has ended."""
+    def status(self) -> int | None:
+        """Wait for the end of its fork: the exit status; None if it has ended itself."""
         with suppress(ConnectionError):
             if message := self.socket.recv(32):
                 return int(message)
         self.close()
         return None
+
+    def send(self, number: signal.Signals) -> None:
+        """Send it a signal: SIGTERM goes on to its fork, SIGKILL ends both."""
+        self._process.send_signal(number)
 
     def close(self) -> None:
         """End it, and a fork that it still has."""
@@ -84,7 +88,7 @@ class Server:
 
 
 class Fork:
-    """A command of recon in a fork.
+    """A command of recon in a fork, which may still have to wait for its server's imports.
 
     Args:
         server: Forks.
@@ -97,10 +101,9 @@ class Fork:
         self.returncode: int | None = None
         reading, writing = os.pipe()
         self.stdout: IO[str] | None = os.fdopen(reading)
-        with suppress(ConnectionError):  # then there is no answer either
+        with suppress(ConnectionError):  # then there is no status either
             socket.send_fds(server.socket, [json.dumps(list(args)).encode()], [writing])
         os.close(writing)
-        self._process = server.answer()
 
     def __enter__(self) -> "Fork":
         return self
@@ -113,21 +116,20 @@ class Fork:
     def wait(self, timeout: float | None = None) -> int:
         """Wait for the end, whatever `timeout` is; the exit status, negative for a signal, 1 if its server ended."""
         if self.returncode is None:
-            status = None if self._process is None else self._server.answer()
+            status = self._server.status()
             self.returncode = 1 if status is None else status
             if status is not None:
                 self._give_back(self._server)
         return self.returncode
 
     def kill(self) -> None:
-        """End it at once."""
+        """End it at once, and its server."""
         self._signal(signal.SIGKILL)
 
     def terminate(self) -> None:
         """Have it end as it does at SIGTERM."""
         self._signal(signal.SIGTERM)
 
-    def _signal(self, number: int) -> None:
-        if self.returncode is None and self._process is not None:
-            with suppress(ProcessLookupError):
-                os.kill(self._process, number)
+    def _signal(self, number: signal.Signals) -> None:
+        if self.returncode is None:
+            self._server.send(number)
