@@ -158,13 +158,7 @@ def require_free(directory: Path, predicted: Mapping[str, int]) -> None:
 def _num_checkpoints(job: Job) -> int:
     """How many regular checkpoints full retraining writes, as the prediction knows it."""
     every = [one.every_n_steps for one in job.trainer.callbacks if isinstance(one, Checkpoints)]  # pyright: ignore[reportAttributeAccessIssue]
-    setting = job.options.prediction["setting"]
-    of_step = setting["batch_size"] * setting["world_size"] * setting["accumulate"]
-    num = setting["num_sequences"] if setting.get("max_tokens") is None else setting["max_tokens"] // setting["seq_len"]
-    steps = setting["epochs"] * -(-num // of_step)
-    if setting.get("max_steps") is not None:
-        steps = min(steps, setting["max_steps"])
-    return steps // every[0] if every else 0
+    return job.options.prediction["steps"] // every[0] if every else 0
 
 
 def _existing(path: Path) -> Path:

@@ -185,6 +185,12 @@ class PlanOptions:
         return math.ceil(self.trained_sequences / self._sequences_of_step)
 
     @property
+    def steps(self) -> int:
+        """Optimizer steps of all epochs together."""
+        most = self.epochs * self.steps_of_epoch
+        return most if self.max_steps is None else min(most, self.max_steps)
+
+    @property
     def _sequences_of_step(self) -> int:
         return self.batch_size * self.accumulate * self.world_size
 

@@ -124,6 +124,7 @@ class Prediction:
         return {
             "scope": self.options.scope,
             "setting": self.options.as_dict(),
+            "steps": self.options.steps,
             "peak_bytes": peak.total,
             "moment": peak.name,
             "categories": {category: peak.held[category] for category in CATEGORIES},
