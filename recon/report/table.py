@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -12,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from recon.report.across import across_sections
+from recon.report.columns import columns_of
 from recon.report.drift import curves, drift_section, protocol
 from recon.report.groups import Group, Row, group_cells
 from recon.report.memory import memory_section
@@ -19,8 +19,8 @@ from recon.report.paired import paired_section, ranking_note
 from recon.report.prediction import prediction_section
 from recon.report.sampling import sampling_note, sampling_section
 from recon.report.schema import Results
-from recon.report.sections import MISSING, WIDEST, Section, flop_unit, show
-from recon.report.tasks import task_column, tasks_section
+from recon.report.sections import WIDEST, Section, show
+from recon.report.tasks import task_mean, tasks_section
 from recon.report.tuning import tuning_section
 
 PIPE_WIDTH = 100
@@ -70,49 +70,12 @@ def table_sections(results: Results, verbose: bool = False, together: bool = Fal
 def _columns(results: Results) -> list[tuple[str, Callable[[Row], str]]]:
     """Header and content of each column of numbers; the first is perplexity, whose header names a group's split."""
     cells = results.cells
-    unit, divisor = _token_unit(max((cell.train_tokens for cell in cells), default=0))
-
-    def mean(quantity: str, **options: Any) -> Callable[[Row], str]:
-        return lambda row: show(row.estimate(quantity), **options)
-
-    def spent(quantity: str, **options: Any) -> Callable[[Row], str]:
-        """The dense and the pruned model as they are have cost nothing."""
-        return lambda row: MISSING if _is_free(row, quantity) else show(row.estimate(quantity), **options)
-
-    def optional(quantity: str, header: str, **options: Any) -> list[tuple[str, Callable[[Row], str]]]:
-        measured = any(getattr(cell, quantity) is not None for cell in cells)
-        return [(header, mean(quantity, **options))] if measured else []
-
-    columns = [
-        ("perplexity", mean("perplexity", spread=True, decimals=2)),
-        ("recovered (%)", mean("recovered", scale=100.0, spread=True)),
-        *([column] if (column := task_column(cells)) else []),
-        ("sparsity (%)", mean("sparsity", scale=100.0)),
-        *optional("model_sparsity", "model sparsity (%)", scale=100.0),
-        *optional("disk_bytes", "disk (MiB)", scale=2**-20),
-        *optional("tracked_device_bytes", "peak device (MiB)", scale=2**-20),
-        *optional("peak_device_bytes", "peak allocated (MiB)", scale=2**-20, decimals=0),
-        ("peak host (MiB)", mean("peak_host_bytes", scale=2**-20, decimals=0)),
-    ]
-    tokens = spent("train_tokens", scale=1 / divisor, decimals=1 if divisor == 10**6 else 0)
-    columns += [("seconds", spent("seconds"))]
-    if any(cell.device_seconds != cell.seconds for cell in cells):
-        columns.append(("device seconds", spent("device_seconds")))
-    if most := max((cell.flops or 0 for cell in cells), default=0):
-        name, size = flop_unit(most)
-        columns.append((name, spent("flops", scale=1 / size, decimals=2)))
-    columns.append((f"train tokens{unit}", tokens))
-    if any(cell.budget for cell in cells):
-        columns.append(("budget (%)", mean("budget_share", scale=100.0)))
+    columns = [(one.title, task_mean if one.quantity == "task_mean" else one.shown) for one in columns_of(cells)]
     if any(len(row.cells) > 1 for group in group_cells(results) for row in group.rows):
         columns.append(("seeds", _seeds))
     elif any(cell.status == "failed" for cell in cells):
         columns.append(("status", lambda row: "ok" if row.measured else "failed"))
     return columns
-
-
-def _is_free(row: Row, quantity: str) -> bool:
-    return not row.is_recovery and not any(getattr(cell, quantity) for cell in row.cells)
 
 
 def _seeds(row: Row) -> str:
@@ -236,10 +199,3 @@ def _markdown_row(cells: list[str]) -> str:
 
 def _encodable(text: str, console: Console) -> str:
     return text.replace("±", "+-") if console.options.ascii_only else text
-
-
-def _token_unit(most: int) -> tuple[str, int]:
-    """One unit for the whole column, so that its numbers compare at a glance and stay narrow."""
-    if most < 10**5:
-        return "", 1
-    return (" (k)", 10**3) if most < 10**8 else (" (M)", 10**6)

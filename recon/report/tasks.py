@@ -23,14 +23,18 @@ def tasks_section(group: Group) -> Section | None:
     return Section("tasks", ["scope", *(title for title, _ in columns)], lines, _notes(rows, names))
 
 
-def task_column(cells: Sequence[Report]) -> Column | None:
-    """The column of the results for the one task, or for the mean of several; None if no task was asked."""
+def task_title(cells: Sequence[Report]) -> str:
+    """The header of the results' column for the one task, or for the mean of several; empty if no task was asked."""
     scores = [cell.tasks for cell in cells if cell.tasks]
-    if not scores:
-        return None
     names = list(dict.fromkeys(name for tasks in scores for name in tasks))
-    title = f"{names[0]} {scores[0][names[0]]['main']} (%)" if len(names) == 1 else f"mean of {len(names)} tasks (%)"
-    return title, lambda row: _shown(row, lambda cell: cell.task_mean or {})
+    if len(names) == 1:
+        return f"{names[0]} {scores[0][names[0]]['main']} (%)"
+    return f"mean of {len(names)} tasks (%)" if names else ""
+
+
+def task_mean(row: Row) -> str:
+    """The score of a row on its tasks, as `tasks_section` has it."""
+    return _shown(row, lambda cell: cell.task_mean or {})
 
 
 def _names(rows: Sequence[Row]) -> list[str]:
@@ -48,7 +52,7 @@ def _column_of(name: str, rows: Sequence[Row]) -> Column:
 
 
 def _mean_with_delta(row: Row) -> str:
-    return _shown(row, lambda cell: cell.task_mean or {}) + _delta(row, lambda cell: cell.task_mean or {})
+    return task_mean(row) + _delta(row, lambda cell: cell.task_mean or {})
 
 
 def _shown(row: Row, numbers: Callable[[Report], dict[str, Any]]) -> str:

@@ -9,9 +9,9 @@ import pytest
 from scipy import stats
 
 from recon.report import Report, Results, markdown_table
+from recon.report.columns import columns_of
 from recon.report.groups import group_cells
 from recon.report.page.build import page_of
-from recon.report.page.columns import columns_of
 from recon.report.paired import Paired, differences, paired, paired_section, ranking_note
 from recon.report.sampling import difference, loss_of, standard_error
 from tests.report.test_report import report
@@ -114,7 +114,7 @@ def test_operations_and_device_seconds_have_columns() -> None:
     assert "| seconds | device seconds | GFLOP |" in text
     assert "| 10.0 | 40.0 | 1.00 |" in text
     (group,) = group_cells(several)
-    assert {"device seconds", "GFLOP"} < {column.title for column in columns_of(group)}
+    assert {"device seconds", "GFLOP"} < {column.title for column in columns_of(group.cells)}
     held = several.cells[1].to_dict()
     assert (held["flops"], held["device_seconds"]) == (10**9, 40.0)
     assert Report.from_dict(held) == several.cells[1]

@@ -12,11 +12,12 @@ from typing import Any
 
 from recon.basics.files import Writer, atomic_write
 from recon.report.across import across_sections
+from recon.report.columns import columns_of
 from recon.report.groups import Group, group_cells
 from recon.report.page.chart import Chart
-from recon.report.page.columns import Line, columns_of, lines_of
 from recon.report.page.front_charts import drift_charts, pareto_charts
 from recon.report.page.headline import headline
+from recon.report.page.lines import Line, lines_of
 from recon.report.page.run_charts import (
     density_charts,
     loss_charts,
@@ -121,7 +122,7 @@ def _part(group: Group, sources: dict[int, Source], tuned: set[str]) -> Part:
     return Part(
         title=title_of(group),
         sentences=headline(group),
-        header=[column.title for column in columns_of(group)],
+        header=[column.title for column in columns_of(group.cells)],
         lines=lines_of(group, sources),
         charts=charts,
         phases={label: found for label, source in firsts if (found := _phases(source))},
