@@ -22,7 +22,6 @@ from recon.models.anatomy import Anatomy
 from recon.models.replay import Replay
 from recon.models.windows import Windows
 from recon.scopes import BlockDistillation, MatrixReconstruction, SubmoduleDistillation
-from tests.scopes.test_scopes import Kill, Killed
 from tests.support.families import DEPTH, tiny, token_ids
 from tests.support.scope_fixtures import (
     IGNORED,
@@ -34,6 +33,7 @@ from tests.support.scope_fixtures import (
     untimed,
     weights_of,
 )
+from tests.support.scope_runs import Kill, Killed
 
 pytestmark = [pytest.mark.filterwarnings(one) for one in IGNORED]
 

@@ -10,7 +10,7 @@ from datasets import Dataset
 from recon.cli import main
 from recon.data import Chat
 from recon.data.token_source import SPLITS, Draw
-from tests.data.test_data import WORDS, _cache_of_ones_own, tokenizer  # noqa: F401
+from tests.support.corpora import WORDS
 
 BEGIN, USER, ASSISTANT = 0, 1, 2
 TEMPLATE = (
@@ -31,7 +31,7 @@ CHATS = [conversation(index) for index in range(90)]
 
 
 @pytest.fixture
-def chatty(tokenizer):  # noqa: F811
+def chatty(tokenizer):
     found = copy.deepcopy(tokenizer)
     found.chat_template = TEMPLATE
     return found
@@ -44,7 +44,7 @@ def file(tmp_path):
     return str(path)
 
 
-def ids_of(chats, tokenizer) -> list[list[int]]:  # noqa: F811
+def ids_of(chats, tokenizer) -> list[list[int]]:
     return [tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"] for chat in chats]
 
 

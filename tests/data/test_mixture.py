@@ -10,7 +10,7 @@ from recon.cli import main
 from recon.data import Mixture, TextFiles, TokenData
 from recon.data.mixture import _shares, apportion
 from recon.data.token_source import SPLITS, Draw, TokenSource
-from tests.data.test_data import END, WORDS, _cache_of_ones_own, tokenizer, write  # noqa: F401
+from tests.support.corpora import END, WORDS, write
 
 LENGTH = 11  # ten words and the end: a sequence is a document
 ODD = [" ".join(WORDS[2 * ((7 * row + step) % 100) + 1] for step in range(10)) for row in range(100)]
@@ -66,7 +66,7 @@ class Rows(TokenSource):
 
 
 @pytest.mark.parametrize(("weights", "expected"), [(None, 8), ([3.0, 1.0], 4), ([1.0, 3.0], 12), ([0.7, 0.3], 5)])
-def test_each_source_has_its_share_of_the_sequences(tokenizer, weights, expected):  # noqa: F811
+def test_each_source_has_its_share_of_the_sequences(tokenizer, weights, expected):
     mixture, draw = Mixture([Rows(0), Rows(1)], weights), Draw(tokenizer, LENGTH, 16, seed=3)
     tokens = mixture.sequences("train", draw)
     assert tokens.shape == (16, LENGTH)
@@ -80,7 +80,7 @@ def test_each_source_has_its_share_of_the_sequences(tokenizer, weights, expected
     assert [len(everything) - num_odd(everything), num_odd(everything)] == apportion(shares, len(everything))
 
 
-def test_splits_are_those_of_the_sources(sources, tokenizer):  # noqa: F811
+def test_splits_are_those_of_the_sources(sources, tokenizer):
     mixture, found = Mixture(sources), {}
     for split in SPLITS:
         everything = Draw(tokenizer, LENGTH, None, seed=0)
@@ -94,7 +94,7 @@ def test_splits_are_those_of_the_sources(sources, tokenizer):  # noqa: F811
     assert not found["validation"] & found["test"]
 
 
-def test_what_is_no_mixture(tokenizer):  # noqa: F811
+def test_what_is_no_mixture(tokenizer):
     one, other = Rows(0), Rows(1)
     with pytest.raises(ValueError, match="at least two sources to mix, got 1"):
         Mixture([one])
@@ -115,7 +115,7 @@ def test_the_identity_tells_sources_and_weights():
     assert all(known.count(one) == 1 for one in known)
 
 
-def test_calibration_on_a_mixture_and_test_on_one_source(sources, tokenizer):  # noqa: F811
+def test_calibration_on_a_mixture_and_test_on_one_source(sources, tokenizer):
     sizes = {"num_sequences": 8, "seq_len": LENGTH, "num_validation": 2, "num_test": 3}
     data, plain = TokenData(Mixture(sources), **sizes, held_out=sources[1]), TokenData(sources[1], **sizes)
     data.tokenizer = plain.tokenizer = tokenizer

@@ -8,7 +8,7 @@ import torch
 
 from recon.cli import main
 from recon.data import TextFiles, TokenData, sources
-from tests.data.test_data import _cache_of_ones_own, tokenizer, write  # noqa: F401
+from tests.support.corpora import write
 from tests.support.families import FAMILIES, tiny
 
 SIZES = {"num_sequences": 4, "seq_len": 8, "num_validation": 2, "num_test": 3, "batch_size": 4}
@@ -25,14 +25,14 @@ class Given(TokenData):
         return self.ids
 
 
-def test_all_splits_are_tokenised_at_once(tmp_path, tokenizer):  # noqa: F811
+def test_all_splits_are_tokenised_at_once(tmp_path, tokenizer):
     data = TokenData(TextFiles([write(tmp_path, "jsonl")]), **SIZES)
     data.tokenizer = tokenizer
     data.require(sources.SPLITS, tiny("llama", vocab_size=256))
     assert set(data._tokens) == set(sources.SPLITS)
 
 
-def test_all_faults_are_named_with_their_sizes(tmp_path, tokenizer):  # noqa: F811
+def test_all_faults_are_named_with_their_sizes(tmp_path, tokenizer):
     data = TokenData(TextFiles([write(tmp_path, "jsonl")]), **{**SIZES, "num_validation": 50, "num_test": 60})
     data.tokenizer = tokenizer
     sizes = r"50 sequences of 8 tokens need 400 tokens, the validation .* holds \d+; .*60 sequences .* the test split"
@@ -41,7 +41,7 @@ def test_all_faults_are_named_with_their_sizes(tmp_path, tokenizer):  # noqa: F8
     data.require(["train"], tiny("llama", vocab_size=256))
 
 
-def test_a_fault_of_all_splits_is_named_once(tmp_path, tokenizer):  # noqa: F811
+def test_a_fault_of_all_splits_is_named_once(tmp_path, tokenizer):
     data = TokenData(TextFiles([str(tmp_path / "missing.txt")]), **SIZES)
     data.tokenizer = tokenizer
     with pytest.raises(ValueError, match=r"missing.txt, which does not exist") as caught:
@@ -57,7 +57,7 @@ def test_ids_without_an_embedding(ids, got):
         Given(ids).require(["test"], tiny("llama"))
 
 
-def test_sequences_of_special_and_unknown_tokens_only(tmp_path, tokenizer, caplog):  # noqa: F811
+def test_sequences_of_special_and_unknown_tokens_only(tmp_path, tokenizer, caplog):
     data = TokenData(TextFiles([], test_paths=[write(tmp_path, "jsonl", ["x y z"] * 50)]), **SIZES)
     data.tokenizer = tokenizer
     with pytest.raises(

@@ -10,7 +10,7 @@ from datasets import Dataset, IterableDataset
 from recon.data import HubDataset, SavedDataset, TextFiles, TokenData, sources
 from recon.data.cutting import part_of
 from recon.data.tokens import sequences
-from tests.data.test_data import TEXTS, WORDS, _cache_of_ones_own, hub, texts_of, tokenizer, write  # noqa: F401
+from tests.support.corpora import TEXTS, WORDS, hub, texts_of, write
 
 BOOK = [" ".join(f"c{paragraph}x{word}" for word in range(20)) for paragraph in range(100)]
 """100 paragraphs of 20 words; a word tells its place."""
@@ -193,7 +193,7 @@ def test_configuration_or_split_that_the_hub_data_set_lacks(tmp_path, options, n
         HubDataset(str(tmp_path / "corpus"), **options).documents("test")
 
 
-def test_a_stream_that_breaks_off(tokenizer):  # noqa: F811
+def test_a_stream_that_breaks_off(tokenizer):
     def rows():
         yield {"text": WORDS[0]}
         raise ConnectionError("reset by peer")

@@ -33,7 +33,6 @@ from recon.scopes import BlockDistillation, MatrixReconstruction, SubmoduleDisti
 from recon.scopes.local.module import LocalScope
 from recon.scopes.local.window_state import Upcast
 from recon.scopes.lora import Lora
-from tests.scopes.test_scopes import Kill, Killed, Spy
 from tests.support.families import DEPTH, tiny, token_ids
 from tests.support.scope_fixtures import (
     IGNORED,
@@ -46,6 +45,7 @@ from tests.support.scope_fixtures import (
     untimed,
     weights_of,
 )
+from tests.support.scope_runs import Kill, Killed, Spy
 from tests.support.slow import quick, slow
 
 pytestmark = [pytest.mark.filterwarnings(one) for one in IGNORED]

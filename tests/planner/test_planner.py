@@ -1,7 +1,6 @@
 """Predictions against counts by hand and against live bytes of real training on the CPU."""
 
 import gc
-import json
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -13,52 +12,42 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from callbacks import MaskEnforcer
-from recon.cli import main
 from recon.cli.configs import config_directory
 from recon.cli.fit import parse_only
 from recon.models.anatomy import Anatomy
 from recon.models.loading import ModelSource
 from recon.models.replay import Replay
 from recon.models.windows import submodule_windows
-from recon.planner import Kind, PlanOptions, Shape, predict, propose, speed
+from recon.planner import Kind, PlanOptions, Shape, predict, propose
 from recon.planner.fake.model import FakeModel
 from recon.planner.fake.tracker import Tracker
 from recon.planner.flops import KINDS
 from recon.planner.local import solver_bytes
 from recon.planner.trainer_options import trainer_options
-from recon.profiling.entries import CATEGORIES
-from recon.report import Report, Results
-from recon.report.groups import group_cells
-from recon.report.prediction import SHARDED, prediction_section
-from recon.report.sections import MISSING
 from recon.scopes import BlockDistillation, FullRetraining, MatrixReconstruction, Pretraining, SubmoduleDistillation
 from recon.solvers import ConjugateGradients, LeastSquares
-from tests.benchmarks.flop_rate import Operations
-from tests.support.families import FAMILIES, tiny
+from tests.support.families import tiny
 from tests.support.scope_fixtures import IGNORED, data_of, prepared, trainer_of
+from tests.support.shapes import PLANNED as LLAMA
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in IGNORED]
 
 V, D, H, L = 2048, 64, 160, 3
-LLAMA: dict[str, Any] = {
-    "model_type": "llama",
-    "vocab_size": V,
-    "hidden_size": D,
-    "intermediate_size": H,
-    "num_hidden_layers": L,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": False,
-}
+
 SHALLOW = {**LLAMA, "num_hidden_layers": 2}
+
 GPT2: dict[str, Any] = {"model_type": "gpt2", "vocab_size": V, "n_embd": D, "n_layer": 2, "n_head": 4}
+
 MATRICES = 4 * D * D + 3 * D * H
+
 BLOCK = MATRICES + 2 * D
+
 N = 2 * V * D + L * BLOCK + D
+
 BUFFERS = 2 * 4 * 8  # inverse frequencies of half a head, as they are and as they were
 
 MODELS = sorted((config_directory() / "models").glob("*.yaml"))
+
 TOTALS = {
     "opt-125m": 125_239_296,
     "opt-350m": 331_196_416,
@@ -97,19 +86,12 @@ def shape_of(sizes: dict[str, Any] = LLAMA, **options: Any) -> Shape:
     return Shape(ModelSource("random", sizes, **options))
 
 
-@pytest.fixture(scope="module")
-def llama() -> Shape:
-    return shape_of()
-
-
-# --- configurations ----------------------------------------------------------------------------------
-
-
 def test_every_model_has_a_total() -> None:
     assert {path.stem for path in MODELS} == set(TOTALS)
 
 
 LARGEST = ("mixtral-8x7b", "qwen3-30b-a3b")
+
 """Take seconds to lay out."""
 
 
@@ -144,9 +126,6 @@ def test_a_model_goes_with_a_scope_in_either_order(order: int) -> None:
     assert config.model.class_path.endswith("BlockDistillation")
     assert config.model.init_args.shape["hidden_size"] == 4096
     assert config.model.init_args.num_blocks == 2
-
-
-# --- by hand -----------------------------------------------------------------------------------------
 
 
 def test_a_block_by_hand(llama: Shape) -> None:
@@ -231,9 +210,6 @@ def test_offloaded_training_is_on_the_host(llama: Shape) -> None:
     assert found.peak.held["optimizer"] == found.peak.held["gradients"] == 0
     assert found.host["optimizer"] == 12 * L * BLOCK
     assert found.host["gradients"] == 8 * L * BLOCK
-
-
-# --- against real training ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
@@ -326,9 +302,6 @@ def test_the_tracker_counts_storages_once_and_until_they_are_freed() -> None:
         a = torch.zeros(3, 5)
         _ = a @ a.T
         assert tracker.flops == 2 * 3 * 5 * 3
-
-
-# --- relations ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scope", ["submodule", "block", "full"])
@@ -448,9 +421,6 @@ def test_a_model_whose_hidden_states_are_off_the_device_can_follow_them(llama: S
     assert not any("device" in " ".join(one) for one in found)
 
 
-# --- what is refused ---------------------------------------------------------------------------------
-
-
 def test_what_cannot_be_planned_is_refused(llama: Shape) -> None:
     data = data_of()
     with pytest.raises(ValueError, match="got Pretraining"):
@@ -462,169 +432,3 @@ def test_what_cannot_be_planned_is_refused(llama: Shape) -> None:
         PlanOptions("block", precision="64-true")
     with pytest.raises(ValueError, match="no pattern"):
         predict(llama, PlanOptions("block", masked=False))
-
-
-# --- the command -------------------------------------------------------------------------------------
-
-COMMAND = ["plan", "-c", "scopes/submodule", "--data.seq_len", "16", "--model.name", "random", "--model.shape"]
-SMALL = json.dumps({**LLAMA, **{key: value for key, value in FAMILIES["llama"].items() if key == "hidden_size"}})
-
-
-@pytest.mark.slow
-def test_the_command_prints_a_row_a_scope(capsys: Any) -> None:
-    few = ["--model.batch_size", "1", "--data.batch_size", "1"]  # which leaves no smaller ones to try
-    assert main([*COMMAND, SMALL, *few, "--device_memory", "1MiB", "--flop_rate", "1e9"]) == 0
-    out = capsys.readouterr().out
-    rows = [line.split()[0] for line in out.splitlines() if line.strip()]
-    assert [name for name in rows if name in ("matrix", "submodule", "block", "full")][:4] == [
-        "matrix",
-        "submodule",
-        "block",
-        "full",
-    ]
-    assert " no " in out
-
-
-def test_the_command_prints_json(capsys: Any) -> None:
-    options = ["--json", "true", "--scopes", "[full]", "--trainer.devices", "2", "-c", "strategies/zero2"]
-    assert main([*COMMAND, SMALL, *options]) == 0
-    out = capsys.readouterr().out
-    found = json.loads(out[out.index("{") :])
-    (row,) = found["scopes"]
-    assert (row["scope"], row["setting"]["sharding"], row["setting"]["world_size"]) == ("full", "zero2", 2)
-    assert sum(row["categories"].values()) == row["peak_bytes"]
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (["--device_memory", "24"], "one of the units"),
-        (["--scopes", "[everything]"], "got everything"),
-        (["--data.num_validation", "null"], "data.num_validation, got null"),
-        (["--trainer.devices", "auto"], "a number of trainer.devices"),
-    ],
-)
-def test_the_command_says_what_is_wrong(options: list[str], said: str, capsys: Any) -> None:
-    assert main([*COMMAND, SMALL, *options]) == 1
-    assert said in capsys.readouterr().err
-
-
-# --- rates and reports -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("scope", ["matrix", "submodule", "block", "full"])
-def test_rates_are_those_of_the_work_that_is_measured(scope: Any, monkeypatch: Any) -> None:
-    """By a clock that ticks once per operation: whatever is measured has to take as long as its FLOPs say."""
-
-    def ticks(work: Any, device: torch.device, clock: Any) -> float:
-        with Operations() as operations:
-            work()
-        return operations.total / 2**30
-
-    monkeypatch.setattr(speed, "_seconds", ticks)
-    monkeypatch.setattr(speed, "SECONDS", 2**25 / 2**30)  # batches are made smaller, too
-    loss = "cross_entropy" if scope == "full" else "normalised"
-    source = ModelSource("random", LLAMA)
-    options = PlanOptions(scope, 8, 32, 16, 4, loss=loss, device="cpu")
-    found = speed.measured_speeds(source, options, torch.device("cpu"))
-    work = predict(Shape(source), options).flops_by_kind
-    assert found.keys() >= {kind for kind, flops in work.items() if flops}
-    for kind in {"solve", "start"} & found.keys():
-        assert 0.8 * 2**30 <= found.pop(kind) <= 2**30  # besides its iterations there are residuals
-    assert found == dict.fromkeys(found, 2**30)
-
-
-def test_rates_are_measured(llama: Shape) -> None:
-    options = PlanOptions("block", 2, 16, 8, 4, device="cpu")
-    rates = speed.measured_speeds(ModelSource("random", LLAMA), options, torch.device("cpu"))
-    found = predict(llama, options, rates)
-    assert all(one > 0 for one in rates.values())
-    assert found.seconds == pytest.approx(sum(flops / rates[kind] for kind, flops in found.flops_by_kind.items()))
-
-
-def test_the_command_measures_rates(capsys: Any) -> None:
-    row = row_of([*COMMAND, SMALL, *FEW, "--scopes", "[block]", "--flop_rate", "measure"], capsys)
-    assert row["flop_rate"].keys() == {"walk", "gram", "solve", "start", "training", "held out"}
-    assert row["seconds"] == pytest.approx(sum(row["work"][kind] / one for kind, one in row["flop_rate"].items()))
-
-
-FEW = ["--data.num_sequences", "4", "--data.num_validation", "2", "--model.batch_size", "2", "--trainer.devices", "1"]
-
-
-def row_of(args: list[str], capsys: Any) -> dict[str, Any]:
-    """The last row of a plan as JSON."""
-    assert main([*args, "--json", "true"]) == 0
-    out = capsys.readouterr().out
-    return json.loads(out[out.index("{") :])["scopes"][-1]
-
-
-def report_of(found: dict[str, Any], **options: Any) -> Report:
-    return Report(scope="submodule", model="m", criterion="c", pattern="p", seed=0, prediction=found, **options)
-
-
-def test_rates_are_those_of_a_run(llama: Shape, tmp_path: Any, capsys: Any) -> None:
-    found = predict(llama, PlanOptions("submodule", 2, 16, 8, 4, world_size=2)).as_dict()
-    report_of(found, seconds=8.0).save(tmp_path / "report.json")
-    command = [*COMMAND, SMALL, *FEW, "--flop_rate", str(tmp_path)]
-    row = row_of([*command, "--scopes", "[submodule]"], capsys)
-    assert row["flop_rate"] == found["flops"] / 8 / 2  # of one process
-    assert row["seconds"] == pytest.approx(row["flops"] / row["flop_rate"])
-    row = row_of([*command, "--scopes", "[block]"], capsys)
-    assert (row["flop_rate"], row["seconds"]) == (None, None)  # no block scope was run
-    report_of({}, seconds=8.0).save(tmp_path / "report.json")
-    assert main(command) == 1
-    assert "whose report has no FLOPs and seconds" in capsys.readouterr().err
-
-
-MIB = 2**20
-
-
-def predicted(scope: str = "submodule", world_size: int = 1, **options: Any) -> dict[str, Any]:
-    """What stands in a report of a run that was to hold 6 MiB on the device, 2 MiB on the host."""
-    planned = {"world_size": world_size, "num_nodes": 1, "sharding": "none", **options}
-    categories = dict.fromkeys(CATEGORIES, 0) | {"weights": 4 * MIB, "optimizer": 2 * MIB}
-    host = dict.fromkeys(CATEGORIES, 0) | {"calibration": 2 * MIB}
-    return {"setting": planned, "categories": categories, "host": host, "flops": 10**9, "seconds": None}
-
-
-def ranks_of(*weights: int) -> list[dict[str, Any]]:
-    """Processes whose devices hold so many MiB of weights, and whose hosts 1 MiB of activations."""
-    return [{"tracked": {"device": {"weights": one * MIB}, "host": {"calibration": MIB}}} for one in weights]
-
-
-def section_of(*cells: Report) -> Any:
-    (group,) = group_cells(Results(list(cells)))
-    return prediction_section(group)
-
-
-def test_a_run_is_held_against_its_prediction_by_category() -> None:
-    section = section_of(report_of(predicted(), seconds=2.0, ranks=ranks_of(5), run_dir="there"))
-    assert section.rows == [
-        ["device: weights", "4.0", "5.0", "0.80"],
-        ["device: optimizer", "2.0", "0.0", MISSING],
-        ["device, peak", "6.0", "5.0", "1.20"],
-        ["host, peak", "2.0", "1.0", "2.00"],
-        ["seconds", MISSING, "2.0", MISSING],
-    ]
-    assert section.notes == ["5.0e+08 FLOP/s: `recon plan --flop_rate there` predicts seconds at this rate"]
-
-
-def test_several_runs_are_held_against_their_predictions_in_total() -> None:
-    two = predicted(world_size=2, sharding="zero2")
-    section = section_of(
-        report_of(predicted(), label="one", ranks=ranks_of(5)),
-        report_of(two, label="two processes", ranks=ranks_of(3, 4)),  # the larger device; the hosts of both
-        report_of({"reason": "nothing is known"}, label="none"),
-        report_of({}, label="not planned"),
-    )
-    assert section.rows == [
-        ["one", "6.0", "5.0", "1.20", "2.0", "1.0", "2.00"],
-        ["two processes", "6.0", "4.0", "1.50", "2.0", "2.0", "1.00"],
-    ]
-    assert section.notes == ["none: no prediction, for nothing is known", SHARDED]
-
-
-def test_without_a_prediction_there_is_no_section() -> None:
-    assert section_of(report_of({}, ranks=ranks_of(5))) is None
-    section = section_of(report_of({"reason": "nothing is known"}))
-    assert section.notes == ["submodule: no prediction, for nothing is known"]

@@ -15,22 +15,13 @@ from recon.planner.flops import PREPARATION
 from recon.planner.rates import as_rates, precisions
 from recon.planner.snapshot import SOLVER_ITERATIONS, START_ITERATIONS, START_RESIDUALS
 from tests.support.scope_fixtures import IGNORED
+from tests.support.shapes import PLANNED
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in IGNORED]
 
 H100 = as_rates(load_config(str(config_directory() / "devices/h100.yaml"))["rates"])
 D, H = 64, 160
-LLAMA: dict[str, Any] = {
-    "model_type": "llama",
-    "vocab_size": 2048,
-    "hidden_size": D,
-    "intermediate_size": H,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": False,
-}
+LLAMA = {**PLANNED, "num_hidden_layers": 1}
 
 
 def test_the_parts_of_a_start_by_hand() -> None:

@@ -1,30 +1,20 @@
 """The scopes through Lightning's own fit, on models of three kinds: sequential, Conv1D, parallel attention."""
 
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from callbacks import MaskEnforcer
-from recon.basics.manifest import Entry, Manifest
 from recon.models.anatomy import Anatomy
 from recon.pruning.masks import Masks
 from recon.scopes import (
-    BlockDistillation,
     FullRetraining,
-    MatrixReconstruction,
-    Scope,
-    SubmoduleDistillation,
 )
 from recon.scopes.local.module import LocalScope
 from tests.support.families import DEPTH, tiny
@@ -37,103 +27,25 @@ from tests.support.scope_fixtures import (
     same,
     save_tiny,
     trainer_of,
-    untimed,
     weights_of,
 )
+from tests.support.scope_runs import (
+    BATCHES,
+    EPOCHS,
+    LOCAL,
+    RESUMED,
+    SCOPES,
+    STEPS,
+    WINDOWS,
+    Spy,
+    assert_masks_exact,
+    fit,
+    pruned_of,
+)
 
-RESUMED = "ignore:Checkpoint directory .* exists and is not empty"
 pytestmark = [pytest.mark.filterwarnings("error"), *(pytest.mark.filterwarnings(one) for one in (*IGNORED, RESUMED))]
 
 FAMILIES = ("llama", "gpt2", "phi")
-EPOCHS, BATCHES, STEPS = 2, 3, 6  # 10 sequences, 4 a batch
-DISTILLED = {"epochs": EPOCHS, "lr": 3e-3, "batch_size": 4, "start": "pruned"}  # other starts: test_start.py
-LOCAL: dict[str, Callable[..., LocalScope]] = {
-    "matrix": lambda **o: MatrixReconstruction(batch_size=4, **o),
-    "submodule": lambda **o: SubmoduleDistillation(**{**DISTILLED, **o}),
-    "block": lambda **o: BlockDistillation(**{**DISTILLED, **o}),
-    "two blocks": lambda **o: BlockDistillation(num_blocks=2, **{**DISTILLED, **o}),
-}
-SCOPES: dict[str, Callable[..., Scope]] = {
-    **LOCAL,
-    "full": lambda **o: FullRetraining(**{"epochs": EPOCHS, "lr": 3e-3, **o}),
-    "full distillation": lambda **o: FullRetraining(loss="distillation", **{"epochs": EPOCHS, "lr": 3e-3, **o}),
-}
-BLOCK_NAMES = [f"{index:03d}" for index in range(DEPTH)]
-WINDOWS = {
-    "matrix": BLOCK_NAMES,
-    "submodule": [f"{block}.{part}" for block in BLOCK_NAMES for part in ("attention", "mlp")],
-    "block": BLOCK_NAMES,
-    "two blocks": ["000-001", "002"],
-}
-
-
-class Spy(Callback):
-    """Notes what a fit does, step by step."""
-
-    def __init__(self) -> None:
-        self.windows: list[str] = []
-        self.learning: list[set[str]] = []
-        self.rates: list[float] = []
-        self.seen: list[Tensor] = []
-        self.num_states: list[int] = []
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        assert isinstance(pl_module, Scope)
-        self.learning.append({name for name, p in pl_module.model.named_parameters() if p.requires_grad})
-        if isinstance(pl_module, LocalScope):
-            assert pl_module.window is not None
-            self.windows.append(pl_module.window.name)
-        if isinstance(batch, dict):
-            self.seen.append(next(iter(batch.values())).detach().clone())
-        if trainer.optimizers:
-            self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.optimizers:
-            self.num_states.append(len(trainer.optimizers[0].state))
-
-
-class Killed(Exception):
-    pass
-
-
-class Kill(Callback):
-    """Ends a fit at a step of a window."""
-
-    def __init__(self, window: str, step: int) -> None:
-        self.window, self.steps_left = window, step
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.steps_left -= pl_module.window.name == self.window
-        if self.steps_left == 0:
-            raise Killed
-
-
-def fit(scope: Scope, *callbacks: Callback, ckpt_path: Any = None, **options: Any) -> dict[str, Tensor]:
-    """Fit with masks enforced; return the weights."""
-    trainer = trainer_of(MaskEnforcer(), *callbacks, **options)
-    trainer.fit(scope, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
-    return weights_of(scope.model)
-
-
-def pruned_of(model: PreTrainedModel, masks: Masks) -> PreTrainedModel:
-    with torch.no_grad():
-        for name, keep in masks.items():
-            model.get_parameter(name).masked_fill_(~keep, 0)
-    return model
-
-
-def assert_masks_exact(weights: dict[str, Tensor], masks: Masks) -> None:
-    for name, keep in masks.items():
-        assert int((weights[name][~keep] != 0).sum()) == 0, name
-        assert int((weights[name][keep] == 0).sum()) == 0, name
-
-
-# --- what every scope does ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -241,9 +153,6 @@ def test_the_held_out_error_is_that_of_the_windows_output_on_validation_tokens(t
         assert scope.results["000-001"][key] == pytest.approx(error.item(), rel=1e-4)
 
 
-# --- training: data, schedule, memory -----------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", ["submodule", "block", "two blocks"])
 def test_only_the_current_window_learns_and_has_optimizer_state(kind: str, tmp_path: Path) -> None:
     scope, spy = prepared(LOCAL[kind](name=save_tiny("phi", tmp_path))), Spy()
@@ -326,9 +235,6 @@ def test_dropout_stays_off(kind: str, tmp_path: Path) -> None:
     assert same(with_dropout, fit(prepared(SCOPES[kind](name=save_tiny("gpt2", tmp_path / "without", **none)))))
 
 
-# --- masks --------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("kind", ["submodule", "full"])
 def test_a_scope_that_attaches_no_enforcer_refuses_its_result(
@@ -407,238 +313,3 @@ def test_masks_are_exact_in_bf16_mixed_precision(kind: str, tmp_path: Path) -> N
     assert not same(weights, fit(prepared(SCOPES[kind](name=name))))  # autocast did take part
     if isinstance(scope, LocalScope):
         assert all(result["after"] < result["before"] for result in scope.results.values())
-
-
-# --- going on after a kill ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("kind", "family", "window", "step"),
-    [
-        ("matrix", "gpt2", "001", 1),
-        ("submodule", "llama", "000.attention", 1),
-        ("submodule", "llama", "000.mlp", 1),
-        ("submodule", "phi", "001.mlp", 4),
-        ("submodule", "gpt2", "002.mlp", 6),
-        ("block", "llama", "001", 5),
-        ("two blocks", "gpt2", "002", 2),
-    ],
-)
-def test_a_killed_run_goes_on_and_ends_bit_identically(
-    kind: str, family: str, window: str, step: int, tmp_path: Path
-) -> None:
-    name = save_tiny(family, tmp_path)
-    straight = prepared(LOCAL[kind](name=name))
-    expected = fit(straight)
-    with pytest.raises(Killed):
-        fit(prepared(LOCAL[kind](name=name), directory=tmp_path), Kill(window, step))
-    finished = WINDOWS[kind].index(window)
-    files = sorted((tmp_path / "windows").glob("*")) if finished else []
-    assert [file.name for file in files] == [f"{one}.safetensors" for one in WINDOWS[kind][:finished]]
-    again, spy = prepared(LOCAL[kind](name=name), directory=tmp_path), Spy()
-    assert same(fit(again, spy), expected)
-    assert list(dict.fromkeys(spy.windows)) == WINDOWS[kind][finished:]
-    assert len(spy.windows) == (len(WINDOWS[kind]) - finished) * (1 if kind == "matrix" else EPOCHS * BATCHES)
-    assert untimed(again.results) == untimed(straight.results)
-    assert list(again.results) == WINDOWS[kind]
-
-
-def test_only_missing_windows_are_trained_again(tmp_path: Path) -> None:
-    name = save_tiny("llama", tmp_path)
-    expected = fit(prepared(LOCAL["submodule"](name=name), directory=tmp_path))
-    for missing in (["001.attention"], ["000.attention", "001.mlp"], ["002.mlp"], []):
-        for one in missing:
-            (tmp_path / "windows" / f"{one}.safetensors").unlink()
-        again, spy = prepared(LOCAL["submodule"](name=name), directory=tmp_path), Spy()
-        assert same(fit(again, spy), expected)
-        assert spy.windows == [one for one in missing for _ in range(EPOCHS * BATCHES)]
-        assert list(again.results) == WINDOWS["submodule"]
-
-
-class Overtake(Callback):
-    """Puts the windows of another process into the run directory in the middle of a window."""
-
-    def __init__(self, window: str, theirs: Path, ours: Path) -> None:
-        self.window, self.theirs, self.ours = window, theirs, ours
-
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
-        if pl_module.window.name == self.window:
-            for file in self.theirs.glob("*"):
-                if not (self.ours / file.name).exists():
-                    copied = Path(shutil.copy(file, self.ours / file.name))
-                    Manifest(self.ours.parent).record({copied: Entry.of(copied)})
-
-
-@pytest.mark.parametrize(("kind", "at"), [("matrix", "001"), ("submodule", "000.attention"), ("block", "002")])
-def test_a_window_that_another_process_has_written_is_taken_and_not_written_again(
-    kind: str, at: str, tmp_path: Path
-) -> None:
-    name, theirs, ours = save_tiny("llama", tmp_path), tmp_path / "theirs", tmp_path / "ours"
-    fit(prepared(LOCAL[kind](name=name), directory=theirs))
-    for file in (theirs / "windows").iterdir():  # other weights than those that this process would make
-        weights = {one: weight * 1.5 for one, weight in load_file(file).items()}
-        with safe_open(file, "pt") as opened:
-            save_file(weights, file, opened.metadata())
-    (ours / "windows").mkdir(parents=True)
-    overtaken, spy = prepared(LOCAL[kind](name=name), directory=ours), Spy()
-    weights = fit(overtaken, spy, Overtake(at, theirs / "windows", ours / "windows"))
-    first = WINDOWS[kind].index(at)
-    assert list(dict.fromkeys(spy.windows)) == WINDOWS[kind][: first + 1]
-    for window in WINDOWS[kind][first:]:
-        mine, other = (one / "windows" / f"{window}.safetensors" for one in (ours, theirs))
-        assert mine.read_bytes() == other.read_bytes()
-        assert all(torch.equal(weights[one], weight) for one, weight in load_file(mine).items())
-    assert list(overtaken.results) == WINDOWS[kind]
-
-
-@pytest.mark.parametrize("stop_after", [15, 17, 18])
-def test_a_fit_that_was_told_to_stop_early_writes_no_half_trained_window(stop_after: int, tmp_path: Path) -> None:
-    class Stop(Callback):
-        def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
-            trainer.should_stop = trainer.global_step == stop_after
-
-    name = save_tiny("llama", tmp_path)
-    expected = fit(prepared(LOCAL["submodule"](name=name)))
-    with pytest.raises(RuntimeError, match=r"stopped before the end of 00[01]"):
-        fit(prepared(LOCAL["submodule"](name=name), directory=tmp_path), Stop())
-    again, spy = prepared(LOCAL["submodule"](name=name), directory=tmp_path), Spy()
-    assert same(fit(again, spy), expected)
-    assert len(spy.windows) == (2 * DEPTH - stop_after // STEPS) * STEPS
-
-
-def test_max_steps_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"trainer\.max_steps=7"):
-        fit(prepared(LOCAL["block"](name=save_tiny("llama", tmp_path))), max_steps=7)
-
-
-def test_windows_of_other_masks_are_refused_in_the_end(tmp_path: Path) -> None:
-    name = save_tiny("llama", tmp_path)
-    first = prepared(LOCAL["block"](name=name), directory=tmp_path)
-    fit(first)
-    other = random_masks(first.model, seed=1)
-    with pytest.raises(ValueError, match=r"`model\.layers\.0\.self_attn\.q_proj\.weight`"):
-        fit(prepared(LOCAL["block"](name=name), directory=tmp_path, masks=other))
-
-
-@pytest.mark.parametrize("kind", ["full", "full distillation"])
-def test_full_retraining_resumes_bit_identically_at_an_epochs_end(kind: str, tmp_path: Path) -> None:
-    name = save_tiny("llama", tmp_path)
-
-    def run(*callbacks: Callback, **options: Any) -> dict[str, Tensor]:
-        saver = ModelCheckpoint(tmp_path / "checkpoints", filename="{epoch}", save_top_k=-1)
-        scope = prepared(SCOPES[kind](name=name, epochs=4))
-        return fit(scope, saver, *callbacks, enable_checkpointing=True, **options)
-
-    expected = run()
-    for epoch, steps in ((1, 2 * BATCHES), (3, 0)):
-        spy = Spy()
-        checkpoint = tmp_path / "checkpoints" / f"epoch={epoch}.ckpt"
-        assert same(run(spy, ckpt_path=checkpoint), expected)
-        assert len(spy.rates) == steps
-
-
-# --- numbers that are none ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("kind", "where"),
-    [
-        ("matrix", r"`model\.layers\.1\.mlp\.down_proj\.weight`|after block 1"),
-        ("submodule", "after block 1 in the batch that begins with sequence 0"),
-        ("block", "after block 1 in the batch that begins with sequence 0"),
-        ("full", "full retraining, step 0, batch 0"),
-    ],
-)
-def test_a_weight_that_is_no_number_stops_the_run(kind: str, where: str, tmp_path: Path) -> None:
-    scope = prepared(SCOPES[kind](name=save_tiny("llama", tmp_path)))
-    with torch.no_grad():
-        weight = scope.model.get_parameter("model.layers.1.mlp.down_proj.weight")
-        weight.masked_fill_(scope.masks["model.layers.1.mlp.down_proj.weight"], float("nan"))
-    with pytest.raises((FloatingPointError, ValueError), match=where):
-        fit(scope)
-
-
-@pytest.mark.parametrize("kind", ["matrix", "submodule"])
-def test_hidden_states_that_overflow_name_block_and_batch(kind: str, tmp_path: Path) -> None:
-    scope = LOCAL[kind](name=save_tiny("gpt2", tmp_path))
-    scope.load(data := data_of())
-    data.tokens("train").masked_fill_(data.tokens("train") == 95, 94)
-    data.tokens("validation").masked_fill_(data.tokens("validation") == 95, 94)
-    data.tokens("train")[5, 3] = 95
-    scope.prepare(data, random_masks(scope.model))
-    with torch.no_grad():
-        scope.model.get_parameter("transformer.wte.weight")[95] = 3e38  # LayerNorm squares it
-    with pytest.raises((FloatingPointError, ValueError), match=r"begins with sequence 4|in batch 1 \(counted from 0\)"):
-        fit(scope)
-
-
-@pytest.mark.parametrize(
-    ("kind", "where"),
-    [("submodule", r"window 000\.attention, epoch 1, batch 1"), ("full", "full retraining, step 1, batch 1")],
-)
-def test_a_diverging_loss_names_window_and_batch(kind: str, where: str, tmp_path: Path) -> None:
-    scope = prepared(SCOPES[kind](name=save_tiny("gpt2", tmp_path), lr=1e30), directory=tmp_path)
-    with pytest.raises(FloatingPointError, match=where):
-        fit(scope)
-    assert not (tmp_path / "windows").exists()
-
-
-def test_losses_are_looked_at_when_they_are_logged_and_at_an_epochs_end(tmp_path: Path) -> None:
-    class Losses(Callback):
-        def __init__(self) -> None:
-            self.seen: list[float] = []
-            self.logged: dict[int, float] = {}
-
-        def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, *args: Any) -> None:
-            self.seen.append(float(outputs["loss"]))
-
-    class Lines(CSVLogger):
-        def log_metrics(self, metrics: dict, step: int | None = None) -> None:  # type: ignore[override]
-            if "loss" in metrics:
-                assert step is not None
-                losses.logged[step] = metrics["loss"]
-
-    def fit_logged(**options: Any) -> None:
-        scope = prepared(LOCAL["block"](name=name, epochs=1, batch_size=1, **options), directory=tmp_path)
-        trainer = trainer_of(MaskEnforcer(), losses, log_every_n_steps=4)
-        trainer.loggers = [Lines(tmp_path)]
-        trainer.fit(scope)
-
-    name, losses = save_tiny("gpt2", tmp_path), Losses()
-    fit_logged()
-    assert len(losses.seen) == 10 * DEPTH
-    assert losses.logged == {step: losses.seen[step] for step in range(3, 10 * DEPTH, 4)}
-
-    for file in (tmp_path / "windows").iterdir():
-        file.unlink()
-    losses = Losses()
-    with pytest.raises(FloatingPointError, match=r"got nan in window 000, epoch 1, batch 1;"):
-        fit_logged(lr=1e30)
-    assert len(losses.seen) == 3  # the fourth is asked for all
-    assert not any((tmp_path / "windows").iterdir())
-
-
-@pytest.mark.parametrize(
-    ("kind", "where"),
-    [("block", "window 000, held-out batch that begins with sequence 0"), ("full", "held-out batch 0")],
-)
-def test_the_last_step_is_watched_too(kind: str, where: str, tmp_path: Path) -> None:
-    data = data_of(num=4)  # one step
-    scope = prepared(SCOPES[kind](name=save_tiny("gpt2", tmp_path), lr=1e30, epochs=1), data, tmp_path)
-    with pytest.raises(FloatingPointError, match=where):
-        fit(scope)
-    assert not (tmp_path / "windows").exists()
-
-
-@pytest.mark.parametrize(
-    ("kind", "options", "option"),
-    [
-        ("submodule", {"epochs": 0}, "model.epochs"),
-        ("matrix", {"batch_size": 0}, "model.batch_size"),
-        ("block", {"num_blocks": 0}, "model.num_blocks"),
-    ],
-)
-def test_options_out_of_range_are_named(kind: str, options: dict, option: str) -> None:
-    classes = {"submodule": SubmoduleDistillation, "matrix": MatrixReconstruction, "block": BlockDistillation}
-    with pytest.raises(ValueError, match=option):
-        classes[kind](**options)
