@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,13 +122,19 @@ def test_prune_then_fit_with_its_masks_then_test(tmp_path, capsys):
 USAGE = {"sparsity", "epochs", "unknown option", "unknown scope", "pattern", "exclusion"}
 """Mistakes of the command line itself."""
 
+CONSTRAINTS = Path(__file__).parents[2] / "launch/constraints.txt"
+"""A short text: the standard library takes 15 seconds to tokenise."""
+
 WRONG = {
     "sparsity": (["--pattern.sparsity=1.5"], r"needs 0 <= sparsity < 1, got 1.5"),
     "model path": (
         ["--model.shape=null", "--model.name=/nowhere/model"],
         r"model.name needs .*, got '/nowhere/model', which does not exist",
     ),
-    "too few tokens": (["--data.num_sequences=9999999"], r"needs? \d+ tokens, .* holds \d+"),
+    "too few tokens": (
+        ["--data.num_sequences=99999", "--data.source=TextFiles", f"--data.source.paths=[{CONSTRAINTS}]"],
+        r"need \d+ tokens, .* holds \d+",
+    ),
     "pattern": (["--pattern=NM", "--pattern.of=5"], r"2:5 needs in_features divisible by 5, got 32 for `model"),
     "masks file": (["--masks=nowhere.safetensors"], r"--masks needs a file that `recon prune` wrote, got nowhere"),
     "exclusion": (['--pruning.exclude=["*.nope"]'], r"'\*.nope' matches none"),

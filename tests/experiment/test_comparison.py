@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from recon.cli import main
 from recon.cli.compare import parsed
 from recon.cli.resolver import CommandResolver
 from recon.experiment.comparison.entry import Entry
@@ -323,9 +324,9 @@ def test_edited_text_of_a_configuration_is_another_cell(tmp_path):
     assert directories(comparison)[1] != before
 
 
-def test_a_cell_that_is_no_command_stops_a_comparison_before_it_runs(tmp_path):
+def test_a_cell_that_is_no_command_stops_a_comparison_before_it_runs(tmp_path, capsys):
     recoveries = json.dumps([{"scope": "matrix"}, {"scope": "full", "options": {"model.lrr": 1}}])
-    finished = run("--directory", str(tmp_path / "runs"), f"--recoveries={recoveries}")
-    assert finished.returncode != 0
-    assert "recoveries: 'full' cannot run: FullRetraining has no option --model.lrr" in finished.stderr
+    options = ["--directory", str(tmp_path / "runs"), f"--recoveries={recoveries}"]
+    assert main(["compare", "-c", "comparisons/smoke", *options]) != 0
+    assert "recoveries: 'full' cannot run: FullRetraining has no option --model.lrr" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()

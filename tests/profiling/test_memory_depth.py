@@ -21,7 +21,7 @@ from tests.support.slow import slow
 
 pytestmark = [pytest.mark.filterwarnings("error"), *(pytest.mark.filterwarnings(one) for one in IGNORED)]
 
-DEPTHS = (2, 4, 8)
+DEPTHS = (2, 3, 5)
 NUM, HELD_OUT, SEQ = 12, 4, 16
 HIDDEN = 4 * (NUM + HELD_OUT) * SEQ * 32
 """One copy of the hidden states."""
@@ -72,8 +72,8 @@ def test_full_retraining_holds_more_for_each_block(tmp_path: Path) -> None:
     for depth in DEPTHS:
         phases = phases_of(FullRetraining, depth, tmp_path / str(depth), epochs=2)
         peaks.append(tracked(phases[-1], "device"))
-    a_block = (peaks[1] - peaks[0]) / 2
-    assert (peaks[2] - peaks[1]) / 4 == pytest.approx(a_block, rel=0.02)
+    a_block = peaks[1] - peaks[0]
+    assert (peaks[2] - peaks[1]) / 2 == pytest.approx(a_block, rel=0.02)
     assert a_block >= 4 * 4 * 9216  # weights, gradients and both moments; other tests' tensors count in `peaks` alone
 
 
