@@ -94,7 +94,7 @@ class Group:
             if reset := cell.reset_windows:
                 notes.append(
                     f"{_name(cell)}: {len(reset)} of {len(cell.windows)} windows ended worse than they began and kept "
-                    f"their start: the learning rate is too high for this data, or there is too little of it"
+                    f"their start, for want of text or by too high a learning rate"
                 )
         if tracked := [cell for cell in self.cells if cell.tracked_device_bytes is not None]:
             device = any(cell.peak_device_bytes for cell in tracked)

@@ -317,7 +317,7 @@ def test_ascii_consoles_get_ascii() -> None:
         ({"mask_violations": 1200}, r"violates its masks: 1,200 pruned weights are not zero"),
         (
             {"windows": {"000": {"before": 0.2, "after": 0.1}, "001": {"before": 0.2, "after": 0.2, "discarded": 3.0}}},
-            r"full \(seed 0\): 1 of 2 windows ended worse than they began and kept their start: the learning rate",
+            r"full \(seed 0\): 1 of 2 windows ended worse than they began and kept their start, for want of text",
         ),
         ({"protocol": {"split": "test", "seq_len": 128}}, r"not comparable: their protocols differ"),
         ({"perplexity": math.inf}, r"full \(seed 0\) has no finite perplexity"),

@@ -47,6 +47,6 @@ def say_if_reset(window: Window, result: Mapping[str, Any]) -> None:
     if "discarded" in result:
         log.warning(
             f"window {window.name} ended worse than it began, held-out error {result['before']:.4g} before and "
-            f"{result['discarded']:.4g} after, and keeps the weights that it began with: the learning rate is too "
-            f"high for this data, or there is too little of it"
+            f"{result['discarded']:.4g} after, and keeps the weights that it began with, for want of text or by "
+            f"too high a learning rate"
         )
