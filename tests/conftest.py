@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -12,8 +13,17 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
+ROOT = Path(__file__).parents[1]
+# Pyright checks all other annotations; to check them here as well would double the time of a test.
+SHAPED = [
+    ".".join(one.relative_to(ROOT).with_suffix("").parts)
+    for package in ("recon", "callbacks")
+    for one in (ROOT / package).rglob("*.py")
+    if "from jaxtyping import" in one.read_text()
+]
+
 if find_spec("beartype"):  # a bare machine runs the GPU tests without
-    install_import_hook(["recon", "callbacks"], "beartype.beartype")
+    install_import_hook(SHAPED, "beartype.beartype")
 
 
 def pytest_configure() -> None:

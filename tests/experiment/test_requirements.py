@@ -45,8 +45,7 @@ def free(monkeypatch: pytest.MonkeyPatch, amount: int) -> None:
 
 
 LOCAL = {"disk": {"model": 60 * MIB, "masks": 10 * MIB, "windows": 30 * MIB}}
-SETTING = {"batch_size": 2, "world_size": 1, "accumulate": 1, "epochs": 3, "num_sequences": 7}
-FULL = {"disk": {"model": 50 * MIB, "checkpoints": 100 * MIB}, "setting": SETTING}
+FULL = {"disk": {"model": 50 * MIB, "checkpoints": 100 * MIB}, "steps": 12}
 
 
 @pytest.mark.parametrize(
@@ -54,7 +53,7 @@ FULL = {"disk": {"model": 50 * MIB, "checkpoints": 100 * MIB}, "setting": SETTIN
     [
         (LOCAL, {}, None, 100 * MIB),
         (LOCAL, {"part": Share(0, 3)}, None, 20 * MIB),
-        (FULL, {}, 100, 50 * MIB),  # 12 steps: none is written
+        (FULL, {}, 100, 50 * MIB),  # after 12 steps none is written
         (FULL, {}, 10, 100 * MIB),
         (FULL, {}, 5, 150 * MIB),
     ],
