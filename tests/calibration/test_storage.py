@@ -34,6 +34,7 @@ from tests.support.scope_fixtures import (
     weights_of,
 )
 from tests.support.scope_runs import Kill, Killed
+from tests.support.slow import quick
 
 pytestmark = [pytest.mark.filterwarnings(one) for one in IGNORED]
 
@@ -197,12 +198,12 @@ def fitted(scope: Any, directory: Path, *callbacks: Any) -> tuple[Any, dict[str,
     return untimed(scope.results), weights_of(scope.model)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids="-".join)
-def test_where_hidden_states_are_kept_does_not_change_a_bit(kind: tuple[str, str], tmp_path: Path) -> None:
-    name = save_tiny("llama", tmp_path)
-    expected, weights = fitted(KINDS[kind](name=name), tmp_path / "run")
+@pytest.mark.parametrize(("kind", "propagation"), quick(KINDS, ("submodule", "recovered"), ("overlapping", "dense")))
+def test_where_hidden_states_are_kept_does_not_change_a_bit(kind: str, propagation: str, tmp_path: Path) -> None:
+    name, scope_of = save_tiny("llama", tmp_path), KINDS[kind, propagation]
+    expected, weights = fitted(scope_of(name=name), tmp_path / "run")
     for number, place in enumerate(PLACES):
-        scope = KINDS[kind](name=name, **place)
+        scope = scope_of(name=name, **place)
         results, found = fitted(scope, tmp_path / str(number))
         assert results == expected
         assert same(found, weights)

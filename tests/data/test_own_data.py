@@ -11,6 +11,7 @@ import yaml
 
 from recon.cli import main
 from tests.support.shapes import TIED_LLAMA, random_model
+from tests.support.slow import slow
 
 MODULE = '''
 import torch
@@ -97,8 +98,8 @@ def fit(scope: str, *more: str) -> dict[str, Any]:
     [
         ("full", "after input_ids"),
         ("submodule", "after attention hidden target"),
-        ("block", "after hidden target"),
-        ("matrix", "after no dict"),
+        slow("block", "after hidden target"),
+        slow("matrix", "after no dict"),
     ],
 )
 def test_hooks_run_around_the_runs_own_batches(scope: str, seen: str, calls: list[str]) -> None:

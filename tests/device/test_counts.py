@@ -28,6 +28,7 @@ from tests.support.simulated.counts import Counts
 from tests.support.simulated.device import simulated_cuda
 from tests.support.simulated.runs import WANDA, run, trainer_on
 from tests.support.simulated.tags import CUDA
+from tests.support.slow import slow
 
 pytestmark = [pytest.mark.filterwarnings("error"), *(pytest.mark.filterwarnings(one) for one in IGNORED)]
 
@@ -133,7 +134,7 @@ class Passes:
         return self.counts.total("to host", "offload/transfers.py") / self.bytes
 
 
-@pytest.mark.parametrize(("make", "num_more"), [(BlockDistillation, 0), (SubmoduleDistillation, 1)])
+@pytest.mark.parametrize(("make", "num_more"), [slow(BlockDistillation, 0), (SubmoduleDistillation, 1)])
 def test_an_offloaded_recovery_moves_a_model_once_a_pass(make: Any, num_more: int, tmp_path: Path) -> None:
     """Each block goes to the device once a pass; its two starts, its result and what changed come back once each.
 

@@ -19,6 +19,7 @@ from recon.scopes import BlockDistillation, FullRetraining, MatrixReconstruction
 from tests.support.scope_fixtures import IGNORED, save_tiny
 from tests.support.simulated.runs import run
 from tests.support.simulated.tags import CPU
+from tests.support.slow import quick
 
 pytestmark = [pytest.mark.filterwarnings("error"), *(pytest.mark.filterwarnings(one) for one in IGNORED)]
 
@@ -32,7 +33,7 @@ CASES: dict[str, tuple[Callable[..., Scope], Pruning]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", quick(CASES, "submodule", "offloaded"))
 def test_no_weight_of_a_written_model_is_left(case: str, tmp_path: Path) -> None:
     left: list[str] = []
     write = recovery.write

@@ -29,6 +29,7 @@ from tests.support.scope_fixtures import IGNORED, data_of, random_masks, same, s
 from tests.support.simulated.device import simulated_cuda
 from tests.support.simulated.runs import WANDA, run, run_on_device, weights_in
 from tests.support.simulated.tags import CPU, CUDA
+from tests.support.slow import slow
 
 RESUMED = "ignore:Checkpoint directory .* exists and is not empty"
 pytestmark = [pytest.mark.filterwarnings("error"), *(pytest.mark.filterwarnings(one) for one in (*IGNORED, RESUMED))]
@@ -123,6 +124,11 @@ CASES = {
         given=True,
     ),
 }
+ALIKE = (
+    *("offloaded to disk", "groups of matrices", "dense targets of recovered inputs", "matrices by ADMM"),
+    "full, offloaded but in its fit",
+)
+"""Those of which continuous integration runs a similar one."""
 
 
 def require_same(case: Case, path: Path) -> None:
@@ -136,7 +142,7 @@ def require_same(case: Case, path: Path) -> None:
         assert getattr(on_device, figure) == getattr(on_cpu, figure), figure
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [slow(one) if one in ALIKE else one for one in CASES])
 def test_a_recovery(case: str, tmp_path: Path) -> None:
     require_same(CASES[case], tmp_path)
 
@@ -168,7 +174,7 @@ def test_other_families(family: str, scope: str, tmp_path: Path) -> None:
     assert on_device.perplexity == on_cpu.perplexity
 
 
-@pytest.mark.parametrize(("criterion", "inputs"), [(SparseGPT(), "pruned"), (Wanda(), "dense")], ids=str)
+@pytest.mark.parametrize(("criterion", "inputs"), [(SparseGPT(), "pruned"), slow(Wanda(), "dense")], ids=str)
 def test_pruning_alone_and_a_test_of_its_masks(criterion: Criterion, inputs: Any, tmp_path: Path) -> None:
     source = ModelSource(save_tiny("llama", tmp_path, num_hidden_layers=2))
     options = RunOptions(criterion, Unstructured(0.5), Pruning(inputs=inputs, batch_size=4))

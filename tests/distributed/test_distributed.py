@@ -56,7 +56,7 @@ def finished(directory: Path, strategy: str, precision: str) -> Path:
     ("strategy", "precision"),
     quick(
         itertools.product((*STRATEGIES, "zero3_offload"), PRECISIONS),
-        *(("ddp", "32-true"), ("zero2", "bf16-mixed"), ("zero3", "bf16-mixed"), ("fsdp2", "bf16-mixed")),
+        *(("ddp", "32-true"), ("zero3", "bf16-mixed"), ("fsdp2", "bf16-mixed")),
     ),
 )
 def test_weights_of_one_process_with_exact_masks(strategy: str, precision: str, directory: Path) -> None:
@@ -77,7 +77,7 @@ def test_weights_of_one_process_with_exact_masks(strategy: str, precision: str, 
     assert report["environment"]["strategy"] == strategy
 
 
-@pytest.mark.parametrize("strategy", quick(STRATEGIES, "zero2", "zero3", "fsdp2"))
+@pytest.mark.parametrize("strategy", quick(STRATEGIES, "zero3", "fsdp2"))
 def test_the_last_checkpoint_is_consolidated_to_the_model_that_the_run_wrote(
     strategy: str, directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -206,7 +206,7 @@ def test_a_killed_run_ends_bit_identically(strategy: str, which: str, directory:
 
 @pytest.mark.parametrize(
     ("strategy", "world", "batch", "step"),
-    [slow("auto", 1, 4, 3), ("auto", 1, 7, 4), ("zero2", 2, 4, 3), slow("fsdp2", 2, 7, 4)],
+    [slow("auto", 1, 4, 3), ("auto", 1, 7, 4), slow("zero2", 2, 4, 3), slow("fsdp2", 2, 7, 4)],
 )
 def test_a_terminated_run_saves_the_step_that_it_is_in_and_ends_bit_identically(
     strategy: str, world: int, batch: int, step: int, directory: Path

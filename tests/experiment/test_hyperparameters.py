@@ -18,6 +18,7 @@ from recon.report import Report
 from recon.scopes import FullRetraining, MatrixReconstruction
 from tests.support.scope_fixtures import trainer_of
 from tests.support.shapes import TIED_LLAMA, random_model
+from tests.support.slow import slow
 
 SMALL = [
     *("--data.num_sequences=8", "--data.seq_len=32", "--data.num_validation=4", "--data.num_test=8"),
@@ -82,7 +83,7 @@ def test_csv(tmp_path: Path) -> None:
     assert any(row["held_out_loss"] for row in rows)
 
 
-@pytest.mark.parametrize("how", [["--trainer.logger=false"], ["-c", "loggers/none"]])
+@pytest.mark.parametrize("how", [["--trainer.logger=false"], slow(["-c", "loggers/none"])])
 def test_none_means_none(how: list[str], tmp_path: Path) -> None:
     fit("matrix", tmp_path / "run", *how)
     assert not (tmp_path / "run" / "logs").exists()

@@ -20,6 +20,7 @@ from recon.experiment.directory import RunDirectory
 from recon.experiment.verification import verify
 from recon.pruning.masks import Masks
 from recon.report import Report, Results
+from tests.support.slow import slow
 
 SHAPE = (
     "{model_type: llama, vocab_size: 2048, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 2, "
@@ -219,20 +220,20 @@ def test_each_mutation_is_noticed_by_the_reader_and_by_verify(
 WHOLE = [
     ("matrix", "masks.safetensors", "middle", "same"),
     ("matrix", "report.json", "empty", "same"),
-    ("matrix", "fingerprint.json", "middle", "same"),
+    slow("matrix", "fingerprint.json", "middle", "same"),
     ("matrix", NAME, "first bit", "refused"),
     ("matrix", NAME, "middle", "either"),
-    ("matrix", NAME, "deleted", "refused"),
+    slow("matrix", NAME, "deleted", "refused"),
     ("matrix", NAME, "swapped", "refused"),
     ("killed-offloaded", "windows/000.safetensors", "end", "same"),
     ("killed-offloaded", "dense/model.safetensors", "middle", "same"),
-    ("killed-offloaded", "masks.safetensors", "swapped", "same"),
+    slow("killed-offloaded", "masks.safetensors", "swapped", "same"),
     ("killed-full", "checkpoints/step-000002.ckpt", "middle", "refused"),
     ("killed-full", "start.safetensors", "middle", "same"),
     ("full", "model/model.safetensors", "end", "refused"),
     ("prune", "masks.safetensors", "middle", "same"),
     ("prune", "moved.safetensors", "empty", "same"),
-    ("prune", "model/model.safetensors", "swapped", "same"),
+    slow("prune", "model/model.safetensors", "swapped", "same"),
 ]
 """Run, artefact, mutation, and the end of the command that reads it."""
 

@@ -14,6 +14,7 @@ from recon.models.stored import dtype_of, share_of_zeros, size_on_disk, stored_w
 from recon.pruning.masks import Masks
 from tests.cli.test_cli import DATA
 from tests.support.shapes import TIED_LLAMA
+from tests.support.slow import quick
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +44,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "case", ["full", "disk", *(pytest.param(case, marks=pytest.mark.slow) for case in ("matrix", "lora", "host"))]
-)
+@pytest.mark.parametrize("case", quick(CASES, "disk"))
 def test_a_bf16_model_comes_back_in_bf16_and_is_measured_as_written(case: str, bf16: str, tmp_path: Path) -> None:
     scope, options = CASES[case]
     weights = fitted(bf16, scope, tmp_path / "run", *options)

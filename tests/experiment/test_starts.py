@@ -21,6 +21,7 @@ from recon.scopes import BlockDistillation, FullRetraining, MatrixReconstruction
 from tests.cli.test_cli import DATA, RANDOM
 from tests.support.distributed_runs import same, weights
 from tests.support.scope_fixtures import data_of, prepared, save_tiny, trainer_of
+from tests.support.slow import slow
 
 PAUSE = 0.5
 TOKENS = 2 * 8 * 32
@@ -57,7 +58,7 @@ def fit(scope: str, run: Path, *callbacks: Callback, more: tuple[str, ...] = ())
     return json.loads((run / "report.json").read_text()) if RunPaths(run).report.exists() else {}
 
 
-@pytest.mark.parametrize("scope", ["block", "full"])
+@pytest.mark.parametrize("scope", [slow("block"), "full"])
 def test_a_single_start_knows_its_cost(scope: str, tmp_path: Path) -> None:
     report = fit(scope, tmp_path / "run")
     assert report["train_tokens"] == TOKENS

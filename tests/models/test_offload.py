@@ -97,7 +97,7 @@ def cases() -> list[Any]:
     return every + more + passing + [("llama", "submodule", "recovered_local"), ("llama", "block", "recovered_local")]
 
 
-@pytest.mark.parametrize(("family", "kind", "propagation"), quick(cases(), *cases()[::2]))
+@pytest.mark.parametrize(("family", "kind", "propagation"), quick(cases(), *cases()[::3]))
 def test_an_offloaded_model_is_recovered_to_the_same_bits(
     family: str, kind: str, propagation: str, tmp_path: Path
 ) -> None:
@@ -210,10 +210,15 @@ def test_several_shards_are_read_and_a_missing_weight_is_named(tmp_path: Path) -
         open_offloaded(source, "disk", CPU)
 
 
-@pytest.mark.parametrize("offload", ["host", "disk"])
 @pytest.mark.parametrize(
-    ("kind", "propagation", "dtype"),
-    [slow("submodule", "dense", "float32"), ("groups", "dense", "float32"), ("block", "recovered", "bfloat16")],
+    ("kind", "propagation", "dtype", "offload"),
+    [
+        *(slow("submodule", "dense", "float32", offload) for offload in ("host", "disk")),
+        slow("groups", "dense", "float32", "host"),
+        ("groups", "dense", "float32", "disk"),
+        ("block", "recovered", "bfloat16", "host"),
+        slow("block", "recovered", "bfloat16", "disk"),
+    ],
 )
 def test_a_killed_run_goes_on_to_the_same_bits(
     kind: str, propagation: str, dtype: str, offload: str, tmp_path: Path
@@ -239,7 +244,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(
 # --- precision ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("offload", ["none", "host", "disk"])
+@pytest.mark.parametrize("offload", ["none", slow("host"), "disk"])
 @pytest.mark.parametrize("kind", ["submodule", "block"])
 def test_a_bf16_model_is_trained_in_fp32(kind: str, offload: str, tmp_path: Path) -> None:
     name = save_tiny("llama", tmp_path)

@@ -17,6 +17,7 @@ from recon.planner import PlanOptions, Shape, predict, propose
 from recon.planner.fake.tracker import Tracker
 from recon.profiling.phases import PhaseName
 from tests.support.scope_fixtures import IGNORED
+from tests.support.slow import slow
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in IGNORED]
 
@@ -65,9 +66,9 @@ def test_evaluations_hold_what_real_ones_hold(num: int, llama: Shape) -> None:
 @pytest.mark.parametrize(
     "args",
     [
-        ["-c", "scopes/submodule"],
+        slow(["-c", "scopes/submodule"]),
         ["-c", "scopes/submodule", "--model.offload", "host"],
-        pytest.param(["-c", "scopes/full"], marks=pytest.mark.slow),
+        slow(["-c", "scopes/full"]),
     ],
     ids=["submodule", "offloaded", "full"],
 )

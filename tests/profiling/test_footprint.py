@@ -17,6 +17,7 @@ from recon.scopes import FullRetraining
 from tests.support.families import tiny
 from tests.support.processes import in_processes
 from tests.support.scope_fixtures import data_of, prepared, save_tiny
+from tests.support.slow import slow
 
 N = sum(parameter.numel() for parameter in tiny("llama").parameters())
 BLOCKS = [parameter for name, parameter in tiny("llama").named_parameters() if ".layers." in name]
@@ -137,15 +138,15 @@ def train(strategy: str, precision: str, accumulate: int, model: str) -> tuple[d
         ("ddp", "32-true", 1, 4 * N, 4 * T, 8 * T),
         # The state of half the weights, and an fp32 copy of them, even beside fp32 weights. ZeRO-1 reduces in the last
         # backward pass of a step, which leaves half of the gradients, as ZeRO-2 does; before, it has all of them.
-        ("zero1", "32-true", 1, 4 * N, 4 * T / 2, 12 * T / 2),
+        slow("zero1", "32-true", 1, 4 * N, 4 * T / 2, 12 * T / 2),
         ("zero1", "bf16-mixed", 2, 2 * N, 2 * T, 12 * T / 2),
-        ("zero2", "bf16-mixed", 2, 2 * N, 4 * T / 2, 12 * T / 2),
+        slow("zero2", "bf16-mixed", 2, 2 * N, 4 * T / 2, 12 * T / 2),
         # Gradients are summed up in fp32 and then copied to those of the weights that step.
         ("zero2_offload", "32-true", 2, 4 * N, (4 + 4) * T / 2, 12 * T / 2),
-        ("zero2_offload", "bf16-mixed", 2, 2 * N, (4 + 4) * T / 2, 12 * T / 2),
-        ("zero3", "32-true", 2, 4 * N / 2, 4 * T / 2, 12 * T / 2),
+        slow("zero2_offload", "bf16-mixed", 2, 2 * N, (4 + 4) * T / 2, 12 * T / 2),
+        slow("zero3", "32-true", 2, 4 * N / 2, 4 * T / 2, 12 * T / 2),
         ("zero3", "bf16-mixed", 2, 2 * N / 2, 4 * T / 2, 12 * T / 2),
-        ("zero3_offload", "bf16-mixed", 2, 2 * N / 2, (4 + 4) * T / 2, 12 * T / 2),
+        slow("zero3_offload", "bf16-mixed", 2, 2 * N / 2, (4 + 4) * T / 2, 12 * T / 2),
         ("fsdp2", "bf16-mixed", 1, 4 * N / 2, 4 * T / 2, 8 * T / 2),
     ],
 )

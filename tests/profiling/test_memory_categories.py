@@ -94,7 +94,7 @@ def test_windows_of_blocks_hold_what_is_counted_by_hand(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("activations", ["device", "host"])
-@pytest.mark.parametrize("offload", ["host", "disk"])
+@pytest.mark.parametrize("offload", ["host", slow("disk")])
 def test_offloaded_windows_have_one_block_on_the_device(offload: Any, activations: Any, tmp_path: Path) -> None:
     name = save_tiny("llama", tmp_path)
     options = {"offload": offload, "activations": activations}

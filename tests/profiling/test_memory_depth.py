@@ -67,6 +67,7 @@ def test_the_device_holds_as_much_for_a_model_of_any_depth(kind: Any, offload: s
     assert max(pruning) <= 1.02 * min(pruning)
 
 
+@pytest.mark.slow
 def test_full_retraining_holds_more_for_each_block(tmp_path: Path) -> None:
     peaks = []
     for depth in DEPTHS:

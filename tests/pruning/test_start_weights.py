@@ -41,6 +41,7 @@ from tests.support.scope_fixtures import (
     weights_of,
 )
 from tests.support.shapes import TIED_LLAMA, random_model
+from tests.support.slow import slow
 
 pytestmark = [pytest.mark.filterwarnings(one) for one in IGNORED]
 
@@ -204,7 +205,7 @@ def test_the_exact_start_needs_matrices_of_blocks() -> None:
         if (kind, start) != ("matrix", "exact")
     ],
 )
-@pytest.mark.parametrize("family", ["gpt2", "phi"])
+@pytest.mark.parametrize("family", [slow("gpt2"), "phi"])
 def test_recovery_starts_from_the_weights_asked_for(start: str, kind: str, family: str, tmp_path: Path) -> None:
     name, dense = save_tiny(family, tmp_path), tiny(family)
     masks, moved = moved_of(dense, tmp_path)
@@ -346,7 +347,7 @@ def test_the_pruned_model_of_sparsegpt_has_the_moved_weights(pruned: Path, tmp_p
     assert report_of(tmp_path / "own")["pruned_perplexity"] == report_of(pruned)["perplexity"]
 
 
-@pytest.mark.parametrize("scope", ["submodule", "full"])
+@pytest.mark.parametrize("scope", ["submodule", slow("full")])
 def test_masks_bring_their_moved_weights_along(scope: str, pruned: Path, tmp_path: Path) -> None:
     given = ["--masks", str(pruned / "masks.safetensors"), "--model.start=moved"]
     run = tmp_path / "run"

@@ -285,7 +285,7 @@ def matrix(tmp_path: Path, family: str = "llama", **options: Any) -> MatrixRecon
     return prepared(MatrixReconstruction(name=save_tiny(family, tmp_path), batch_size=4, **options))
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", slow("gpt2")])
 @pytest.mark.parametrize("propagation", ["dense", "recovered"])
 def test_solvers_come_close_to_the_exact_one(propagation: str, family: str, tmp_path: Path) -> None:
     errors = {}

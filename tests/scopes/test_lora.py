@@ -312,7 +312,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("strategy", quick(STRATEGIES, "zero3"))
+@pytest.mark.parametrize("strategy", quick(STRATEGIES))
 def test_two_processes_learn_the_adapters_of_one(strategy: str, shared: Path, capsys: Any) -> None:
     run = shared / strategy / "32-true"
     in_processes(runs.fit_keeping_checkpoint, strategy, "32-true", 2, run, *LEARN_LORA)

@@ -135,7 +135,7 @@ def test_every_window_improves_within_its_masks(kind: str, propagation: str, tmp
     scope.masks.check(scope.model)
 
 
-@pytest.mark.parametrize("propagation", [*RECOVERED, "dense"])
+@pytest.mark.parametrize("propagation", [*RECOVERED, slow("dense")])
 @pytest.mark.parametrize("kind", ["matrix", "submodule", "block"])
 def test_a_killed_run_goes_on_and_ends_bit_identically(kind: str, propagation: str, tmp_path: Path) -> None:
     if kind == "matrix" and propagation == "dense":
@@ -280,7 +280,7 @@ def test_refined_masks_are_chosen_along_with_recovery(tmp_path: Path) -> None:
     assert all((2 * keep.sum(1) == keep.shape[1]).all() for keep in scope.masks.values())
 
 
-@pytest.mark.parametrize("start", ["moved", "exact", "pruned"])
+@pytest.mark.parametrize("start", ["moved", "exact", slow("pruned")])
 def test_interleaved_pruning_goes_on_with_the_masks_it_chose(start: str, tmp_path: Path) -> None:
     def scope_in(directory: Path) -> LocalScope:
         options = {"name": save_tiny("llama", tmp_path), "propagation": "recovered", "start": start}

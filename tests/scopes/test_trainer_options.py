@@ -13,6 +13,7 @@ from recon.scopes import BlockDistillation, FullRetraining, MatrixReconstruction
 from recon.scopes.trainer_options import EVERYWHERE, IN_WINDOWS, NO_ACCUMULATION, NO_OPTIMIZER
 from recon.solvers import GradientDescent
 from tests.support.scope_fixtures import IGNORED, prepared, save_tiny, trainer_of, weights_of
+from tests.support.slow import slow
 
 pytestmark = [pytest.mark.filterwarnings("error"), *(pytest.mark.filterwarnings(one) for one in IGNORED)]
 
@@ -96,7 +97,7 @@ def test_a_timer_among_the_callbacks_is_refused_too() -> None:
         SCOPES["full"](name="nowhere").require_trainer(trainer_of(Timer(timedelta(hours=1))))
 
 
-@pytest.mark.parametrize("scope", ["matrix", "submodule", "full"])
+@pytest.mark.parametrize("scope", [slow("matrix"), "submodule", "full"])
 @pytest.mark.parametrize("name", [name for name in HONOURED if name not in ("accelerator", "devices", "logger")])
 @pytest.mark.filterwarnings("ignore:You have overridden|.*is deprecated")
 def test_honoured_without_complaint(name: str, scope: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
