@@ -14,11 +14,14 @@ from typing import Any
 
 import grimp
 import pytest
+import torch
+from jaxtyping import TypeCheckError
 from jsonargparse import ArgumentParser
 from transformers import AutoModelForCausalLM
 
 import recon
 from recon.cli import main
+from recon.pruning.bits import pack
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(path for package in ("recon", "callbacks") for path in (ROOT / package).rglob("*.py"))
@@ -183,6 +186,11 @@ def test_commands_parse(page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
             continue
         refused.append(f"{command}\n    {capsys.readouterr().err[:300]}")
     assert refused == []
+
+
+def test_shapes_and_dtypes_are_checked_in_tests():
+    with pytest.raises(TypeCheckError, match="keep"):
+        pack(torch.ones(3))
 
 
 @pytest.mark.slow
