@@ -106,14 +106,16 @@ def harness_version() -> str:
     """The version of lm-evaluation-harness.
 
     Raises:
-        ValueError: If it is not installed.
+        ValueError: If it is not installed, or cannot run models.
     """
     try:
+        version("accelerate")  # which the harness imports, but does not require
         return version("lm_eval")
-    except PackageNotFoundError:
+    except PackageNotFoundError as missing:
         raise ValueError(
-            "--tasks needs lm-evaluation-harness (the package lm-eval), which is not installed; install the extra "
-            "`eval` (pip install 'recon-llm[eval]'; in a clone -e '.[eval]'), or ask for no tasks: --tasks null"
+            f"--tasks needs lm-evaluation-harness (the packages lm-eval and accelerate), got no {missing.name}; "
+            f"install the extra `eval` (pip install 'recon-llm[eval]'; in a clone -e '.[eval]'), or ask for no tasks: "
+            f"--tasks null"
         ) from None
 
 
