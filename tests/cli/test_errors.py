@@ -113,10 +113,9 @@ def test_lightnings_answer_to_ctrl_c_is_ours(monkeypatch, capsys):
 @pytest.mark.usefixtures("answers_ctrl_c")
 def test_ctrl_c_in_a_run(tmp_path):
     command = [sys.executable, "-m", "recon", "fit", "-c", "scopes/submodule", "--run_dir", str(tmp_path / "run")]
-    command += ["--model.epochs", "500", "--data.num_sequences", "8", "--data.seq_len", "32", "--baselines", "false"]
-    process = subprocess.Popen(
-        [*command, "--data.num_test", "4", "--no_drift"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    command += ["--model.epochs", "500", "--model.lr", "0.01", "--data.num_sequences", "8", "--data.seq_len", "32"]
+    command += ["--baselines", "false", "--data.num_test", "4", "--no_drift"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("window"):

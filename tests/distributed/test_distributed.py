@@ -140,7 +140,7 @@ def test_weights_that_do_not_learn_are_in_the_checkpoint_of_rank_0_alone(directo
     assert held == [{"model.embed_tokens.weight", "model.norm.weight"}, set()]
 
 
-@pytest.mark.parametrize("strategy", ["zero2", slow("fsdp2")])
+@pytest.mark.parametrize("strategy", [slow("zero2"), "zero3", slow("fsdp2")])
 def test_an_own_list_of_callbacks_loses_no_mask(strategy: str, directory: Path) -> None:
     run = directory / f"{strategy}-own-callbacks" / "bf16-mixed"
     for largest in in_processes(runs.fit, strategy, "bf16-mixed", 2, run, "--trainer.callbacks", "[]"):
