@@ -1,5 +1,6 @@
 """Tests run with the shape annotations of recon checked, on one thread, without a network."""
 
+import gc
 import os
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -29,6 +30,14 @@ if find_spec("beartype"):  # a bare machine runs the GPU tests without
 def pytest_configure() -> None:
     """Tiny models run on one thread: two would wait for each other."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def small_heap() -> Iterator[None]:
+    """Hide from `gc` the many objects that pytest and the libraries hold: they are slow to look through."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -118,13 +118,13 @@ def num_copies() -> int:
     return len(storages)
 
 
+@pytest.mark.usefixtures("small_heap")
 @pytest.mark.parametrize("place", ["device", "disk"])
 @pytest.mark.parametrize(("windows", "most"), [([[0], [1], [2]], 3), ([[0, 1], [2]], 3), ([[0, 1, 2]], 2)])
 @pytest.mark.parametrize("propagation", ["dense", "recovered_local", "recovered"])
 def test_two_copies_of_the_hidden_states_and_one_attention_output_at_most(
     propagation: Any, windows: list[list[int]], most: int, place: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gc.freeze()  # what pytest holds is none of ours, and slow to look through
     model = tiny("llama")
     others = num_copies()
     tokens = token_ids(batch=NUM, seq=SEQ)
@@ -138,21 +138,18 @@ def test_two_copies_of_the_hidden_states_and_one_attention_output_at_most(
         return run(replay, index, hidden)
 
     monkeypatch.setattr(Replay, "run", counting)
-    try:
-        for window in windows:
-            walk.enter(window)
-            if len(window) == 1:
-                walk.pass_attention()
-            counts.append(num_copies() - others)
-        walk.compute()
-    finally:
-        gc.unfreeze()
+    for window in windows:
+        walk.enter(window)
+        if len(window) == 1:
+            walk.pass_attention()
+        counts.append(num_copies() - others)
+    walk.compute()
     assert len(counts) >= 8 * DEPTH
     assert max(counts) == most
 
 
+@pytest.mark.usefixtures("small_heap")
 def test_one_copy_more_is_recorded_for_a_group_of_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
-    gc.freeze()
     model = tiny("llama")
     others = num_copies()
     replay = Replay(model, Anatomy.of(model))
@@ -166,12 +163,9 @@ def test_one_copy_more_is_recorded_for_a_group_of_matrices(monkeypatch: pytest.M
         return forward(*args)
 
     monkeypatch.setattr(GroupWindow, "forward", counting)
-    try:
-        for _ in range(2):  # the second lets go of the first
-            walk.record(window)
-            counts.append(num_copies() - others)
-    finally:
-        gc.unfreeze()
+    for _ in range(2):  # the second lets go of the first
+        walk.record(window)
+        counts.append(num_copies() - others)
     assert max(counts) == 3
     with torch.no_grad():
         expected = torch.cat([window.forward(replay, hidden) for hidden in walk.hidden.split(2)])

@@ -114,23 +114,20 @@ def test_parts_of_a_model_may_alternate_and_run_twice(attention: Attention) -> N
     assert pairs.statistics["q"].num_tokens == 2 * pairs.statistics["other"].num_tokens == 84
 
 
+@pytest.mark.usefixtures("small_heap")
 def test_only_dense_inputs_wait_and_none_outlives_its_batch(attention: Attention) -> None:
     def held() -> int:
         gc.collect()
         return sum(isinstance(x, torch.Tensor) and x.shape == (11 * 7, 6) for x in gc.get_objects())
 
-    gc.freeze()  # what pytest holds is none of ours, and slow to look through
-    try:
-        with torch.no_grad(), collect_pairs(attention.matrices()) as pairs:
-            for a, b in zip(stream(1, sequences=11), stream(2, sequences=11), strict=True):
-                with pairs.dense():
-                    attention(a)
-                assert held() == 1  # of query and key together
-                with pairs.recovered():
-                    attention(b)
-                assert held() == 0
-    finally:
-        gc.unfreeze()
+    with torch.no_grad(), collect_pairs(attention.matrices()) as pairs:
+        for a, b in zip(stream(1, sequences=11), stream(2, sequences=11), strict=True):
+            with pairs.dense():
+                attention(a)
+            assert held() == 1  # of query and key together
+            with pairs.recovered():
+                attention(b)
+            assert held() == 0
 
 
 def test_an_input_edited_after_the_call_counts_as_it_was(attention: Attention) -> None:

@@ -63,6 +63,7 @@ class Case:
     family: str = "llama"
     measured: bool = False
     given: bool = False  # masks, so that the model is on the host until its fit
+    alike: bool = False  # to another case, so that continuous integration leaves it to the slow tests
 
     @property
     def options(self) -> RunOptions:
@@ -89,9 +90,12 @@ CASES = {
         RIA(),
         pruning=Pruning(allocation=OWL()),
         measured=True,
+        alike=True,
     ),
     "groups of matrices": Case(
-        "submodule", {"windows": Windows([["*.q_proj", "*.k_proj", "*.v_proj"], ["*.o_proj"], ["*.mlp.*"]])}
+        "submodule",
+        {"windows": Windows([["*.q_proj", "*.k_proj", "*.v_proj"], ["*.o_proj"], ["*.mlp.*"]])},
+        alike=True,
     ),
     "overlapping blocks, adapters": Case(
         "block",
@@ -107,16 +111,19 @@ CASES = {
     ),
     "Conv1D": Case("block", {"parameters": "vectors", "start": "exact"}, SparseFW(iterations=5), family="gpt2"),
     "autocast": Case("submodule", {"activations_dtype": "bfloat16"}, trainer={"precision": "bf16-mixed"}),
-    "dense targets of recovered inputs": Case("matrix", {"propagation": "recovered", "activations": "host"}),
+    "dense targets of recovered inputs": Case(
+        "matrix", {"propagation": "recovered", "activations": "host"}, alike=True
+    ),
     "matrices by descent": Case("matrix", {**DISK, "solver": GradientDescent(steps=3)}, pattern=NM(2, 4)),
     "matrices by ADMM": Case(
         "matrix",
         {**HOST, "solver": ADMMSolver(iterations=5), "start": "moved"},
         ADMM(iterations=5, mask_steps=3),
         pruning=Pruning(allocation=EqualErrors(num_sequences=4, num_densities=2)),
+        alike=True,
     ),
     "full": Case("full", {"start": "exact"}, measured=True, trainer={"gradient_clip_val": 1.0}),
-    "full, offloaded but in its fit": Case("full", {**HOST, "start": "exact"}, measured=True),
+    "full, offloaded but in its fit": Case("full", {**HOST, "start": "exact"}, measured=True, alike=True),
     "full by distillation": Case(
         "full",
         {"loss": "distillation", "parameters": "lora"},
@@ -124,11 +131,6 @@ CASES = {
         given=True,
     ),
 }
-ALIKE = (
-    *("offloaded to disk", "groups of matrices", "dense targets of recovered inputs", "matrices by ADMM"),
-    "full, offloaded but in its fit",
-)
-"""Those of which continuous integration runs a similar one."""
 
 
 def require_same(case: Case, path: Path) -> None:
@@ -142,7 +144,7 @@ def require_same(case: Case, path: Path) -> None:
         assert getattr(on_device, figure) == getattr(on_cpu, figure), figure
 
 
-@pytest.mark.parametrize("case", [slow(one) if one in ALIKE else one for one in CASES])
+@pytest.mark.parametrize("case", [slow(name) if case.alike else name for name, case in CASES.items()])
 def test_a_recovery(case: str, tmp_path: Path) -> None:
     require_same(CASES[case], tmp_path)
 

@@ -45,7 +45,7 @@ def recon_children(pid: int) -> list[int]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and PR_SET_PDEATHSIG")
-@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", quick([signal.SIGKILL, signal.SIGTERM], signal.SIGKILL))
 def test_processes_of_a_run_end_with_the_first(number: signal.Signals, tmp_path: Path) -> None:
     fit = ["fit", "-c", "scopes/full", "--trainer.strategy", "ddp", "--trainer.accelerator", "cpu"]
     command = [*fit, "--trainer.devices", "2", "--run_dir", str(tmp_path / "run"), *DATA]

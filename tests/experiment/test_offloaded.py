@@ -21,6 +21,7 @@ from recon.report import Report
 from recon.scopes import FullRetraining
 from tests.support.scope_fixtures import IGNORED, data_of, same, save_tiny
 from tests.support.simulated.runs import run, run_on_device, weights_in
+from tests.support.slow import slow
 
 pytestmark = [pytest.mark.filterwarnings("error"), *(pytest.mark.filterwarnings(one) for one in IGNORED)]
 
@@ -41,9 +42,7 @@ def pruned(source: ModelSource, path: Path, offload: Any, keep_model: bool, opti
     return measure_pruned(source, data_of(), RunDirectory(path, {}), options, CPU, keep_model, offload)
 
 
-@pytest.mark.parametrize(
-    ("offload", "family"), [("host", "gpt2"), pytest.param("disk", "llama", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("offload", "family"), [("host", "gpt2"), slow("disk", "llama")])
 def test_pruning_and_testing_block_by_block_are_those_of_whole_models(
     offload: Any, family: str, tmp_path: Path
 ) -> None:

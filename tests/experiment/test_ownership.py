@@ -18,6 +18,7 @@ from recon.basics.run_paths import RunPaths
 from recon.cli import main
 from tests.support import pairs
 from tests.support.processes import in_processes
+from tests.support.slow import quick
 
 SHAPE = (
     "{model_type: llama, vocab_size: 2048, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, "
@@ -47,9 +48,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return run
 
 
-@pytest.mark.parametrize(
-    "scope", ["submodule", *(pytest.param(scope, marks=pytest.mark.slow) for scope in ("full", "matrix", "block"))]
-)
+@pytest.mark.parametrize("scope", quick(("submodule", "full", "matrix", "block"), "submodule"))
 def test_of_two_commands_in_one_directory_one_runs_and_the_other_names_it(
     scope: str, alone: Callable[[str], Path], tmp_path: Path
 ) -> None:

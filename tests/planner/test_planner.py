@@ -29,7 +29,7 @@ from recon.solvers import ConjugateGradients, LeastSquares
 from tests.support.families import tiny
 from tests.support.scope_fixtures import IGNORED, data_of, prepared, trainer_of
 from tests.support.shapes import PLANNED as LLAMA
-from tests.support.slow import slow
+from tests.support.slow import quick
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in IGNORED]
 
@@ -92,7 +92,6 @@ def test_every_model_has_a_total() -> None:
 
 
 LARGEST = ("mixtral-8x7b", "qwen3-30b-a3b", "gpt-oss-20b")
-
 """Take seconds to lay out."""
 
 
@@ -266,13 +265,14 @@ SCOPES = {
 
 @pytest.mark.parametrize(
     ("kind", "sizes", "precision"),
-    [
-        *(slow(kind, SHALLOW, "32-true") for kind in ("submodule", "distilled", "chunked", "chunked, all")),
+    quick(
+        [(kind, LLAMA if kind in ("two blocks", "full") else SHALLOW, "32-true") for kind in SCOPES]
+        + [("submodule", GPT2, "32-true"), ("two blocks", SHALLOW, "bf16-mixed"), ("full", GPT2, "bf16-mixed")]
+        + [("chunked, distilled", GPT2, "bf16-mixed")],
         *((kind, SHALLOW, "32-true") for kind in ("matrix", "chunked, distilled")),
         *((kind, LLAMA, "32-true") for kind in ("two blocks", "full")),
         *(("submodule", GPT2, "32-true"), ("full", GPT2, "bf16-mixed")),
-        *(slow("two blocks", SHALLOW, "bf16-mixed"), slow("chunked, distilled", GPT2, "bf16-mixed")),
-    ],
+    ),
 )
 def test_the_peak_of_a_real_fit(kind: str, sizes: dict[str, Any], precision: Any) -> None:
     scope = SCOPES[kind](name="random", shape=sizes)

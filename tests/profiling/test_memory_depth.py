@@ -49,7 +49,7 @@ def phases_of(kind: Any, depth: int, path: Path, **options: Any) -> list[dict[st
     return json.loads((path / "memory.json").read_text())["phases"]
 
 
-@pytest.mark.parametrize("offload", ["host", pytest.param("disk", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("offload", ["host", slow("disk")])
 @pytest.mark.parametrize("kind", [slow(MatrixReconstruction), SubmoduleDistillation, slow(BlockDistillation)])
 def test_the_device_holds_as_much_for_a_model_of_any_depth(kind: Any, offload: str, tmp_path: Path) -> None:
     options = {"offload": offload, "activations": "host", "batch_size": 4}

@@ -1,7 +1,5 @@
-import gc
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +9,7 @@ import torch
 from recon.profiling import process_memory as memory
 from recon.profiling.process_memory import PeakMeter, Peaks, resident_bytes
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("small_heap")]
 
 MIB = 2**20
 HAS_STATUS = memory.STATUS.exists()
@@ -20,14 +18,6 @@ needs_proc = pytest.mark.skipif(not HAS_STATUS, reason="needs Linux's /proc/self
 
 def is_exact() -> bool:
     return PeakMeter().exact
-
-
-@pytest.fixture(autouse=True)
-def _small_heap() -> Iterator[None]:
-    """Spare the collection at each start the many objects of pytest and the libraries."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(params=["exact", "sampled"])

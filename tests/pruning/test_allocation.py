@@ -21,6 +21,7 @@ from recon.pruning.prune import Pruning, prune, prune_to
 from tests.cli.test_cli import DATA, RANDOM
 from tests.support.families import DEPTH, tiny, token_ids
 from tests.support.references import gram
+from tests.support.slow import slow
 
 TOKENS = token_ids(batch=10, seq=24, seed=3)
 
@@ -335,7 +336,7 @@ def test_masks_say_their_allocation(tmp_path) -> None:
         assert len(Masks.load(tmp_path / "masks")) > 0  # they keep to what the file records of each matrix
 
 
-@pytest.mark.parametrize("name", ["owl", pytest.param("errors", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["owl", slow("errors")])
 def test_prune_and_fit_by_the_command_line(name: str, tmp_path) -> None:
     options = [*RANDOM, *DATA, "-c", f"allocations/{name}", "--pattern.sparsity=0.55"]
     assert main(["prune", "--run_dir", str(tmp_path / "pruned"), *options]) == 0
